@@ -1,0 +1,126 @@
+"""Characters <-> tokens, names -> sequences. Knows nothing of models or files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import NamesError, ShapeError, TokenError
+
+END = "."  # token 0: the padding before a name and the end after it (README: Terms)
+
+
+class Vocabulary:
+    """The characters of a list of names; `.` is token 0, the others are 1, 2, ... in sorted order.
+
+    `Vocabulary("abc")` takes the characters themselves, `Vocabulary.from_names(names)` collects them.
+    Raises `NamesError` where there are none or `.` is among them.
+    """
+
+    def __init__(self, characters: Iterable[str]):
+        self.characters = "".join(sorted(set(characters)))
+        if END in self.characters:
+            raise NamesError(f"{END!r} is the end of every name (token 0) and cannot be one of its characters")
+        if not self.characters:
+            raise NamesError("a vocabulary needs at least one character; the names given have none")
+        self._codes = torch.tensor([ord(c) for c in self.characters], dtype=torch.int32)
+
+    @classmethod
+    def from_names(cls, names: Iterable[str]) -> Vocabulary:
+        """The vocabulary of all characters in `names`; raises `NamesError` naming a name that holds a `.`."""
+        names = checked_names(names)
+        for index, name in enumerate(names):
+            if END in name:
+                raise NamesError(_where(names, index, name.index(END), "marks the end of a name; remove it"))
+        return cls("".join(names))
+
+    def __len__(self) -> int:
+        return len(self.characters) + 1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and other.characters == self.characters
+
+    def __hash__(self) -> int:
+        return hash(self.characters)
+
+    def __repr__(self) -> str:
+        return f"Vocabulary({self.characters!r})"
+
+    def encode(self, names: Iterable[str], *, context: int) -> tuple[Tensor, Tensor]:
+        """The sequences of `names`, padded to the longest (README: Terms, "sequence").
+
+        Returns `(tokens, lengths)`, both int64 on the CPU: tokens `(batch, context + longest)` with `context`
+        zeros before each name and zeros after it, lengths `(batch,)`. A name of L characters has L + 1 outputs.
+        Raises `NamesError` naming the first character that is not in the vocabulary, and its place.
+        """
+        names = checked_names(names)
+        lengths = torch.tensor([len(name) for name in names], dtype=torch.int64)
+        longest = int(lengths.max()) if names else 0
+        tokens = torch.zeros(len(names), context + longest, dtype=torch.int64)
+        if longest:
+            inside = torch.arange(longest) < lengths[:, None]
+            tokens[:, context:][inside] = self._lookup(names)
+        return tokens, lengths
+
+    def _lookup(self, names: Sequence[str]) -> Tensor:
+        """The tokens of all characters of all names, end to end: int64 `(characters,)`."""
+        text = bytearray("".join(names).encode("utf-32-le", errors="surrogatepass"))
+        codes = torch.frombuffer(text, dtype=torch.int32)
+        place = torch.searchsorted(self._codes, codes).clamp_(max=len(self._codes) - 1)
+        unknown = (self._codes[place] != codes).nonzero()
+        if len(unknown):
+            offset = int(unknown[0])
+            for index, name in enumerate(names):
+                if offset < len(name):
+                    raise NamesError(_where(names, index, offset, f"is not in the vocabulary {self.characters!r}"))
+                offset -= len(name)
+        return place + 1
+
+    def decode(self, tokens: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> str | list[str]:
+        """The name in a sequence `(time,)`, or the list of names in `(batch, time)`.
+
+        Leading zeros are padding; the first zero after a character ends the name, and what follows it is not read.
+        Raises `TokenError` naming a token outside the vocabulary, `ShapeError` for any other shape or dtype.
+        """
+        tokens = torch.as_tensor(tokens)
+        if tokens.numel() == 0:
+            tokens = tokens.long()
+        if tokens.ndim not in (1, 2) or tokens.is_floating_point():
+            raise ShapeError(
+                f"decode takes integers (time,) or (batch, time), not {tokens.dtype} of shape {tuple(tokens.shape)}"
+            )
+        check_tokens(tokens, len(self))
+        alphabet = END + self.characters
+        rows = tokens if tokens.ndim == 2 else tokens[None]
+        names = ["".join(alphabet[t] for t in row).lstrip(END).partition(END)[0] for row in rows.tolist()]
+        return names if tokens.ndim == 2 else names[0]
+
+
+def check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Raises `TokenError` naming the first token outside `[0, vocab_size)` and where it stands."""
+    outside = (tokens < 0) | (tokens >= vocab_size)
+    if outside.any():
+        place = tuple(outside.nonzero()[0].tolist())
+        raise TokenError(
+            f"token {int(tokens[place])} at {list(place)} is outside the vocabulary of {vocab_size} tokens "
+            f"(0 to {vocab_size - 1}); encode names with the vocabulary that the model was made for"
+        )
+
+
+def checked_names(names: Iterable[str]) -> list[str]:
+    """`names` as a list; raises `NamesError` for one string in place of a list, and for what is not a string."""
+    if isinstance(names, str):
+        raise NamesError(f"names is one string, {names[:20]!r}; pass a list of names, such as [{names[:20]!r}]")
+    names = list(names)
+    for index, name in enumerate(names):
+        if not isinstance(name, str):
+            raise NamesError(f"name {index} is {name!r}, a {type(name).__name__}; names are strings")
+    return names
+
+
+def _where(names: Sequence[str], index: int, position: int, complaint: str) -> str:
+    name = names[index]
+    shown = name if len(name) <= 40 else f"{name[:37]}..."
+    return f"name {index} ({shown!r}): character {name[position]!r} at position {position} {complaint}"
