@@ -1,0 +1,49 @@
+"""Slid model -> tree, read by attribute: knows nothing of `wavenet_conv`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor
+
+from .layers import BatchNorm1d, Embedding, FlattenConsecutive, Layer, Linear, Sequential, Tanh
+
+
+def from_conv(conv: Any) -> Sequential:
+    """The tree with the weights of a `ConvWaveNet`, copied bit for bit, in the mode that `conv` is in.
+
+    The mapping read backwards: `Conv1d.weight[o, c, j]` is `Linear.weight[j * C + c, o]` (README: Tree to convolution).
+    """
+    layers: list[Layer] = [_filled(Embedding(*conv.embedding.weight.shape), weight=conv.embedding.weight)]
+    for level in conv.levels:
+        layers += [FlattenConsecutive(level.fan_in), _linear(level.conv)]
+        if level.norm is not None:
+            norm = BatchNorm1d(len(level.norm.weight), eps=level.norm.eps, momentum=level.norm.momentum)
+            norm.training = conv.training
+            layers.append(
+                _filled(
+                    norm,
+                    gamma=level.norm.weight,
+                    beta=level.norm.bias,
+                    running_mean=level.norm.running_mean,
+                    running_var=level.norm.running_var,
+                )
+            )
+        layers.append(Tanh())
+    tree = Sequential([*layers, _linear(conv.head)])
+    for parameter in tree.parameters():
+        parameter.requires_grad = True
+    return tree
+
+
+def _linear(conv: Any) -> Linear:
+    weight = rearrange(conv.weight, "o c j -> (j c) o")
+    linear = Linear(*weight.shape, bias=conv.bias is not None)
+    return _filled(linear, weight=weight) if conv.bias is None else _filled(linear, weight=weight, bias=conv.bias)
+
+
+def _filled(layer: Layer, **tensors: Tensor) -> Any:
+    for name, tensor in tensors.items():
+        setattr(layer, name, tensor.detach().clone())
+    return layer

@@ -1,0 +1,145 @@
+"""The lecture's layers: called on a tensor, they keep their output in `.out`. Knows nothing of names or convolutions.
+
+Weights are `(fan_in, fan_out)`; a layer that acts differently in training has `.training`.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+class Layer:
+    """A layer without parameters; its output stays in `.out` for whoever wants to look."""
+
+    out: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.out = self.forward(x)
+        return self.out
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} does not say what it computes")
+
+    def parameters(self) -> list[Tensor]:
+        return []
+
+
+class Embedding(Layer):
+    """Tokens `(..., time)` to their rows of `weight` `(vocab, n_embd)`: `(..., time, n_embd)`."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, generator: torch.Generator | None = None):
+        self.weight = torch.randn(num_embeddings, embedding_dim, generator=generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.weight[tokens]
+
+    def parameters(self) -> list[Tensor]:
+        return [self.weight]
+
+
+class Linear(Layer):
+    """`x @ weight + bias` over the last axis, weight `(fan_in, fan_out)`, drawn normal over sqrt(fan_in)."""
+
+    def __init__(self, fan_in: int, fan_out: int, bias: bool = True, generator: torch.Generator | None = None):
+        self.weight = torch.randn(fan_in, fan_out, generator=generator) / fan_in**0.5
+        self.bias = torch.zeros(fan_out) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x @ self.weight
+        return out if self.bias is None else out + self.bias
+
+    def parameters(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+
+class BatchNorm1d(Layer):
+    """Batch norm over all axes but the last, with unbiased variance and running statistics by momentum.
+
+    `per_position=True` is the bug that the lecture finds and mends: only the first axis is reduced, so that a
+    `(batch, 4, channels)` input keeps four means a channel.
+    Raises `ValueError` for a training batch whose variance would be that of one number.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1, per_position: bool = False):
+        self.eps, self.momentum, self.per_position = eps, momentum, per_position
+        self.training = True
+        self.gamma, self.beta = torch.ones(dim), torch.zeros(dim)
+        self.running_mean, self.running_var = torch.zeros(dim), torch.ones(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            axes = (0,) if self.per_position else tuple(range(x.ndim - 1))
+            if prod(x.shape[axis] for axis in axes) < 2:
+                raise ValueError(
+                    f"BatchNorm1d in training got an input of shape {tuple(x.shape)}: one value a channel has no "
+                    f"variance; give it more than one example, or set .training = False first"
+                )
+            mean, var = x.mean(axes, keepdim=True), x.var(axes, keepdim=True)  # unbiased
+            with torch.no_grad():
+                self.running_mean = (1 - self.momentum) * self.running_mean + self.momentum * mean
+                self.running_var = (1 - self.momentum) * self.running_var + self.momentum * var
+        else:
+            mean, var = self.running_mean, self.running_var
+        return self.gamma * (x - mean) / torch.sqrt(var + self.eps) + self.beta
+
+    def parameters(self) -> list[Tensor]:
+        return [self.gamma, self.beta]
+
+
+class Tanh(Layer):
+    """tanh of every element."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+
+class FlattenConsecutive(Layer):
+    """Fuses `n` neighbours: `(batch, time, channels)` to `(batch, time / n, n * channels)`; one left, its axis goes."""
+
+    def __init__(self, n: int):
+        self.n = n
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time, channels = x.shape
+        if time % self.n:
+            raise ValueError(f"FlattenConsecutive({self.n}) got {time} nodes, which {self.n} does not divide")
+        x = x.view(batch, time // self.n, self.n * channels)
+        return x.squeeze(1) if x.shape[1] == 1 else x
+
+
+class Sequential(Layer):
+    """Layers in a row."""
+
+    def __init__(self, layers: list[Layer]):
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def parameters(self) -> list[Tensor]:
+        return [p for layer in self.layers for p in layer.parameters()]
+
+    def train(self, mode: bool = True) -> Sequential:
+        """Sets `.training` where a layer has one."""
+        for layer in self.layers:
+            if hasattr(layer, "training"):
+                layer.training = mode
+        return self
+
+    def eval(self) -> Sequential:
+        """Evaluation mode: batch norm uses its running statistics."""
+        return self.train(False)
+
+    def to(self, *args, **kwargs) -> Sequential:
+        """Moves every tensor as `Tensor.to` would, in place of the old ones, and drops the outputs."""
+        for layer in self.layers:
+            vars(layer).pop("out", None)
+            for name, value in vars(layer).items():
+                if isinstance(value, Tensor):
+                    setattr(layer, name, value.detach().to(*args, **kwargs).requires_grad_(value.requires_grad))
+        return self

@@ -1,0 +1,67 @@
+"""The networks of the lecture series' last three parts, and any other list of fan-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .layers import BatchNorm1d, Embedding, FlattenConsecutive, Layer, Linear, Sequential, Tanh
+
+# name: (arguments of `build`, parameters), for the lecture's vocabulary of 27 tokens
+NETWORKS: dict[str, tuple[dict, int]] = {
+    "mlp-2-100": (dict(fan_ins=(3,), n_embd=2, n_hidden=100, batch_norm=False), 3_481),
+    "mlp-2-300": (dict(fan_ins=(3,), n_embd=2, n_hidden=300, batch_norm=False), 10_281),
+    "mlp-10-200": (dict(fan_ins=(3,), n_embd=10, n_hidden=200, batch_norm=False), 11_897),
+    "mlp-bn": (dict(fan_ins=(3,), n_embd=10, n_hidden=200), 12_097),
+    "flat": (dict(fan_ins=(8,), n_embd=10, n_hidden=200), 22_097),
+    "tree-200": (dict(fan_ins=(2, 2, 2), n_embd=10, n_hidden=200), 170_897),
+    "tree-68": (dict(fan_ins=(2, 2, 2), n_embd=10, n_hidden=68), 22_397),
+    "wide": (dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=128), 76_579),
+}
+
+
+def build(
+    fan_ins: Sequence[int] = (2, 2, 2),
+    *,
+    vocab_size: int = 27,
+    n_embd: int = 24,
+    n_hidden: int | Sequence[int] = 128,
+    batch_norm: bool = True,
+    per_position: bool = False,
+    generator: torch.Generator | None = None,
+) -> Sequential:
+    """A tree in training mode with the lecture's initialisation: the head's weights are ten times smaller.
+
+    Per fan-in: FlattenConsecutive, Linear (with a bias only where there is no batch norm), BatchNorm1d, Tanh.
+    n_hidden: one width for all levels, or one a level. per_position: the lecture's batch-norm bug. Raises `ValueError`
+    naming a fan-in or a width below 1.
+    """
+    widths = [n_hidden] * len(fan_ins) if isinstance(n_hidden, int) else list(n_hidden)
+    if not fan_ins or len(widths) != len(fan_ins):
+        raise ValueError(f"{len(fan_ins)} fan-ins and {len(widths)} widths; give at least one fan-in, one width each")
+    if min(*fan_ins, *widths, vocab_size, n_embd) < 1:
+        raise ValueError(f"fan-ins {tuple(fan_ins)}, widths {(n_embd, *widths)}: every one must be at least 1")
+    layers: list[Layer] = [Embedding(vocab_size, n_embd, generator=generator)]
+    channels = n_embd
+    for fan_in, width in zip(fan_ins, widths):
+        layers += [
+            FlattenConsecutive(fan_in),
+            Linear(fan_in * channels, width, bias=not batch_norm, generator=generator),
+            *([BatchNorm1d(width, per_position=per_position)] if batch_norm else []),
+            Tanh(),
+        ]
+        channels = width
+    head = Linear(channels, vocab_size, generator=generator)
+    head.weight *= 0.1
+    tree = Sequential([*layers, head])
+    for parameter in tree.parameters():
+        parameter.requires_grad = True
+    return tree
+
+
+def lecture_network(name: str, *, per_position: bool = False, generator: torch.Generator | None = None) -> Sequential:
+    """One of `NETWORKS` by its name, such as "wide", the lecture's last; raises `ValueError` listing the names."""
+    if name not in NETWORKS:
+        raise ValueError(f"no network is called {name!r}; there are {', '.join(NETWORKS)}")
+    return build(**NETWORKS[name][0], per_position=per_position, generator=generator)

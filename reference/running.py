@@ -1,0 +1,40 @@
+"""Two ways to run a tree over whole names: one call an example, or all windows as one batch."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .layers import FlattenConsecutive, Sequential
+
+
+def context_of(tree: Sequential) -> int:
+    """Tokens that one prediction of `tree` sees: the product of its fan-ins."""
+    return prod(layer.n for layer in tree.layers if isinstance(layer, FlattenConsecutive))
+
+
+def windows(tokens: Tensor, context: int) -> Tensor:
+    """All windows of sequences: `(batch, time)` to a view `(batch, time - context + 1, context)`."""
+    return tokens.unfold(1, context, 1)
+
+
+def loop_logits(tree: Sequential, tokens: Tensor) -> Tensor:
+    """One call an example, each a batch of one, as the lecture shows it.
+
+    tokens `(batch, time)` to logits `(batch, time - context + 1, vocab)`.
+    """
+    examples = windows(tokens, context_of(tree))
+    return torch.stack([torch.cat([tree(window[None]) for window in name]) for name in examples])
+
+
+def window_logits(tree: Sequential, tokens: Tensor) -> Tensor:
+    """All windows of all names as one batch: the strongest simple thing to do with a tree.
+
+    tokens `(batch, time)` to logits `(batch, time - context + 1, vocab)`.
+    """
+    examples = windows(tokens, context_of(tree))
+    logits = tree(rearrange(examples, "batch output context -> (batch output) context"))
+    return rearrange(logits, "(batch output) vocab -> batch output vocab", batch=len(tokens))
