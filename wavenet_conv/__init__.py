@@ -1,0 +1,19 @@
+"""The explicit WaveNet tree of the makemore lecture, slid over whole names as dilated causal convolutions."""
+
+from .equivalence import verify
+from .errors import WaveNetConvError
+from .mapping import fold_batch_norm, from_tree
+from .model import ConvWaveNet, WaveNetConfig
+from .precision import exact_float32
+from .vocabulary import Vocabulary
+
+__all__ = [
+    "ConvWaveNet",
+    "Vocabulary",
+    "WaveNetConfig",
+    "WaveNetConvError",
+    "exact_float32",
+    "fold_batch_norm",
+    "from_tree",
+    "verify",
+]
