@@ -97,16 +97,19 @@ class Tanh(Layer):
 
 
 class FlattenConsecutive(Layer):
-    """Fuses `n` neighbours: `(batch, time, channels)` to `(batch, time / n, n * channels)`; one left, its axis goes."""
+    """Fuses `n` neighbours: `(batch, time, channels)` to `(batch, time / n, n * channels)`.
+
+    A time of 1 loses its axis, and a node without the axis is a time of 1. Raises `ValueError` where n does not divide.
+    """
 
     def __init__(self, n: int):
         self.n = n
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, time, channels = x.shape
+        batch, time, channels = x.shape if x.ndim == 3 else (len(x), 1, x.shape[1])
         if time % self.n:
             raise ValueError(f"FlattenConsecutive({self.n}) got {time} nodes, which {self.n} does not divide")
-        x = x.view(batch, time // self.n, self.n * channels)
+        x = x.reshape(batch, time // self.n, self.n * channels)
         return x.squeeze(1) if x.shape[1] == 1 else x
 
 

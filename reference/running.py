@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from math import prod
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -22,12 +21,16 @@ def windows(tokens: Tensor, context: int) -> Tensor:
 
 
 def loop_logits(tree: Sequential, tokens: Tensor) -> Tensor:
-    """One call an example, each a batch of one, as the lecture shows it.
+    """One call an example, each a batch of one, written into its row of the logits as the lecture shows it.
 
     tokens `(batch, time)` to logits `(batch, time - context + 1, vocab)`.
     """
     examples = windows(tokens, context_of(tree))
-    return torch.stack([torch.cat([tree(window[None]) for window in name]) for name in examples])
+    logits = tree.layers[-1].weight.new_zeros(*examples.shape[:2], tree.layers[-1].weight.shape[1])
+    for b, name in enumerate(examples):
+        for t in range(len(name)):
+            logits[b, t] = tree(name[[t]])
+    return logits
 
 
 def window_logits(tree: Sequential, tokens: Tensor) -> Tensor:

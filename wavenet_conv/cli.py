@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.parse_args(arguments)
     try:
         socket.setdefaulttimeout(CONNECTION_TIMEOUT)
-        print(download_lecture_names())
+        print(download_lecture_names(LECTURE_URL))
     except WaveNetConvError as error:
         print(f"wavenet-conv: {error}", file=sys.stderr)
         return 1

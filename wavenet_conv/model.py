@@ -1,14 +1,16 @@
 """The lecture's tree, slid: embedding, dilated causal convolutions, 1x1 head. Knows nothing of names or of trees.
 
-A level is defined by `nn.Conv1d` (`forward_conv1d`) and run as matrix products over shifted views (`forward`); a test
+The model is defined by `nn.Conv1d` (`forward_conv1d`) and run as matrix products over shifted views (`forward`); a test
 holds the two equal. The convolutions are valid, never zero-padded: `.` is a real token with a learned embedding.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,25 +113,37 @@ class Level(nn.Module):
         self.norm = BatchNorm(c_out) if batch_norm else None
         self.fan_in, self.dilation = fan_in, dilation
 
-    def forward(self, x: Tensor, batch: int, uses: Tensor | None = None) -> Tensor:
-        """The nodes above x, whose rows are nodes in time-major order: `(time * batch, c_in)`.
-
-        Returns `((time - (fan_in - 1) * dilation) * batch, c_out)`. Time-major, the nodes that tap j reads are
-        x without its first `j * dilation` time steps: a contiguous view, so nothing is copied.
-        """
-        weights = self.conv.weight.permute(2, 1, 0).unbind()  # one (c_in, c_out) matrix a tap
-        step = self.dilation * batch
-        rows = len(x) - (self.fan_in - 1) * step
-        bias, first = self.conv.bias, x[:rows]
-        h = first @ weights[0] if bias is None else torch.addmm(bias, first, weights[0])
-        for tap in range(1, self.fan_in):
-            h.addmm_(x[tap * step : tap * step + rows], weights[tap])
-        return torch.tanh(h if self.norm is None else self.norm(h, uses))
-
-    def forward_conv1d(self, x: Tensor, uses: Tensor | None = None) -> Tensor:
-        """The same as the definition: x `(batch, c_in, time)` to `(batch, c_out, time - (fan_in - 1) * dilation)`."""
+    def forward(self, x: Tensor, uses: Tensor | None = None) -> Tensor:
+        """The definition: x `(batch, c_in, time)` to `(batch, c_out, time - (fan_in - 1) * dilation)`."""
         h = self.conv(x)
         return torch.tanh(h if self.norm is None else self.norm(h, uses))
+
+    def operands(self) -> tuple[tuple[Tensor, ...], Tensor | None, BatchNorm | None, int]:
+        """What `slide` needs: a `(c_in, c_out)` matrix for each tap, the bias, the batch norm, the dilation."""
+        bias = None if self.conv.bias is None else self.conv.bias.view(-1)
+        return self.conv.weight.permute(2, 1, 0).unbind(), bias, self.norm, self.dilation
+
+
+def slide(
+    x: Tensor,
+    batch: int,
+    taps: tuple[Tensor, ...],
+    bias: Tensor | None,
+    norm: BatchNorm | None,
+    dilation: int,
+    uses: Tensor | None = None,
+) -> Tensor:
+    """A `Level` as matrix products over shifted views; its `forward` defines it.
+
+    x `(time * batch, c_in)`, nodes in time-major order, to `((time - (fan_in - 1) * dilation) * batch, c_out)`.
+    Time-major, the nodes that tap j reads are x without its first `j * dilation` steps: one contiguous view, no copy.
+    """
+    step = dilation * batch
+    rows = x.size(0) - (len(taps) - 1) * step
+    h = x[:rows] @ taps[0] if bias is None else torch.addmm(bias, x[:rows], taps[0])
+    for tap in range(1, len(taps)):
+        h.addmm_(x[tap * step : tap * step + rows], taps[tap])
+    return torch.tanh_(h if norm is None else norm.forward(h, uses))  # without nn.Module's own work at every call
 
 
 class ConvWaveNet(nn.Module):
@@ -150,6 +164,7 @@ class ConvWaveNet(nn.Module):
             for c_in, c_out, fan_in, dilation in zip(widths, widths[1:], config.fan_ins, self.dilations)
         )
         self.head = nn.Conv1d(widths[-1], config.vocab_size, kernel_size=1)
+        self._kept: _Kept | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -166,26 +181,49 @@ class ConvWaveNet(nn.Module):
         """Logits of the token after every window: `(batch, time)` int64 to `(batch, time - context + 1, vocab)`.
 
         Output t reads tokens `[t, t + context)`. `lengths` `(batch,)`, as `Vocabulary.encode` returns them, matter in
-        training mode only: they keep the padding after shorter names out of the batch statistics.
+        training mode only: they keep the padding after shorter names out of the batch statistics. Hooks on the levels
+        are called by `forward_conv1d`, not here.
         Raises `ShapeError` for other shapes and dtypes and for a sequence shorter than the context, `TokenError` for a
         token outside the vocabulary (on CUDA the check waits for the device; it is left out of a captured graph).
         """
         batch, time = self._checked_shape(tokens)
-        uses = self._uses(tokens, lengths)
-        x = self._embed(tokens.t()).flatten(0, 1)
-        for level, n in zip(self.levels, uses):
-            x = level(x, batch, None if n is None else n.reshape(-1, 1))
-        logits = torch.addmm(self.head.bias, x, self.head.weight.squeeze(2).t())
-        return logits.view(-1, batch, self.config.vocab_size).transpose(0, 1).contiguous()
+        levels, head_bias, head_weight = self._operands()
+        x = self._embed(tokens).flatten(0, 1)
+        if self.training:
+            for operands, uses in zip(levels, self._uses(tokens, lengths)):
+                x = slide(x, batch, *operands, uses.reshape(-1, 1))
+        else:
+            for operands in levels:
+                x = slide(x, batch, *operands)
+        logits = torch.addmm(head_bias, x, head_weight)
+        return logits.view(time - self.context + 1, batch, self.config.vocab_size).transpose(0, 1).contiguous()
 
     def forward_conv1d(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The definition of `forward`, and slower: every level as `nn.Conv1d` on `(batch, channel, time)`."""
         self._checked_shape(tokens)
-        uses = self._uses(tokens, lengths)
-        x = rearrange(self._embed(tokens), "batch time channel -> batch channel time")
-        for level, n in zip(self.levels, uses):
-            x = level.forward_conv1d(x, None if n is None else rearrange(n, "time batch -> batch 1 time"))
+        x = rearrange(self._embed(tokens), "time batch channel -> batch channel time")
+        for level, uses in zip(self.levels, self._uses(tokens, lengths)):
+            x = level(x, rearrange(uses, "time batch -> batch 1 time") if self.training else None)
         return rearrange(self.head(x), "batch vocab time -> batch time vocab")
+
+    def _operands(self) -> tuple[list[tuple], Tensor, Tensor]:
+        """Every level's operands, the head's bias and its `(c_in, vocab)` matrix, all as views of the parameters.
+
+        Making the views takes longer than the arithmetic on a short name, so without gradients they are kept for as
+        long as they are views of this model's tensors: changes in place show through them, replaced tensors are seen.
+        """
+        if torch.is_grad_enabled():
+            return self._views()
+        if self._kept is None or not self._kept.current():
+            self._kept = _Kept(self, self._views())
+        return self._kept.value
+
+    def _views(self) -> tuple[list[tuple], Tensor, Tensor]:
+        views = [level.operands() for level in self.levels]
+        return views, self.head.bias.view(-1), self.head.weight.squeeze(2).t()
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_kept": None}
 
     def _checked_shape(self, tokens: Tensor) -> tuple[int, int]:
         if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
@@ -199,18 +237,19 @@ class ConvWaveNet(nn.Module):
         return batch, time
 
     def _embed(self, tokens: Tensor) -> Tensor:
+        """`(batch, time)` to `(time, batch, n_embd)`."""
         # The CPU's look-up checks every token itself; a CUDA one would end in a device assert.
         if tokens.is_cuda and not torch.cuda.is_current_stream_capturing():
             check_tokens(tokens, self.config.vocab_size)
         try:
-            return F.embedding(tokens, self.embedding.weight)
+            return F.embedding(tokens.t(), self.embedding.weight)
         except IndexError:
             check_tokens(tokens, self.config.vocab_size)
             raise
 
     def _uses(self, tokens: Tensor, lengths: Tensor | None) -> list[Tensor] | list[None]:
         """Per level `(time, batch)`: how many windows use each node (README: Training by sliding, exactly)."""
-        if not self.training or not self.config.batch_norm:
+        if not self.training:
             return [None] * len(self.levels)
         batch, time = tokens.shape
         outputs = torch.arange(time - self.context + 1, device=tokens.device)[:, None]
@@ -223,3 +262,19 @@ class ConvWaveNet(nn.Module):
                 below[tap * level.dilation :][: len(above)] += above
             uses.insert(0, below)
         return uses
+
+
+class _Kept:
+    """A value made of a module's tensors, good while every one of them is the same tensor in the same memory."""
+
+    def __init__(self, module: nn.Module, value: Any):
+        self.value = value
+        tables = [table for part in module.modules() for table in (part._modules, part._parameters, part._buffers)]
+        entries = [(table, name, member) for table in tables for name, member in table.items()]
+        self.tables, self.names, self.members = zip(*entries)
+        self.tensors = [member for member in self.members if isinstance(member, Tensor)]
+        self.memory = [tensor.data_ptr() for tensor in self.tensors]
+
+    def current(self) -> bool:
+        same = all(map(operator.is_, map(dict.get, self.tables, self.names), self.members))
+        return same and list(map(Tensor.data_ptr, self.tensors)) == self.memory

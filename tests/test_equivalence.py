@@ -1,0 +1,192 @@
+"""The promise of the project: the tree and the slid model give the same logits at every position."""
+
+import random
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from conftest import needs_cuda, random_tree
+from hypothesis import given, settings
+
+import reference
+from wavenet_conv import Vocabulary, exact_float32, fold_batch_norm, from_tree, verify
+
+WIDE = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_position_of_every_name(names, vocab, device, dtype):
+    tree = random_tree(**WIDE, dtype=dtype, device=device)
+    conv = from_tree(tree)
+    for slid in (conv, fold_batch_norm(conv)):
+        report = verify(tree, slid, names, vocab)
+        # 1e-12 and 1e-5: a sum of 256 products rounds to about 1e-14 and 1e-6 of its size.
+        assert report.equal, report
+        assert report.max_abs_diff < {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
+        assert report.argmax_differences == 0
+        assert report.positions == sum(len(name) + 1 for name in names)
+
+
+def test_the_loop_on_every_twentieth_name(names, vocab, device):
+    tree = random_tree(**WIDE, device=device)
+    conv = from_tree(tree)
+    with torch.no_grad():
+        for name in names[::20]:
+            tokens = vocab.encode([name], context=8)[0].to(device)
+            looped = reference.loop_logits(tree, tokens)
+            assert looped.shape == (1, len(name) + 1, len(vocab))
+            assert (looped - conv(tokens)).abs().max() < 1e-12
+            assert (looped - reference.window_logits(tree, tokens)).abs().max() < 1e-12
+
+
+def test_the_lectures_list(lecture_list):
+    assert len(lecture_list) == 32_033 and max(map(len, lecture_list)) == 15
+    vocab = Vocabulary.from_names(lecture_list)
+    assert len(vocab) == 27
+    tree = random_tree(**WIDE)
+    report = verify(tree, from_tree(tree), lecture_list, vocab)
+    assert report.equal, report
+    assert report.positions == 228_146
+
+
+def test_the_lectures_splits(lecture_list):
+    shuffled = lecture_list.copy()
+    random.seed(42)
+    random.shuffle(shuffled)
+    n1, n2 = int(0.8 * len(shuffled)), int(0.9 * len(shuffled))
+    splits = shuffled[:n1], shuffled[n1:n2], shuffled[n2:]
+    assert [sum(len(name) + 1 for name in split) for split in splits] == [182_625, 22_655, 22_866]
+
+
+def to_exact(tree, seed=0):
+    """Small integers for weights, powers of two for scales: every sum is exact in float64, in whatever order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(like, low=-2, high=3):
+        return torch.randint(low, high, like.shape, generator=generator).to(like.dtype)
+
+    for layer in tree.layers:
+        if isinstance(layer, reference.BatchNorm1d):
+            layer.eps = 0.0
+            layer.gamma = 2.0 ** integers(layer.gamma)
+            layer.running_var = 4.0 ** integers(layer.gamma, -1, 2)
+            layer.beta, layer.running_mean = integers(layer.beta), integers(layer.running_mean)
+        elif hasattr(layer, "weight"):
+            layer.weight = integers(layer.weight)
+            if getattr(layer, "bias", None) is not None:
+                layer.bias = integers(layer.bias)
+    return tree
+
+
+@pytest.fixture
+def clamp_for_tanh(monkeypatch):
+    """An exact nonlinearity: tanh rounds, a clamp does not."""
+    monkeypatch.setattr(torch, "tanh", lambda x: x.clamp(-1, 1))
+    monkeypatch.setattr(torch, "tanh_", lambda x: x.clamp_(-1, 1))
+
+
+@pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3,), (3, 2), (1, 4, 1, 2)])
+def test_to_the_bit_where_arithmetic_is_exact(names, vocab, device, clamp_for_tanh, fan_ins):
+    tree = to_exact(random_tree(fan_ins, n_embd=6, n_hidden=16)).to(device)
+    conv = from_tree(tree)
+    folded = fold_batch_norm(conv)
+    context = conv.context
+    tokens, lengths = (t.to(device) for t in vocab.encode(names[::10], context=context))
+    inside = torch.arange(tokens.shape[1] - context + 1, device=device) <= lengths[:, None]
+    with torch.no_grad():
+        expected = reference.window_logits(tree, tokens)
+        assert expected[inside].unique().numel() > 100  # the network says something
+        assert torch.equal(expected * 2**20, (expected * 2**20).round())  # few enough bits that no sum rounds
+        for logits in (conv(tokens), conv.forward_conv1d(tokens), folded(tokens)):
+            assert torch.equal(logits[inside], expected[inside])
+        looped = reference.loop_logits(tree, tokens[:20])
+        assert torch.equal(looped, expected[:20])
+
+
+@st.composite
+def problems(draw):
+    """Any fan-ins, widths, vocabulary, batch norm or none, and ragged names in any order."""
+    fan_ins = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    widths = draw(st.lists(st.integers(1, 9), min_size=len(fan_ins), max_size=len(fan_ins)))
+    alphabet = draw(st.sampled_from(["a", "ab", "abcdefghijklmnopqrstuvwxyz", "-é 😀ß"]))
+    context = torch.tensor(fan_ins).prod().item()
+    longest = min(3 * context, 60)  # several contexts long, up to what is quick
+    lengths = st.integers(0, longest) | st.sampled_from([0, 1, longest])
+    name = lengths.flatmap(lambda n: st.text(alphabet, min_size=n, max_size=n))
+    return (
+        dict(
+            fan_ins=fan_ins,
+            n_hidden=widths,
+            n_embd=draw(st.integers(1, 7)),
+            vocab_size=len(set(alphabet)) + 1,
+            batch_norm=draw(st.booleans()),
+            seed=draw(st.integers(0, 999)),
+        ),
+        draw(st.lists(name, min_size=1, max_size=6)),
+        Vocabulary(alphabet),
+    )
+
+
+@settings(max_examples=150)
+@given(problems())
+def test_any_tree_any_names(problem):
+    sizes, names, vocab = problem
+    tree = random_tree(**sizes)
+    conv = from_tree(tree)
+    for slid in (conv, fold_batch_norm(conv)):
+        report = verify(tree, slid, names, vocab)
+        assert report.equal, report
+        assert report.positions == sum(len(name) + 1 for name in names)
+    tokens, lengths = vocab.encode(names, context=conv.context)
+    with torch.no_grad():
+        together, defined = conv(tokens), conv.forward_conv1d(tokens)
+        assert together.shape == (len(names), int(lengths.max()) + 1, len(vocab))
+        assert (together - defined).abs().max() < 1e-12
+        for row, name in enumerate(names):  # a ragged batch, in the order given, is its names one by one
+            alone = conv(vocab.encode([name], context=conv.context)[0])[0]
+            assert (together[row, : len(name) + 1] - alone).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", reference.NETWORKS)
+def test_every_network_of_the_lecture(names, vocab, device, name):
+    torch.manual_seed(1)
+    tree = reference.lecture_network(name).eval().to(device=device, dtype=torch.float64)
+    assert verify(tree, from_tree(tree), names[::100], vocab).equal
+
+
+def test_a_name_of_100_000_characters(vocab, device):
+    tree = random_tree(n_embd=8, n_hidden=16, device=device)
+    long_name = "".join(random.Random(0).choices(vocab.characters, k=100_000))
+    report = verify(tree, from_tree(tree), [long_name], vocab)
+    assert report.equal and report.positions == 100_001
+
+
+@needs_cuda
+def test_tf32_differs_and_exact_float32_agrees(names, vocab):
+    tree = random_tree(**WIDE, dtype=torch.float32, device="cuda")
+    conv = from_tree(tree)
+    tokens = vocab.encode(names[:2000], context=8)[0].cuda()
+    with torch.no_grad():
+        with exact_float32():
+            expected = reference.window_logits(tree, tokens)
+            assert (conv(tokens) - expected).abs().max() < 1e-5
+            assert (conv.forward_conv1d(tokens) - expected).abs().max() < 1e-5
+        with tf32():
+            assert (conv.forward_conv1d(tokens) - expected).abs().max() > 1e-5
+
+
+def tf32():
+    """TF32 on, by the switch that this PyTorch has; the caller's `exact_float32` has shown that it restores."""
+    from wavenet_conv.precision import _switches
+
+    class Switched:
+        def __enter__(self):
+            self.found = [(owner, name, getattr(owner, name)) for owner, name, _ in _switches()]
+            for owner, name, exact in _switches():
+                setattr(owner, name, "tf32" if isinstance(exact, str) else True)
+
+        def __exit__(self, *_):
+            for owner, name, value in self.found:
+                setattr(owner, name, value)
+
+    return Switched()

@@ -1,0 +1,106 @@
+"""The same loss through both models gives the same gradients, and training mode the tree's batch statistics."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_tree
+from einops import rearrange
+from hypothesis import given, settings
+
+import reference
+from wavenet_conv import Vocabulary, WaveNetConvError, fold_batch_norm, from_tree
+
+VOCAB = Vocabulary("abcdefghijklmnopqrstuvwxyz")
+NAMES = ["", "a", "emma", "olivia", "maximiliano", "xzqjkwvxzqjkwvxzqjkwv"]
+
+
+def losses(tree, conv, names):
+    """Mean cross-entropy of the next token over all real positions, through the tree's windows and the slid pass."""
+    context = conv.context
+    tokens, lengths = VOCAB.encode(names, context=context)
+    inside = torch.arange(tokens.shape[1] - context + 1) <= lengths[:, None]
+    targets = torch.cat([tokens[:, context:], tokens.new_zeros(len(names), 1)], dim=1)[inside]
+    windows = reference.windows(tokens, context)[inside]
+    return F.cross_entropy(tree(windows), targets), F.cross_entropy(conv(tokens, lengths)[inside], targets)
+
+
+def assert_same_gradients(tree, conv):
+    tree_layers, fused = tree.layers, zip(conv.levels, conv.config.fan_ins)
+    linears = [layer for layer in tree_layers if isinstance(layer, reference.Linear)]
+    norms = [layer for layer in tree_layers if isinstance(layer, reference.BatchNorm1d)]
+    pairs = [(conv.embedding.weight.grad, tree_layers[0].weight.grad)]
+    for index, (level, fan_in) in enumerate(fused):
+        expected = rearrange(linears[index].weight.grad, "(j c) o -> o c j", j=fan_in)
+        pairs.append((level.conv.weight.grad, expected))
+        if level.conv.bias is not None:
+            pairs.append((level.conv.bias.grad, linears[index].bias.grad))
+        if level.norm is not None:
+            pairs += [(level.norm.weight.grad, norms[index].gamma.grad), (level.norm.bias.grad, norms[index].beta.grad)]
+    pairs.append((conv.head.weight.grad[..., 0].t(), linears[-1].weight.grad))
+    pairs.append((conv.head.bias.grad, linears[-1].bias.grad))
+    for found, expected in pairs:
+        assert (found - expected).abs().max() < 1e-10  # float64: about 1e-15 a sum, magnified by small variances
+    assert sum(float(expected.abs().sum()) for _, expected in pairs) > 0.1
+
+
+@pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3,), (3, 1, 2)])
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_gradients_in_evaluation_mode(fan_ins, batch_norm):
+    tree = random_tree(fan_ins, n_embd=6, n_hidden=10, batch_norm=batch_norm)
+    conv = from_tree(tree)
+    expected, found = losses(tree, conv, NAMES)
+    assert abs(expected - found) < 1e-12
+    expected.backward()
+    found.backward()
+    assert_same_gradients(tree, conv)
+
+
+@settings(max_examples=40)
+@given(
+    fan_ins=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    names=st.lists(st.text("abcxyz", max_size=12), min_size=2, max_size=6),
+    seed=st.integers(0, 99),
+)
+def test_training_mode_is_the_trees(fan_ins, names, seed):
+    """Loss, gradients and running statistics, on ragged batches: a node counts once for each window that uses it."""
+    tree = random_tree(fan_ins, n_embd=5, n_hidden=7, seed=seed)
+    conv = from_tree(tree).train()
+    tree.train()
+    expected, found = losses(tree, conv, [*names, "abcxyz"])  # one name with a variance of its own
+    assert abs(expected - found) < 1e-10
+    expected.backward()
+    found.backward()
+    assert_same_gradients(tree, conv)
+    norms = [layer for layer in tree.layers if isinstance(layer, reference.BatchNorm1d)]
+    for level, norm in zip(conv.levels, norms):
+        assert (level.norm.running_mean - norm.running_mean.flatten()).abs().max() < 1e-12
+        assert (level.norm.running_var - norm.running_var.flatten()).abs().max() < 1e-12
+
+
+def test_training_mode_through_conv1d_is_the_same():
+    conv = from_tree(random_tree(n_embd=5, n_hidden=7)).train()
+    tokens, lengths = VOCAB.encode(NAMES, context=8)
+    assert (conv(tokens, lengths) - conv.forward_conv1d(tokens, lengths)).abs().max() < 1e-12
+
+
+def test_one_window_has_no_batch_statistics():
+    conv = from_tree(random_tree(n_embd=5, n_hidden=7)).train()
+    with pytest.raises(WaveNetConvError, match="one single value a channel.*more than one window"):
+        conv(torch.zeros(1, 8, dtype=torch.int64))
+
+
+def test_training_the_copy_leaves_the_tree_alone():
+    tree = random_tree(n_embd=5, n_hidden=7)
+    before = [p.detach().clone() for p in tree.parameters()]
+    conv = from_tree(tree)
+    folded = fold_batch_norm(conv)
+    conv.train()
+    conv(VOCAB.encode(NAMES, context=8)[0]).square().mean().backward()
+    for parameter in conv.parameters():
+        parameter.data -= 0.1 * parameter.grad
+    assert all(torch.equal(p, q) for p, q in zip(tree.parameters(), before))
+    again = fold_batch_norm(from_tree(tree))
+    assert all(torch.equal(p, q) for p, q in zip(folded.parameters(), again.parameters()))
+    tree.layers[0].weight.data.zero_()
+    assert conv.embedding.weight.abs().min() > 0

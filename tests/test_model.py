@@ -1,0 +1,158 @@
+"""The slid model as a torch module: its two passes are one, the fast one notices every change, and it refuses clearly."""
+
+import copy
+import io
+
+import pytest
+import torch
+from conftest import random_tree
+from torch import nn
+
+from wavenet_conv import ConvWaveNet, WaveNetConfig, WaveNetConvError, fold_batch_norm, from_tree
+
+TOKENS = torch.randint(27, (3, 20), generator=torch.Generator().manual_seed(0))
+
+
+def small(**config):
+    torch.manual_seed(0)
+    return ConvWaveNet(WaveNetConfig(**({"n_embd": 6, "n_hidden": 10} | config))).eval()
+
+
+def test_it_is_a_stack_of_dilated_convolutions():
+    conv = ConvWaveNet(WaveNetConfig())
+    assert (conv.context, conv.dilations) == (8, (1, 2, 4))
+    assert sum(p.numel() for p in conv.parameters()) == 76_579
+    for level, dilation, c_in in zip(conv.levels, (1, 2, 4), (24, 128, 128)):
+        assert type(level.conv) is nn.Conv1d and level.conv.bias is None
+        assert level.conv.kernel_size == (2,) and level.conv.dilation == (dilation,) and level.conv.padding == (0,)
+        assert level.conv.weight.shape == (128, c_in, 2)
+    assert type(conv.head) is nn.Conv1d and conv.head.kernel_size == (1,)
+    mixed = small(fan_ins=(3, 1, 4, 2))
+    assert (mixed.context, mixed.dilations) == (24, (1, 3, 3, 12))
+    with torch.no_grad():
+        assert conv.eval()(TOKENS).shape == (3, 13, 27)
+
+
+@pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3,), (1,), (2, 1, 5)])
+@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_fast_pass_is_the_conv1d_pass(device, fan_ins, batch_norm, gradients):
+    conv = from_tree(random_tree(fan_ins, n_embd=6, n_hidden=10, batch_norm=batch_norm, device=device))
+    with torch.set_grad_enabled(gradients):
+        for batch in (0, 1, 3):
+            tokens = TOKENS[:batch].to(device)
+            fast, defined = conv(tokens), conv.forward_conv1d(tokens)
+            assert fast.shape == (batch, 20 - conv.context + 1, 27) and fast.requires_grad == gradients
+            assert fast.is_contiguous()
+            assert torch.allclose(fast, defined, rtol=0, atol=1e-12)
+
+
+CHANGES = {
+    "in place": lambda conv: conv.levels[1].conv.weight.data.mul_(2),
+    "a new tensor in .data": lambda conv: setattr(conv.head.bias, "data", conv.head.bias.data + 1),
+    "a new parameter": lambda conv: setattr(conv.embedding, "weight", nn.Parameter(conv.embedding.weight * 2)),
+    "a new module": lambda conv: conv.levels.__setitem__(1, type(conv.levels[1])(10, 10, 2, 2).eval()),
+    "a new submodule": lambda conv: setattr(conv, "head", nn.Conv1d(10, 27, 1)),
+    "another dtype": lambda conv: conv.double(),
+    "loaded weights": lambda conv: conv.load_state_dict(small_state()),
+    "assigned weights": lambda conv: conv.load_state_dict(small_state(), assign=True),
+    "batch statistics": lambda conv: conv.levels[0].norm.running_mean.add_(1),
+    "another mode": lambda conv: conv.train(),
+}
+
+
+def small_state():
+    torch.manual_seed(1)
+    return ConvWaveNet(WaveNetConfig(n_embd=6, n_hidden=10)).state_dict()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_fast_pass_notices_every_change(change):
+    """Without gradients the views of the weights are kept between calls; nothing stale may come out of that."""
+    conv = small()
+    with torch.no_grad():
+        before = conv(TOKENS)
+        assert torch.equal(conv(TOKENS), before)
+        CHANGES[change](conv)
+        after = conv(TOKENS)
+        assert not torch.equal(after.to(before.dtype), before)
+        assert torch.allclose(after, conv.forward_conv1d(TOKENS), rtol=0, atol=1e-6)
+
+
+def test_copies_and_pickles_are_independent():
+    conv = small()
+    with torch.no_grad():
+        before = conv(TOKENS)
+        twin = copy.deepcopy(conv)
+        twin.head.bias.add_(1)
+        assert torch.equal(conv(TOKENS), before) and not torch.equal(twin(TOKENS), before)
+    file = io.BytesIO()
+    torch.save(conv, file)
+    assert len(file.getvalue()) < 4 * 4 * sum(p.numel() for p in conv.parameters()) + 20_000
+    assert all(p.requires_grad for p in conv.parameters())
+
+
+def test_gradients_flow_after_a_pass_without():
+    conv = small()
+    with torch.inference_mode():
+        conv(TOKENS)
+    conv(TOKENS).sum().backward()
+    assert all(p.grad is not None for p in conv.parameters())
+
+
+def test_the_same_seed_gives_the_same_model():
+    assert all(torch.equal(p, q) for p, q in zip(small().parameters(), small().parameters()))
+    weights = ConvWaveNet(WaveNetConfig(n_embd=64, n_hidden=256)).levels[1].conv.weight
+    assert abs(weights.std() * (2 * 256) ** 0.5 - 1) < 0.02  # the lecture's 1 / sqrt(fan-in)
+
+
+@pytest.mark.parametrize(("token", "place"), [(27, [1, 4]), (-1, [2, 0]), (10**12, [0, 19])])
+def test_a_token_outside_the_vocabulary(device, token, place):
+    conv = small().to(device)
+    tokens = TOKENS.clone()
+    tokens[tuple(place)] = token
+    for run in (conv, conv.forward_conv1d):
+        with pytest.raises(IndexError) as refused:
+            run(tokens.to(device))
+        assert isinstance(refused.value, WaveNetConvError)
+        assert f"token {token} at {place} is outside the vocabulary of 27 tokens" in str(refused.value)
+        assert "encode" in str(refused.value)
+
+
+def test_a_sequence_shorter_than_the_context():
+    conv = small()
+    with pytest.raises(WaveNetConvError, match="7 tokens is shorter than the context of 8; put 8 zeros before"):
+        conv(TOKENS[:, :7])
+    with torch.no_grad():
+        assert conv(TOKENS[:, :8]).shape == (3, 1, 27)
+
+
+@pytest.mark.parametrize("tokens", [TOKENS[0], TOKENS[None], TOKENS.float()])
+def test_other_shapes_and_dtypes(tokens):
+    with pytest.raises(WaveNetConvError, match=r"tokens must be int64 \(batch, time\), not torch"):
+        small()(tokens)
+
+
+def test_int32_tokens_are_the_same():
+    conv = fold_batch_norm(small())
+    with torch.no_grad():
+        assert torch.equal(conv(TOKENS.int()), conv(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(fan_ins=(2, 0, 2)), r"fan_ins\[1\] is 0"),
+        (dict(fan_ins=(2, -1)), r"fan_ins\[1\] is -1"),
+        (dict(fan_ins=(2.0,)), r"fan_ins\[0\] is 2.0"),
+        (dict(fan_ins=()), "at least one level"),
+        (dict(fan_ins=8), "at least one level"),
+        (dict(n_hidden=(4, 5)), "2 widths for 3 levels"),
+        (dict(n_hidden=0), r"n_hidden\[0\] is 0"),
+        (dict(n_embd=0), "n_embd is 0"),
+        (dict(vocab_size="27"), "vocab_size is '27'"),
+    ],
+)
+def test_impossible_models_are_refused(config, message):
+    with pytest.raises(WaveNetConvError, match=message):
+        WaveNetConfig(**config)
