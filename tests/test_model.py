@@ -1,4 +1,4 @@
-"""The slid model as a torch module: its two passes are one, the fast one notices every change, and it refuses clearly."""
+"""The slid model as a torch module: its two passes agree, the fast one notices every change, errors are clear."""
 
 import copy
 import io

@@ -24,7 +24,7 @@ class Report:
 
     equal: every logit differs by at most `tolerance * max(1, |logit|)`. positions: outputs compared, each of
     vocabulary-many logits. max_abs_diff: the largest difference of two logits. worst: the name and the position of it.
-    argmax_differences: positions where the models prefer different tokens and the tree's two logits are no tie within
+    argmax_differences: positions where the models prefer different tokens, and to one of them the two are no tie within
     the tolerance.
     """
 
@@ -112,9 +112,10 @@ def _compare(expected: Tensor, found: Tensor) -> tuple[float, int, bool, int]:
     difference = (expected - found).abs()
     per_row = difference.amax(1).nan_to_num(nan=torch.inf)
     equal = bool((difference <= tolerance * expected.abs().clamp(min=1)).all())
-    best = expected.gather(1, expected.argmax(1, keepdim=True))
-    other = expected.gather(1, found.argmax(1, keepdim=True))
-    apart = best - other > tolerance * best.abs().clamp(min=1)
+    choices = torch.stack([expected.argmax(1), found.argmax(1)], dim=1)
+    tree, slid = expected.gather(1, choices).T, found.gather(1, choices).T
+    margin = torch.maximum(tree[0] - tree[1], slid[1] - slid[0])  # how far from a tie either model has the two
+    apart = margin > tolerance * tree[0].abs().clamp(min=1)
     return float(per_row.max()), int(per_row.argmax()), equal, int(apart.sum())
 
 
