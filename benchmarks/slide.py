@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         "torch": torch.__version__,
         "dtype": "float32",
         "model": {
-            "fan_ins": args.fan_ins,
+            "fan_ins": list(args.fan_ins),
             "context": context,
             "n_embd": args.n_embd,
             "n_hidden": args.n_hidden,
@@ -331,29 +332,24 @@ def growth_row(level_count: int, args: argparse.Namespace, device: torch.device)
 
 
 def print_tables(results: dict[str, Any]) -> None:
-    """The results as tables on stdout."""
-    console = Console()
-    console.width = max(console.width, 150)
+    """The results on stdout, as tables that are Markdown too."""
+    console = Console(width=200, highlight=False, soft_wrap=True)  # a table that wraps is no Markdown
     model, names, equal = results["model"], results["names"], results["equality"]
     console.print(
-        f"{results['device']}, PyTorch {results['torch']}, {results['dtype']}",
-        f"fan-ins {model['fan_ins']}, context {model['context']}, embedding {model['n_embd']}, "
-        f"hidden {model['n_hidden']}, {model['parameters']:,} parameters",
-        f"{'equal' if equal['equal'] else 'NOT EQUAL'} at all {equal['positions']:,} positions of {names['used']:,} of "
-        f"{names['of']:,} names: largest difference {equal['max_abs_diff']:.2g}, tolerance {equal['tolerance']:g}",
+        f"{results['device']}, PyTorch {results['torch']}, {results['dtype']}; fan-ins {model['fan_ins']}, "
+        f"embedding {model['n_embd']}, hidden {model['n_hidden']}, {model['parameters']:,} parameters.",
+        f"{'Equal' if equal['equal'] else 'NOT EQUAL'} at all {equal['positions']:,} positions of {names['used']:,} of "
+        f"{names['of']:,} names: largest difference {equal['max_abs_diff']:.2g}, tolerance {equal['tolerance']:g}.",
         sep="\n",
-        highlight=False,
     )
-    if not equal["equal"]:
-        return
-    for table in (one_name_table(results), whole_list_table(results), growth_table(results)):
-        console.print()
-        console.print(table)
+    if equal["equal"]:
+        for title, table, remark in (one_name_table(results), whole_list_table(results), growth_table(results)):
+            console.print("", title, table, remark, sep="\n")
 
 
-def table_of(title: str, *columns: str, caption: str | None = None) -> Table:
+def table_of(*columns: str) -> Table:
     """A table whose first column is text and whose others are numbers."""
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table(box=box.MARKDOWN)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
     return table
@@ -364,16 +360,12 @@ def counts(nodes: Sequence[int]) -> str:
     return " ".join(f"{n:,}" for n in nodes)
 
 
-def one_name_table(results: dict[str, Any]) -> Table:
+def one_name_table(results: dict[str, Any]) -> tuple[str, Table, str]:
     """Nodes, launches and times for one name."""
     name, rows = results["names"]["one_name"], results["one_name"]
     median = {row["method"]: row["median_us"] for row in rows}
     launched = "kernels" if any(row["method"] == "slid_graph" for row in rows) else "operators"
-    table = table_of(
-        f"One name, {name!r} ({len(name) + 1} positions)",
-        *("method", "nodes a level", launched, "median us", "quartiles", "times the loop", "times the windows"),
-        caption=f"distinct nodes: {counts(results['distinct_nodes']['one_name'])}. {FOLDED}",
-    )
+    table = table_of("method", "nodes a level", launched, "median us", "quartiles", "x loop", "x windows")
     for row in rows:
         table.add_row(
             row["method"],
@@ -384,25 +376,20 @@ def one_name_table(results: dict[str, Any]) -> Table:
             f"{median['loop'] / row['median_us']:.2f}",
             f"{median['windows'] / row['median_us']:.2f}",
         )
-    return table
+    remark = (
+        f"Distinct nodes: {counts(results['distinct_nodes']['one_name'])}. slid has batch norm folded into its "
+        f"convolutions; windows_folded is the tree with the same folding, its fairest rival."
+    )
+    return f"One name, {name!r}, {len(name) + 1} positions", table, remark
 
 
-FOLDED = "slid is the model as shipped, batch norm folded; windows_folded is the same folding given to the tree."
-
-
-def whole_list_table(results: dict[str, Any]) -> Table:
+def whole_list_table(results: dict[str, Any]) -> tuple[str, Table, str]:
     """Positions a second and multiply-adds a position over the whole list."""
     rows = {row["method"]: row for row in results["whole_list"]}
     ceiling, windows, slid = results["matmul_multiply_adds_per_second"], rows["windows"], rows["slid"]
-    fewer = windows["multiply_adds_per_position"] / slid["multiply_adds_per_position"]
     table = table_of(
-        f"The whole list, {windows['names']:,} names, {windows['positions']:,} positions",
-        *("method", "batch", "nodes a level", "positions/s", "quartiles", "times the windows"),
-        *("multiply-adds a position", "of matmul rate"),
-        caption=f"loop: on {rows['loop']['names']} names. distinct nodes: "
-        f"{counts(results['distinct_nodes']['whole_list'])}. On short names the padding before each is most of the "
-        f"slid pass's work: it does only {fewer:.2f} times fewer multiply-adds than the windows. "
-        f"Matmul rate here: {ceiling / 1e9:.0f} billion multiply-adds a second.",
+        *("method", "batch", "nodes a level", "positions/s", "quartiles", "x windows"),
+        *("multiply-adds a position", "share of matmul rate"),
     )
     for method, row in rows.items():
         table.add_row(
@@ -415,14 +402,20 @@ def whole_list_table(results: dict[str, Any]) -> Table:
             f"{row['multiply_adds_per_position']:,.0f}",
             f"{row['multiply_adds_per_second'] / ceiling:.0%}",
         )
-    return table
+    fewer = windows["multiply_adds_per_position"] / slid["multiply_adds_per_position"]
+    remark = (
+        f"The loop ran on {rows['loop']['names']} of the names. Distinct nodes: "
+        f"{counts(results['distinct_nodes']['whole_list'])}. On short names the padding before each is most of the "
+        f"slid pass's work: it does only {fewer:.2f} times fewer multiply-adds than the windows. "
+        f"Matmul rate: {ceiling / 1e9:.0f} billion multiply-adds a second."
+    )
+    return f"The whole list, {windows['names']:,} names, {windows['positions']:,} positions", table, remark
 
 
-def growth_table(results: dict[str, Any]) -> Table:
+def growth_table(results: dict[str, Any]) -> tuple[str, Table, str]:
     """Nodes and times a position as the context grows."""
     table = table_of(
-        f"Growth with the context, fan-ins of 2, a sequence of {GROWTH_TOKENS:,} tokens",
-        *("context", "windows: nodes/position", "us/position", "slid: nodes/position", "us/position"),
+        *("context", "windows: nodes a position", "us a position", "slid: nodes a position", "us a position"),
         *("node ratio", "(context - 1) / levels", "time ratio", "largest difference"),
     )
     for row in results["growth"]:
@@ -431,7 +424,11 @@ def growth_table(results: dict[str, Any]) -> Table:
             cells += [f"{sum(method['nodes']) / method['positions']:,.1f}", f"{method['median_us_per_position']:,.2f}"]
         cells += [f"{row['node_ratio']:.2f}", f"{row['theory_node_ratio']:.2f}", f"{row['time_ratio']:.1f}"]
         table.add_row(*cells, f"{row['max_abs_diff']:.1g}")
-    return table
+    remark = (
+        f"Node ratio: windows over slid, counted; a sequence of {GROWTH_TOKENS:,} tokens is finite, so it stays "
+        f"below its limit, (context - 1) / levels."
+    )
+    return f"Growth with the context, fan-ins of 2, a sequence of {GROWTH_TOKENS:,} tokens", table, remark
 
 
 if __name__ == "__main__":

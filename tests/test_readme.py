@@ -1,0 +1,30 @@
+"""The README's Python runs as it stands, and its figures are those of the committed benchmark."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+from benchmarks import slide
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_python_blocks_run(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert len(BLOCKS) >= 2
+    namespace = {}
+    for block in BLOCKS:
+        exec(block, namespace)
+    assert "equal: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("slide-*.json")), ids=lambda f: f.name)
+def test_the_tables_are_those_of_the_committed_runs(file, capsys):
+    slide.print_tables(json.loads(file.read_text()))
+    printed = capsys.readouterr().out
+    assert printed.count("| slid ") >= 2
+    for line in printed.splitlines():
+        assert line.strip() in README, line
