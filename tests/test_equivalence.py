@@ -9,7 +9,7 @@ from conftest import needs_cuda, random_tree
 from hypothesis import given, settings
 
 import reference
-from wavenet_conv import Vocabulary, exact_float32, fold_batch_norm, from_tree, verify
+from wavenet_conv import Vocabulary, exact_float32, fold_batch_norm, from_tree, precision, verify
 
 WIDE = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=128)
 
@@ -161,8 +161,14 @@ def test_a_name_of_100_000_characters(vocab, device):
     assert report.equal and report.positions == 100_001
 
 
+@pytest.fixture
+def restored_precision():
+    with exact_float32():  # puts back, at its end, whatever the test has switched
+        yield
+
+
 @needs_cuda
-def test_tf32_differs_and_exact_float32_agrees(names, vocab):
+def test_tf32_differs_and_exact_float32_agrees(names, vocab, restored_precision):
     tree = random_tree(**WIDE, dtype=torch.float32, device="cuda")
     conv = from_tree(tree)
     tokens = vocab.encode(names[:2000], context=8)[0].cuda()
@@ -171,22 +177,6 @@ def test_tf32_differs_and_exact_float32_agrees(names, vocab):
             expected = reference.window_logits(tree, tokens)
             assert (conv(tokens) - expected).abs().max() < 1e-5
             assert (conv.forward_conv1d(tokens) - expected).abs().max() < 1e-5
-        with tf32():
-            assert (conv.forward_conv1d(tokens) - expected).abs().max() > 1e-5
-
-
-def tf32():
-    """TF32 on, by the switch that this PyTorch has; the caller's `exact_float32` has shown that it restores."""
-    from wavenet_conv.precision import _switches
-
-    class Switched:
-        def __enter__(self):
-            self.found = [(owner, name, getattr(owner, name)) for owner, name, _ in _switches()]
-            for owner, name, exact in _switches():
-                setattr(owner, name, "tf32" if isinstance(exact, str) else True)
-
-        def __exit__(self, *_):
-            for owner, name, value in self.found:
-                setattr(owner, name, value)
-
-    return Switched()
+        for _, write, exact in precision._switches():
+            write({"ieee": "tf32", "highest": "high", False: True}[exact])
+        assert (conv.forward_conv1d(tokens) - expected).abs().max() > 1e-5

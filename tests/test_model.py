@@ -51,7 +51,7 @@ CHANGES = {
     "in place": lambda conv: conv.levels[1].conv.weight.data.mul_(2),
     "a new tensor in .data": lambda conv: setattr(conv.head.bias, "data", conv.head.bias.data + 1),
     "a new parameter": lambda conv: setattr(conv.embedding, "weight", nn.Parameter(conv.embedding.weight * 2)),
-    "a new module": lambda conv: conv.levels.__setitem__(1, type(conv.levels[1])(10, 10, 2, 2).eval()),
+    "a new module": lambda conv: conv.levels.__setitem__(1, type(conv.levels[1])(10, 10, 2, 2, True, False).eval()),
     "a new submodule": lambda conv: setattr(conv, "head", nn.Conv1d(10, 27, 1)),
     "another dtype": lambda conv: conv.double(),
     "loaded weights": lambda conv: conv.load_state_dict(small_state()),

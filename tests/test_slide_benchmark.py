@@ -92,7 +92,7 @@ def test_tables_on_stdout_and_json_in_a_file(tmp_path):
     names.write_text("".join(f"{a}{b}n\n" for a in "abcdefgh" for b in "aeiouxyz"))
     done = benchmark(*SMALL, "--names", names, "--name", "ben", "--fan-ins", "3,2", "--json", target)
     assert done.returncode == 0, done.stderr
-    assert "One name, 'ben' (4 positions)" in done.stdout and "Growth with the context" in done.stdout
+    assert "One name, 'ben', 4 positions" in done.stdout and "Growth with the context" in done.stdout
     assert "whole list" in done.stderr
     results = json.loads(target.read_text())
     assert results["model"]["context"] == 6 and results["names"]["of"] == 64

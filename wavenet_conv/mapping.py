@@ -116,9 +116,7 @@ def _blank(config: WaveNetConfig, like: Tensor) -> ConvWaveNet:
 
     Built on the meta device, so that mapping a model draws no random numbers.
     """
-    with torch.device("meta"):
-        conv = ConvWaveNet(config)
-    return conv.to(like.dtype).to_empty(device=like.device).eval()
+    return ConvWaveNet(config, device="meta", dtype=like.dtype).to_empty(device=like.device).eval()
 
 
 def _parse(layers: list[Any]) -> tuple[Any, list[_LevelSource], Any]:

@@ -71,13 +71,13 @@ class BatchNorm(nn.Module):
     In training every value counts as often as the tree's windows use its node (README: Training by sliding, exactly).
     """
 
-    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, **factory: Any):
         super().__init__()
         self.eps, self.momentum = eps, momentum
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
+        self.weight = nn.Parameter(torch.ones(channels, **factory))
+        self.bias = nn.Parameter(torch.zeros(channels, **factory))
+        self.register_buffer("running_mean", torch.zeros(channels, **factory))
+        self.register_buffer("running_var", torch.ones(channels, **factory))
 
     def forward(self, x: Tensor, uses: Tensor | None = None) -> Tensor:
         """x `(n, channels)` or `(n, channels, time)`; uses, needed in training only, `(n, 1)` or `(n, 1, time)`."""
@@ -104,13 +104,13 @@ class BatchNorm(nn.Module):
 class Level(nn.Module):
     """One fusion: `fan_in` nodes, `dilation` apart, through a linear map, batch norm and tanh to one node."""
 
-    def __init__(self, c_in: int, c_out: int, fan_in: int, dilation: int, batch_norm: bool = True, bias: bool = False):
+    def __init__(self, c_in: int, c_out: int, fan_in: int, dilation: int, batch_norm: bool, bias: bool, **factory: Any):
         super().__init__()
-        self.conv = nn.Conv1d(c_in, c_out, kernel_size=fan_in, dilation=dilation, bias=bias)
+        self.conv = nn.Conv1d(c_in, c_out, kernel_size=fan_in, dilation=dilation, bias=bias, **factory)
         # Stored as the tree's (fan_in * c_in, c_out) matrix and seen as Conv1d's weight, so `forward` never copies it.
         stored = rearrange(self.conv.weight.detach(), "o c j -> (j c) o").contiguous()
         self.conv.weight = nn.Parameter(rearrange(stored, "(j c) o -> o c j", j=fan_in))
-        self.norm = BatchNorm(c_out) if batch_norm else None
+        self.norm = BatchNorm(c_out, **factory) if batch_norm else None
         self.fan_in, self.dilation = fan_in, dilation
 
     def forward(self, x: Tensor, uses: Tensor | None = None) -> Tensor:
@@ -154,16 +154,19 @@ class ConvWaveNet(nn.Module):
     README, "Tree to convolution".
     """
 
-    def __init__(self, config: WaveNetConfig):
+    def __init__(
+        self, config: WaveNetConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ):
         super().__init__()
+        factory = {"device": device, "dtype": dtype}
         self.config, self.context, self.dilations = config, config.context, config.dilations
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd, **factory)
         widths = (config.n_embd, *config.n_hidden)
         self.levels = nn.ModuleList(
-            Level(c_in, c_out, fan_in, dilation, config.batch_norm, config.bias)
+            Level(c_in, c_out, fan_in, dilation, config.batch_norm, config.bias, **factory)
             for c_in, c_out, fan_in, dilation in zip(widths, widths[1:], config.fan_ins, self.dilations)
         )
-        self.head = nn.Conv1d(widths[-1], config.vocab_size, kernel_size=1)
+        self.head = nn.Conv1d(widths[-1], config.vocab_size, kernel_size=1, **factory)
         self._kept: _Kept | None = None
         self.reset_parameters()
 
