@@ -17,7 +17,8 @@ class CountingNodes(TorchFunctionMode):
     """Inside the `with`, counts the nodes that are computed, in `nodes`, one number a level.
 
     Watches PyTorch itself: every level ends in one tanh, so each tanh that runs, in whatever model and by whatever
-    path, gives the nodes of the next level. `widths` are the levels' channels, lowest first.
+    path, gives the nodes of the next level. Hooks on the modules would miss the fast pass, which never calls its
+    levels, and trees, whose layers are plain objects. `widths` are the levels' channels, lowest first.
     """
 
     def __init__(self, widths: Sequence[int]):

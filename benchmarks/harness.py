@@ -109,8 +109,9 @@ def count_launches(call: Call, device: torch.device) -> int:
     return sum(event.cpu_parent is None and event.name.startswith("aten::") for event in events)
 
 
-def matmul_rate(device: torch.device, size: int = 1024) -> float:
+def matmul_rate(device: torch.device) -> float:
     """Multiply-adds a second of a large float32 matrix product on this device: the ceiling of every method."""
+    size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device)
     call = {"matmul": lambda: a @ b}
     time_calls(call, 5, device, block=5)

@@ -22,7 +22,7 @@ from torch import Tensor
 import reference
 from benchmarks import harness
 from benchmarks.counting import CountingNodes, distinct_nodes, multiply_adds
-from benchmarks.harness import quartiles, time_calls
+from benchmarks.harness import UsageError, quartiles, time_calls
 from wavenet_conv import (
     ConvWaveNet,
     Vocabulary,
@@ -32,12 +32,14 @@ from wavenet_conv import (
     from_tree,
     verify,
 )
+from wavenet_conv.equivalence import TOLERANCE
 from wavenet_conv.lists import read_names
 
 GROWTH_TOKENS = 4096
 GROWTH_LEVELS = range(3, 11)  # contexts 8, 16, ... 1024
-WINDOW_BATCHES = (256, 512, 1024, 2048, 4096, 8192)  # windows
-NAME_BATCHES = (32, 64, 128, 256, 512, 1024)  # names of one length
+WINDOW_BATCHES = {"cpu": (256, 512, 1024, 2048, 4096, 8192), "cuda": (4096, 8192, 16384, 32768, 65536, 131072)}
+NAME_BATCHES = {"cpu": (64, 128, 256, 512, 1024, 2048), "cuda": (512, 1024, 2048, 4096, 8192, 16384)}  # of one length
+GROWTH_BATCHES = {"cpu": (2**12, 2**14, 2**16), "cuda": (2**16, 2**18, 2**20)}  # tokens in the windows of one call
 
 
 class Models(NamedTuple):
@@ -53,11 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit code: 1 where the models differ, 2 for wrong usage."""
     args = parse(arguments)
     try:
-        with harness.progress_bar() as progress, torch.no_grad(), exact_float32():
-            results = run(args, progress)
+        device, names = harness.pick_device(args.device), read_names(args.names)
+        vocab = Vocabulary.from_names(names)
+        harness.check_writable(args.json)
+        check_name(args.name, vocab)
     except WaveNetConvError as error:
         print(f"benchmarks.slide: {error}", file=sys.stderr)
         return 2
+    try:
+        with harness.progress_bar() as progress, torch.no_grad(), exact_float32():
+            results = run(args, device, names, vocab, progress)
+    except WaveNetConvError as error:
+        print(f"benchmarks.slide: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     if args.json != "-":
@@ -95,12 +105,17 @@ def fan_ins(text: str) -> tuple[int, ...]:
     return tuple(positive(part) for part in text.split(","))
 
 
-def run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+def check_name(name: str, vocab: Vocabulary) -> None:
+    """Refuses a `--name` with characters that `--names` has none of; raises `UsageError`."""
+    unknown = [character for character in name if character not in vocab.characters]
+    if unknown:
+        raise UsageError(f"--name {name}: the list of names has no character {unknown[0]!r}; name another with --name")
+
+
+def run(
+    args: argparse.Namespace, device: torch.device, every_name: list[str], vocab: Vocabulary, progress: Progress
+) -> dict[str, Any]:
     """All results, as they stand in the JSON; where the models differ, nothing after the equality."""
-    device = harness.pick_device(args.device)
-    harness.check_writable(args.json)
-    every_name = read_names(args.names)
-    vocab = Vocabulary.from_names(every_name)
     names = every_name[::10] if args.quick else every_name
     torch.manual_seed(args.seed)
     models = random_models(args, names, vocab, device)
@@ -134,6 +149,8 @@ def run(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     results["whole_list"] = whole_list_rows(models, by_length, args, progress)
     levels = progress.track(GROWTH_LEVELS, description="growth")
     results["growth"] = [growth_row(level_count, args, device) for level_count in levels]
+    differences = [results["equality"]["max_abs_diff"]] + [row["max_abs_diff"] for row in results["growth"]]
+    results["equality"]["equal"] = all(difference <= TOLERANCE[torch.float32] for difference in differences)
     return results
 
 
@@ -225,8 +242,9 @@ def captured(conv: ConvWaveNet, tokens: Tensor) -> tuple[harness.Call, list[int]
         graph.replay()
         return logits
 
-    if not torch.equal(replay(), conv(tokens)):
-        raise AssertionError("the replayed graph gives other logits than the pass that it was captured from")
+    difference = float((replay() - conv(tokens)).abs().max())
+    if not difference <= TOLERANCE[torch.float32]:
+        raise WaveNetConvError(f"the replayed graph differs by {difference:g} from the pass that it was captured from")
     return replay, counted.nodes
 
 
@@ -245,15 +263,16 @@ def whole_list_rows(
     def over(model: Callable[[Tensor], Any], tensors: list[Tensor], size: int) -> harness.Call:
         return lambda: [model(batch) for tensor in tensors for batch in tensor.split(size)] and None
 
+    window_sizes, name_sizes = WINDOW_BATCHES[device.type], NAME_BATCHES[device.type]
     batched = {
-        "windows": (models.tree, [windows], WINDOW_BATCHES),
-        "windows_folded": (models.folded_tree, [windows], WINDOW_BATCHES),
-        "slid_conv1d": (models.conv.forward_conv1d, by_length, NAME_BATCHES),
-        "slid_unfolded": (models.conv, by_length, NAME_BATCHES),
-        "slid": (models.folded, by_length, NAME_BATCHES),
+        "windows": (models.tree, [windows], window_sizes),
+        "windows_folded": (models.folded_tree, [windows], window_sizes),
+        "slid_conv1d": (models.conv.forward_conv1d, by_length, name_sizes),
+        "slid_unfolded": (models.conv, by_length, name_sizes),
+        "slid": (models.folded, by_length, name_sizes),
     }
-    rounds = 3 if args.quick else 7
-    task = progress.add_task("whole list", total=len(WINDOW_BATCHES) + 2 + rounds)
+    tries_a_size, rounds = (1, 3) if args.quick else (3, 7)
+    task = progress.add_task("whole list", total=len(window_sizes) * tries_a_size + 2 + rounds)
 
     def tick() -> None:
         progress.advance(task)
@@ -261,11 +280,11 @@ def whole_list_rows(
     # Every size once to warm up, then all methods in turn at each size.
     tries = {
         index: {method: over(model, tensors, sizes[index]) for method, (model, tensors, sizes) in batched.items()}
-        for index in range(len(WINDOW_BATCHES))
+        for index in range(len(window_sizes))
     }
     time_calls(tries[0], 1, device, block=1, tick=tick)
-    seconds = {index: time_calls(calls, 1, device, block=1, tick=tick) for index, calls in tries.items()}
-    best = {method: min(seconds, key=lambda index, m=method: seconds[index][m]) for method in batched}
+    times = {index: time_calls(calls, tries_a_size, device, block=1, tick=tick) for index, calls in tries.items()}
+    best = {method: min(times, key=lambda index, m=method: quartiles(times[index][m])[1]) for method in batched}
     methods = {"loop": over(lambda tokens: reference.loop_logits(models.tree, tokens), sample, 1)}
     methods |= {method: tries[index][method] for method, index in best.items()}
     nodes = {method: nodes_of(call, models.conv) for method, call in methods.items()}
@@ -296,20 +315,21 @@ def whole_list_rows(
 def growth_row(level_count: int, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Windows against the slid pass at context `2 ** level_count`, fan-ins of 2, on one long random sequence.
 
-    With `--quick` the windows are a sample of all positions, which the row counts.
+    Both with batch norm folded, the windows at the best of several batch sizes. With `--quick` the windows are a sample
+    of all positions, which the row counts.
     """
     tree = reference.build((2,) * level_count, n_embd=args.n_embd, n_hidden=args.n_hidden).eval().to(device)
     folded = fold_batch_norm(from_tree(tree))
+    folded_tree = reference.from_conv(folded)
     context = folded.context
     tokens = torch.randint(1, 27, (1, GROWTH_TOKENS), device=device)
     positions = GROWTH_TOKENS - context + 1
     stride = max(1, positions * context // 2**16) if args.quick else 1
     windows = reference.windows(tokens, context)[0, ::stride].contiguous()
-    size = max(1, 2**14 // context)  # 2**14 tokens at once are near the best for every context
-    calls = {
-        "windows": lambda: torch.cat([tree(batch) for batch in windows.split(size)]),
-        "slid": lambda: folded(tokens)[0],
-    }
+    sizes = {max(1, size // context) for size in GROWTH_BATCHES[device.type]}
+    over = {size: lambda size=size: torch.cat([folded_tree(batch) for batch in windows.split(size)]) for size in sizes}
+    tried = time_calls(over, 1, device, block=1)
+    calls = {"windows": over[min(tried, key=lambda size: tried[size][0])], "slid": lambda: folded(tokens)[0]}
     logits = {method: call() for method, call in calls.items()}
     nodes = {method: nodes_of(call, folded) for method, call in calls.items()}
     samples = time_calls(calls, 3 if args.quick else 5, device, block=1)
@@ -338,8 +358,8 @@ def print_tables(results: dict[str, Any]) -> None:
     console.print(
         f"{results['device']}, PyTorch {results['torch']}, {results['dtype']}; fan-ins {model['fan_ins']}, "
         f"embedding {model['n_embd']}, hidden {model['n_hidden']}, {model['parameters']:,} parameters.",
-        f"{'Equal' if equal['equal'] else 'NOT EQUAL'} at all {equal['positions']:,} positions of {names['used']:,} of "
-        f"{names['of']:,} names: largest difference {equal['max_abs_diff']:.2g}, tolerance {equal['tolerance']:g}.",
+        f"{'Equal' if equal['equal'] else 'NOT EQUAL'} at all {equal['positions']:,} positions of {names['used']:,} "
+        f"names: largest difference {equal['max_abs_diff']:.2g}, tolerance {equal['tolerance']:g}.",
         sep="\n",
     )
     if equal["equal"]:
@@ -426,7 +446,7 @@ def growth_table(results: dict[str, Any]) -> tuple[str, Table, str]:
         table.add_row(*cells, f"{row['max_abs_diff']:.1g}")
     remark = (
         f"Node ratio: windows over slid, counted; a sequence of {GROWTH_TOKENS:,} tokens is finite, so it stays "
-        f"below its limit, (context - 1) / levels."
+        f"below its limit, (context - 1) / levels. Both with batch norm folded."
     )
     return f"Growth with the context, fan-ins of 2, a sequence of {GROWTH_TOKENS:,} tokens", table, remark
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -14,7 +15,15 @@ def from_conv(conv: Any) -> Sequential:
     """The tree with the weights of a `ConvWaveNet`, copied bit for bit, in the mode that `conv` is in.
 
     The mapping read backwards: `Conv1d.weight[o, c, j]` is `Linear.weight[j * C + c, o]` (README: Tree to convolution).
+    Raises `ValueError` for anything that is not one.
     """
+    if not hasattr(conv, "levels"):
+        raise ValueError(f"from_conv takes a ConvWaveNet, not a {type(conv).__name__}; from_tree goes the other way")
+    with torch.random.fork_rng(devices=[]):  # a new layer draws weights, which are replaced at once
+        return _tree(conv)
+
+
+def _tree(conv: Any) -> Sequential:
     layers: list[Layer] = [_filled(Embedding(*conv.embedding.weight.shape), weight=conv.embedding.weight)]
     for level in conv.levels:
         layers += [FlattenConsecutive(level.fan_in), _linear(level.conv)]

@@ -37,11 +37,15 @@ def build(
     n_hidden: one width for all levels, or one a level. per_position: the lecture's batch-norm bug. Raises `ValueError`
     naming a fan-in or a width below 1.
     """
-    widths = [n_hidden] * len(fan_ins) if isinstance(n_hidden, int) else list(n_hidden)
-    if not fan_ins or len(widths) != len(fan_ins):
-        raise ValueError(f"{len(fan_ins)} fan-ins and {len(widths)} widths; give at least one fan-in, one width each")
-    if min(*fan_ins, *widths, vocab_size, n_embd) < 1:
-        raise ValueError(f"fan-ins {tuple(fan_ins)}, widths {(n_embd, *widths)}: every one must be at least 1")
+    if not isinstance(fan_ins, Sequence) or not fan_ins:
+        raise ValueError(f"fan_ins is {fan_ins!r}; give at least one, such as (2, 2, 2)")
+    widths = list(n_hidden) if isinstance(n_hidden, Sequence) else [n_hidden] * len(fan_ins)
+    if len(widths) != len(fan_ins):
+        raise ValueError(f"{len(fan_ins)} fan-ins and {len(widths)} widths; give one width for all, or one each")
+    for what, sizes in (("fan-in", fan_ins), ("width", [n_embd, *widths]), ("vocabulary", [vocab_size])):
+        for size in sizes:
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"a {what} of {size!r}; it must be an integer of at least 1")
     layers: list[Layer] = [Embedding(vocab_size, n_embd, generator=generator)]
     channels = n_embd
     for fan_in, width in zip(fan_ins, widths):

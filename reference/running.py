@@ -16,7 +16,14 @@ def context_of(tree: Sequential) -> int:
 
 
 def windows(tokens: Tensor, context: int) -> Tensor:
-    """All windows of sequences: `(batch, time)` to a view `(batch, time - context + 1, context)`."""
+    """All windows of sequences: `(batch, time)` to a view `(batch, time - context + 1, context)`.
+
+    Raises `ValueError` for a sequence shorter than the context.
+    """
+    if tokens.shape[1] < context:
+        raise ValueError(
+            f"a sequence of {tokens.shape[1]} tokens has no window of {context}; put {context} zeros before it"
+        )
     return tokens.unfold(1, context, 1)
 
 

@@ -10,10 +10,10 @@ TIME = 40
 
 
 @pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3,), (3, 2, 2), (2, 5), (1, 4), (4, 1, 3)])
-def test_the_receptive_field_is_the_context(fan_ins):
-    conv = from_tree(random_tree(fan_ins, n_embd=6, n_hidden=12))
+def test_the_receptive_field_is_the_context(device, fan_ins):
+    conv = from_tree(random_tree(fan_ins, n_embd=6, n_hidden=12, device=device))
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(1, 27, (1, TIME), generator=generator)
+    tokens = torch.randint(1, 27, (1, TIME), generator=generator).to(device)
     for model in (conv, conv.forward_conv1d, fold_batch_norm(conv)):
         with torch.no_grad():
             before = model(tokens)[0]
@@ -22,5 +22,5 @@ def test_the_receptive_field_is_the_context(fan_ins):
                 changed[0, position] = tokens[0, position] % 26 + 1
                 moved = (model(changed)[0] != before).any(1)
                 # Output t reads tokens [t, t + context).
-                outputs = torch.arange(len(moved))
+                outputs = torch.arange(len(moved), device=device)
                 assert torch.equal(moved, (outputs <= position) & (position < outputs + conv.context))

@@ -21,6 +21,8 @@ def losses(tree, conv, names):
     tokens, lengths = VOCAB.encode(names, context=context)
     inside = torch.arange(tokens.shape[1] - context + 1) <= lengths[:, None]
     targets = torch.cat([tokens[:, context:], tokens.new_zeros(len(names), 1)], dim=1)[inside]
+    device = conv.head.weight.device
+    tokens, lengths, inside, targets = tokens.to(device), lengths.to(device), inside.to(device), targets.to(device)
     windows = reference.windows(tokens, context)[inside]
     return F.cross_entropy(tree(windows), targets), F.cross_entropy(conv(tokens, lengths)[inside], targets)
 
@@ -46,8 +48,8 @@ def assert_same_gradients(tree, conv):
 
 @pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3,), (3, 1, 2)])
 @pytest.mark.parametrize("batch_norm", [True, False])
-def test_gradients_in_evaluation_mode(fan_ins, batch_norm):
-    tree = random_tree(fan_ins, n_embd=6, n_hidden=10, batch_norm=batch_norm)
+def test_gradients_in_evaluation_mode(device, fan_ins, batch_norm):
+    tree = random_tree(fan_ins, n_embd=6, n_hidden=10, batch_norm=batch_norm, device=device)
     conv = from_tree(tree)
     expected, found = losses(tree, conv, NAMES)
     assert abs(expected - found) < 1e-12

@@ -22,9 +22,11 @@ LIST = b"emma\nolivia\nava"
         b"emma\nolivia\nava",
         b"emma\nolivia\nava\n",
         b"emma\r\nolivia\r\nava\r\n",
+        b"emma\rolivia\rava\r",
         b"\xef\xbb\xbfemma\n\nolivia\nava\n\n",
+        b" emma\nolivia \n  \n\tava",
     ],
-    ids=["plain", "newline at the end", "CRLF", "byte-order mark and blank lines"],
+    ids=["plain", "newline at the end", "CRLF", "CR", "byte-order mark and blank lines", "white space"],
 )
 def test_lists_that_are_read(tmp_path, data):
     file = tmp_path / "names.txt"

@@ -197,8 +197,26 @@ class ReLU:
     pass
 
 
-class NoStatistics(nn.BatchNorm1d):
-    pass
+class Residual:
+    """Runs its layers, and does something more."""
+
+    def __init__(self, layers):
+        self.layers = layers
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def batch_norm_with(**members):
+    norm = notebook().BatchNorm1d(5)
+    for name, value in members.items():
+        if value is None:
+            delattr(norm, name)
+        else:
+            setattr(norm, name, value)
+    return norm
 
 
 def parts():
@@ -210,6 +228,12 @@ def replaced(index, *others):
     layers = parts()
     layers[index : index + 1] = others
     return layers
+
+
+def torch_batch_norm_over_positions():
+    """4 nodes of 4 channels: torch's batch norm runs, over the wrong axis."""
+    levels = [FlattenConsecutive(2), nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Tanh(), FlattenConsecutive(4)]
+    return nn.Sequential(nn.Embedding(27, 4), *levels, nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 27))
 
 
 @pytest.mark.parametrize(
@@ -229,6 +253,18 @@ def replaced(index, *others):
         (lambda: replaced(3, nn.BatchNorm1d(5, track_running_stats=False)), r"layer 3 \(BatchNorm1d\) has no running_"),
         (lambda: replaced(0, nn.Embedding(27, 4, max_norm=1.0)), r"layer 0 \(Embedding\).*max_norm"),
         (lambda: replaced(1, nn.Flatten(2)), r"layer 1 \(Flatten\) flattens other axes"),
+        (lambda: replaced(4, Residual([notebook().Tanh()])), r"layer 4 \(Residual\) is not a layer that"),
+        (lambda: nn.Sequential(nn.Embedding(27, 4), Doubled(nn.Tanh())), r"layer 1 \(Doubled\) is not a layer that"),
+        (lambda: replaced(4, nn.Tanh), "layer 4 is the class Tanh, not an instance; write Tanh"),
+        (lambda: replaced(3, batch_norm_with(gamma=None)), r"layer 3 \(BatchNorm1d\) has neither gamma nor weight"),
+        (lambda: replaced(3, batch_norm_with(eps=None)), r"layer 3 \(BatchNorm1d\) has no eps"),
+        (lambda: replaced(3, batch_norm_with(gamma=torch.ones(4))), r"a gamma of shape \(4,\) for 5 channels"),
+        (lambda: replaced(3, batch_norm_with(running_var=torch.ones(1, 4))), r"running_var of shape \(1, 4\) for 5 ch"),
+        (
+            lambda: replaced(3, batch_norm_with(gamma=torch.ones(5).double())),
+            "gamma of torch.float64 and the embedding",
+        ),
+        (lambda: torch_batch_norm_over_positions(), r"layer 3 \(BatchNorm1d\) normalises axis 1"),
         (
             lambda: parts()[:5] + [notebook().FlattenConsecutive(2), notebook().Linear(10, 5)] + parts()[4:],
             r"layer 6 \(Linear\) has no batch norm but other levels do",
@@ -294,8 +330,22 @@ def test_folding_leaves_the_original_and_takes_away_the_norm():
     assert all(torch.equal(p, q) for p, q in zip(twice.parameters(), folded.parameters()))
 
 
+def test_the_wrong_way_round_is_named():
+    tree = random_tree(n_embd=6, n_hidden=10)
+    with pytest.raises(WaveNetConvError, match="takes a ConvWaveNet, not a Sequential; map a tree with from_tree"):
+        fold_batch_norm(tree)
+    with pytest.raises(ValueError, match="takes a ConvWaveNet, not a Sequential; from_tree goes the other way"):
+        reference.from_conv(tree)
+
+
+def test_a_momentum_of_zero_stays_zero():
+    tree = random_tree(n_embd=6, n_hidden=10)
+    tree.layers[3].momentum = 0.0
+    assert from_tree(tree).levels[0].norm.momentum == 0.0
+
+
 def test_mapping_draws_no_random_numbers():
     tree = random_tree(n_embd=6, n_hidden=10)
     state = torch.random.get_rng_state()
-    fold_batch_norm(from_tree(tree))
+    reference.from_conv(fold_batch_norm(from_tree(tree)))
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from conftest import random_tree
+from conftest import needs_cuda, random_tree
 from torch import nn
 
 from wavenet_conv import ConvWaveNet, WaveNetConfig, WaveNetConvError, fold_batch_norm, from_tree
@@ -57,8 +57,21 @@ CHANGES = {
     "loaded weights": lambda conv: conv.load_state_dict(small_state()),
     "assigned weights": lambda conv: conv.load_state_dict(small_state(), assign=True),
     "batch statistics": lambda conv: conv.levels[0].norm.running_mean.add_(1),
+    "weight norm": lambda conv: scaled(nn.utils.parametrizations.weight_norm(conv.levels[1].conv)),
+    "a hook": lambda conv: conv.head.register_forward_hook(lambda *call: call[-1] + 1),
+    "a transposed weight": lambda conv: setattr(
+        conv.levels[1].conv.weight, "data", swapped(conv.levels[1].conv.weight)
+    ),
     "another mode": lambda conv: conv.train(),
 }
+
+
+def scaled(conv):
+    conv.parametrizations.weight.original0.data.mul_(2)
+
+
+def swapped(weight):
+    return weight.data.transpose(0, 1)
 
 
 def small_state():
@@ -77,6 +90,42 @@ def test_the_fast_pass_notices_every_change(change):
         after = conv(TOKENS)
         assert not torch.equal(after.to(before.dtype), before)
         assert torch.allclose(after, conv.forward_conv1d(TOKENS), rtol=0, atol=1e-6)
+
+
+def test_a_batch_norm_that_was_not_there_is_noticed():
+    folded = fold_batch_norm(small())
+    with torch.no_grad():
+        before = folded(TOKENS)
+        folded.levels[1].norm = copy.deepcopy(small().levels[1].norm).eval()
+        folded.levels[1].norm.bias.add_(1)
+        assert not torch.equal(folded(TOKENS), before)
+        assert torch.allclose(folded(TOKENS), folded.forward_conv1d(TOKENS), rtol=0, atol=1e-6)
+
+
+def test_weight_norm_trains_and_autocast_runs():
+    conv = small(batch_norm=False)
+    nn.utils.parametrizations.weight_norm(conv.levels[1].conv)
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(conv(TOKENS), conv.forward_conv1d(TOKENS))
+        conv(TOKENS).square().mean().backward()
+        for parameter in conv.parameters():
+            parameter.data -= 0.1 * parameter.grad
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert small()(TOKENS).dtype == torch.bfloat16
+
+
+def test_functional_calls_and_stacked_models():
+    models = [ConvWaveNet(WaveNetConfig(n_embd=6, n_hidden=10)).eval() for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(models)
+    with torch.no_grad():
+        base = copy.deepcopy(models[0])
+        base(TOKENS)
+        together = torch.func.vmap(lambda p, b: torch.func.functional_call(base, (p, b), (TOKENS,)))(
+            parameters, buffers
+        )
+        for model, logits in zip(models, together):
+            assert torch.allclose(model(TOKENS), logits, rtol=0, atol=1e-5)
 
 
 def test_copies_and_pickles_are_independent():
@@ -127,6 +176,17 @@ def test_a_sequence_shorter_than_the_context():
         assert conv(TOKENS[:, :8]).shape == (3, 1, 27)
 
 
+def test_tokens_that_are_no_tensor():
+    with pytest.raises(WaveNetConvError, match="tokens are a list; pass an int64 tensor"):
+        small()([[1, 2]])
+
+
+@needs_cuda
+def test_tokens_on_another_device():
+    with pytest.raises(WaveNetConvError, match="tokens are on cpu and the model on cuda:0; move them"):
+        small().cuda()(TOKENS)
+
+
 @pytest.mark.parametrize("tokens", [TOKENS[0], TOKENS[None], TOKENS.float()])
 def test_other_shapes_and_dtypes(tokens):
     with pytest.raises(WaveNetConvError, match=r"tokens must be int64 \(batch, time\), not torch"):
@@ -145,6 +205,7 @@ def test_int32_tokens_are_the_same():
         (dict(fan_ins=(2, 0, 2)), r"fan_ins\[1\] is 0"),
         (dict(fan_ins=(2, -1)), r"fan_ins\[1\] is -1"),
         (dict(fan_ins=(2.0,)), r"fan_ins\[0\] is 2.0"),
+        (dict(fan_ins=(True, 2)), r"fan_ins\[0\] is True"),
         (dict(fan_ins=()), "at least one level"),
         (dict(fan_ins=8), "at least one level"),
         (dict(n_hidden=(4, 5)), "2 widths for 3 levels"),
@@ -156,3 +217,8 @@ def test_int32_tokens_are_the_same():
 def test_impossible_models_are_refused(config, message):
     with pytest.raises(WaveNetConvError, match=message):
         WaveNetConfig(**config)
+
+
+def test_a_config_that_is_none():
+    with pytest.raises(WaveNetConvError, match=r"config is \(2, 2\); pass a WaveNetConfig"):
+        ConvWaveNet((2, 2))

@@ -1,9 +1,12 @@
 """`exact_float32` turns TF32 off by whichever switch there is, and puts back what it found."""
 
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
+from conftest import ROOT
 
 from wavenet_conv import exact_float32, precision
 
@@ -29,6 +32,25 @@ def test_it_is_exact_inside_and_restored_after(found):
             pass
         assert all(read() == exact for read, _, exact in precision._switches())
     assert state() == found
+
+
+INHERITS = """
+import torch
+from wavenet_conv import exact_float32, precision
+torch.backends.fp32_precision = "tf32"
+with exact_float32():
+    print([read() for read, _, _ in precision._switches()])
+print([read() for read, _, _ in precision._switches()])
+torch.backends.fp32_precision = "ieee"
+print([read() for read, _, _ in precision._switches()])
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="needs PyTorch 2.9 or later")
+def test_what_was_inherited_is_inherited_again():
+    """In a process of its own: a switch that was ever set by itself inherits no more."""
+    done = subprocess.run([sys.executable, "-c", INHERITS], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.splitlines() == [str([value] * 4) for value in ("ieee", "tf32", "ieee")]
 
 
 def test_it_is_restored_after_an_error(found):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, random_tree
+from conftest import ROOT, needs_cuda, random_tree
 
 import reference
 from benchmarks import slide
@@ -104,7 +104,7 @@ def test_tables_on_stdout_and_json_in_a_file(tmp_path):
     ("arguments", "message"),
     [
         (["--names", "missing.txt"], "benchmarks.slide: missing.txt: No such file"),
-        (["--name", "an4lisa"], "benchmarks.slide: name 0 ('an4lisa'): character '4' at position 2 is not in the voc"),
+        (["--name", "an4lisa"], "benchmarks.slide: --name an4lisa: the list of names has no character '4'"),
         (["--fan-ins", "2,0"], "--fan-ins: '0' is not an integer of at least 1"),
         (["--repeats", "few"], "--repeats: 'few' is not an integer of at least 1"),
         (["--json", "no/such/folder/slide.json"], "benchmarks.slide: --json no/such/folder/slide.json: cannot write"),
@@ -115,13 +115,26 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments, message):
     done = benchmark(*SMALL, *arguments)
     assert done.returncode == 2 and not done.stdout
     assert message in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.startswith("usage") or done.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_where_there_is_none():
     done = benchmark("--device", "cuda")
     assert done.returncode == 2 and not done.stdout
-    assert "sees no CUDA device; run it with --device cpu" in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr == (
+        "benchmarks.slide: --device cuda: this PyTorch sees no CUDA device; run it with --device cpu\n"
+    )
+
+
+@needs_cuda
+def test_on_cuda():
+    done = benchmark(*SMALL[:-2], "--device", "cuda", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    rows = {row["method"]: row for row in json.loads(done.stdout)["one_name"]}
+    assert rows["slid_graph"]["nodes"] == rows["slid"]["nodes"] == [14, 12, 8]
+    assert rows["loop"]["launches"] > rows["windows"]["launches"] and rows["slid_graph"]["launches"] > 0
+    assert all(0 < row["q1_us"] <= row["median_us"] <= row["q3_us"] for row in rows.values())
 
 
 def test_models_that_differ_end_it_with_exit_code_1_and_no_timings(monkeypatch, capsys):

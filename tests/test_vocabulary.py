@@ -74,8 +74,13 @@ def test_a_vocabulary_of_nothing(names):
 def test_what_is_not_a_list_of_names():
     with pytest.raises(WaveNetConvError, match="names is one string, 'emma'; pass a list"):
         ABC.encode("emma", context=8)
-    with pytest.raises(WaveNetConvError, match="name 1 is 3, a int"):
+    with pytest.raises(WaveNetConvError, match="name 1 is 3, of type int"):
         ABC.encode(["emma", 3], context=8)
+    with pytest.raises(WaveNetConvError, match="names is None; pass a list of strings"):
+        ABC.encode(None, context=8)
+    for context in (0, -1, "8"):
+        with pytest.raises(WaveNetConvError, match=f"context is {context!r}; it must be an integer of at least 1"):
+            ABC.encode(["emma"], context=context)
 
 
 def test_tokens_that_cannot_be_decoded():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ModeError, NamesError, ShapeError
-from .mapping import layers_of
 from .model import ConvWaveNet
 from .vocabulary import Vocabulary, checked_names
 
@@ -45,7 +45,7 @@ class Report:
         name = name if len(name) <= 40 else f"{name[:37]}..."
         return (
             f"{'equal' if self.equal else 'NOT EQUAL'}: {self.positions:,} positions of {self.names:,} names, "
-            f"{str(self.dtype).removeprefix('torch.')}, tolerance {self.tolerance:g}\n"
+            f"{str(self.dtype).removeprefix('torch.')}, tolerance {self.tolerance:g} (of a logit's size above 1)\n"
             f"largest difference {self.max_abs_diff:.3g} in {name!r} at position {position}; "
             f"{self.argmax_differences:,} positions with another argmax"
         )
@@ -66,8 +66,12 @@ def verify(
     `(batch, time - context + 1, vocab)`, with `.context`. Both in float64 (tolerance 1e-12) or float32 (1e-5); a
     float32 comparison on CUDA belongs inside `exact_float32()`. `on_progress` is called with a number of names done.
     Raises `ModeError` where either is in training mode, `NamesError` for no names or unknown characters, `ShapeError`
-    where the logits have no such shapes or another dtype.
+    where the logits have no such shapes or another dtype, or the tree does not run at all.
     """
+    if not isinstance(conv, nn.Module) or not hasattr(conv, "context"):
+        raise ShapeError(
+            f"the second model is a {type(conv).__name__}; verify(tree, conv, names, vocab) takes a slid one"
+        )
     _refuse_training(tree, "tree")
     _refuse_training(conv, "conv")
     device = next(conv.parameters()).device
@@ -78,8 +82,8 @@ def verify(
         inside = outputs <= lengths[:, None]
         which, where = inside.nonzero(as_tuple=True)
         windows = tokens.unfold(1, conv.context, 1)[inside].to(device)
-        expected = torch.cat([tree(part) for part in windows.split(max(1, TOKENS_AT_ONCE // conv.context))])
-        found = conv(tokens.to(device))
+        found = conv(tokens.to(device))  # first: it refuses tokens outside its vocabulary
+        expected = torch.cat([_run(tree, part) for part in windows.split(max(1, TOKENS_AT_ONCE // conv.context))])
         if found.shape[:2] != inside.shape or expected.shape != (len(windows), found.shape[2]):
             raise ShapeError(
                 f"logits of shape {tuple(expected.shape)} from the tree for {len(windows)} windows and "
@@ -110,8 +114,8 @@ def _compare(expected: Tensor, found: Tensor) -> tuple[float, int, bool, int]:
     """Largest difference, its row, whether all are within the tolerance, and rows with another argmax: `(n, vocab)`."""
     tolerance = _tolerance(expected.dtype, found.dtype)
     difference = (expected - found).abs()
-    per_row = difference.amax(1).nan_to_num(nan=torch.inf)
-    equal = bool((difference <= tolerance * expected.abs().clamp(min=1)).all())
+    per_row = difference.amax(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    equal = bool((difference.isfinite() & (difference <= tolerance * expected.abs().clamp(min=1))).all())
     choices = torch.stack([expected.argmax(1), found.argmax(1)], dim=1)
     tree, slid = expected.gather(1, choices).T, found.gather(1, choices).T
     margin = torch.maximum(tree[0] - tree[1], slid[1] - slid[0])  # how far from a tie either model has the two
@@ -137,11 +141,27 @@ def _chunks(names: Iterable[str], context: int) -> Iterator[list[str]]:
         yield chunk
 
 
+def _run(tree: Any, windows: Tensor) -> Tensor:
+    """The tree's logits; a list of layers is run in order."""
+    try:
+        return tree(windows) if callable(tree) else reduce(lambda x, layer: layer(x), tree, windows)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ShapeError(f"the tree cannot run windows of shape {tuple(windows.shape)}: {error}") from error
+
+
 def _refuse_training(model: Any, what: str) -> None:
-    parts = list(model.modules()) if isinstance(model, nn.Module) else list(layers_of(model))
-    for place, part in enumerate(parts):
+    for part in _parts(model):
         if getattr(part, "training", False):
             raise ModeError(
-                f"{what} is in training mode (part {place}, {type(part).__name__}), where logits depend on the batch; "
-                f"call .eval(), or set layer.training = False on every layer"
+                f"{what} is in training mode ({type(part).__name__}.training is true), where logits depend on the "
+                f"batch; call .eval(), or set layer.training = False on every layer"
             )
+
+
+def _parts(model: Any) -> Iterator[Any]:
+    """The model and everything inside it that could be in training mode, modules and plain layers alike."""
+    yield model
+    inside = list(model.children()) if isinstance(model, nn.Module) else []
+    layers = model if isinstance(model, (list, tuple)) else getattr(model, "layers", ())
+    for part in [*inside, *(layers if isinstance(layers, (list, tuple)) else ())]:
+        yield from _parts(part)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +18,9 @@ LECTURE_SHA256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc
 
 
 def read_names(path: str | Path) -> list[str]:
-    """The names in a UTF-8 file, one a line; a byte-order mark and CRLF line ends are read, blank lines skipped.
+    """The names in a UTF-8 file, one a line; a byte-order mark and CRLF line ends are read.
+
+    White space around a name is not part of it, and blank lines are skipped.
 
     Raises `NamesError` naming the file, and the line where there is one: a file that is missing, that holds no name,
     that is not UTF-8, or that has a `.` in a name.
@@ -33,7 +36,7 @@ def read_names(path: str | Path) -> list[str]:
         raise NamesError(
             f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
         ) from error
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    lines = [line.strip() for line in re.split("\r\n|\r|\n", text)]
     for number, line in enumerate(lines, start=1):
         if "." in line:
             raise NamesError(f"{path}, line {number} ({line[:40]!r}): '.' marks the end of a name; remove it")
@@ -68,12 +71,13 @@ def download_lecture_names(url: str = LECTURE_URL) -> Path:
         # torch downloads beside the target, compares the hash, and only then renames.
         torch.hub.download_url_to_file(url, str(path), hash_prefix=LECTURE_SHA256, progress=False)
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-        for folder in made:
-            with suppress(OSError):
-                folder.rmdir()
         raise DownloadError(
             f"{url}: {error}; try again, or put the file there yourself and name it in WAVENET_CONV_LECTURE_NAMES"
         ) from error
+    finally:
+        for folder in made:
+            with suppress(OSError):  # what holds the list is not empty and stays
+                folder.rmdir()
     return path
 
 

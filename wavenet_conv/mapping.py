@@ -37,10 +37,17 @@ class _LevelSource:
 
 
 def layers_of(tree: Any) -> Iterator[Any]:
-    """The layers of a tree in order: the lecture's `.layers`, a `torch.nn.Sequential` or a list, nested or not."""
-    layers = getattr(tree, "layers", None)
-    if layers is None and isinstance(tree, (list, tuple, nn.Sequential, nn.ModuleList)):
+    """The layers of a tree in order: of the lecture's `Sequential`, of `torch.nn.Sequential` or of a list, nested too.
+
+    Anything else is one layer: a class of another name, or with a `forward` of its own, may do more than run them.
+    """
+    if isinstance(tree, nn.Module):
+        runs_in_order = isinstance(tree, nn.ModuleList) or type(tree).forward is nn.Sequential.forward
+        layers = tree if runs_in_order else None
+    elif isinstance(tree, (list, tuple)):
         layers = tree
+    else:
+        layers = tree.layers if type(tree).__name__ == "Sequential" else None
     if layers is None:
         yield tree
     else:
@@ -53,13 +60,16 @@ def from_tree(tree: Any) -> ConvWaveNet:
 
     `tree` is the lecture's `Sequential` (or a list of its layers) or a `torch.nn.Sequential`: an `Embedding`, then per
     level `FlattenConsecutive` or `Flatten`, `Linear`, `BatchNorm1d` (or none in any level), `Tanh`, then a `Linear`.
-    A level without a flatten has fan-in 1. Weights are copied: training one model never changes the other.
+    A level without a flatten has fan-in 1, a head without a bias gets one of zeros. Weights are copied: training one
+    model never changes the other. In training mode the slid model normalises as the lecture does, by the unbiased
+    variance, where torch's own batch norm takes the biased one.
     Raises `MappingError` naming the layer for anything else, and for batch-norm statistics kept per position, which
     sharing nodes rules out. Source: README, "Tree to convolution".
     """
     layers = list(layers_of(tree))
     embedding, levels, head = _parse(layers)
     table = embedding.weight
+    _check_dtypes(layers, table.dtype)
     widths = [_matrix(level.linear).shape[1] for level in levels]
     config = WaveNetConfig(
         vocab_size=table.shape[0],
@@ -67,7 +77,7 @@ def from_tree(tree: Any) -> ConvWaveNet:
         n_hidden=tuple(widths),
         fan_ins=tuple(level.fan_in for level in levels),
         batch_norm=_all_or_none(levels, lambda level: level.norm is not None, "batch norm"),
-        bias=_all_or_none(levels, lambda level: level.linear.bias is not None, "a bias"),
+        bias=_all_or_none(levels, lambda level: _bias(level.linear) is not None, "a bias"),
     )
     if _matrix(head).shape[1] != config.vocab_size:
         raise MappingError(
@@ -80,11 +90,11 @@ def from_tree(tree: Any) -> ConvWaveNet:
         for level, source in zip(conv.levels, levels):
             level.conv.weight.copy_(rearrange(_matrix(source.linear), "(j c) o -> o c j", j=source.fan_in))
             if config.bias:
-                level.conv.bias.copy_(source.linear.bias)
+                level.conv.bias.copy_(_bias(source.linear))
             if config.batch_norm:
                 _copy_batch_norm(level.norm, source.norm, source.place + 1)
         conv.head.weight.copy_(rearrange(_matrix(head), "c o -> o c 1"))
-        conv.head.bias.copy_(torch.zeros_like(conv.head.bias) if head.bias is None else head.bias)
+        conv.head.bias.copy_(torch.zeros_like(conv.head.bias) if _bias(head) is None else _bias(head))
     return conv
 
 
@@ -94,6 +104,10 @@ def fold_batch_norm(conv: ConvWaveNet) -> ConvWaveNet:
     With `scale = gamma / sqrt(var + eps)` the weights become `weight * scale` and the bias
     `beta + (bias - mean) * scale`. Logits agree to rounding, with one operator less a level.
     """
+    if not isinstance(conv, ConvWaveNet):
+        raise MappingError(
+            f"fold_batch_norm takes a ConvWaveNet, not a {type(conv).__name__}; map a tree with from_tree"
+        )
     config = replace(conv.config, batch_norm=False, bias=True) if conv.config.batch_norm else conv.config
     folded = _blank(config, conv.embedding.weight)
     with torch.no_grad():
@@ -121,6 +135,13 @@ def _blank(config: WaveNetConfig, like: Tensor) -> ConvWaveNet:
 
 def _parse(layers: list[Any]) -> tuple[Any, list[_LevelSource], Any]:
     """The embedding, the levels and the head of a tree; raises `MappingError` where it is anything else."""
+    for place, layer in enumerate(layers):
+        if isinstance(layer, type):
+            raise MappingError(
+                f"layer {place} is the class {layer.__name__}, not an instance; write {layer.__name__}(...)"
+            )
+        if _kind(layer) in ("Embedding", "Linear") and not isinstance(getattr(layer, "weight", None), Tensor):
+            raise _refusal(place, layer, "has no weight tensor")
     if not layers or _kind(layers[0]) != "Embedding":
         first = f"it starts with {type(layers[0]).__name__}" if layers else "it has no layers"
         raise MappingError(f"a tree starts with an Embedding; {first}")
@@ -153,6 +174,11 @@ def _parse(layers: list[Any]) -> tuple[Any, list[_LevelSource], Any]:
             raise _refusal(place, layer, f"is not a layer that the mapping knows ({', '.join(KNOWN)})")
     if len(levels) < 2 or levels[-1].tanh or levels[-1].norm is not None or levels[-1].fan_in != 1:
         raise MappingError(f"the tree's end is not a head after at least one level; {_ORDER}")
+    for level, above in zip(levels[:-1], levels[1:]):
+        of_torch = isinstance(level.norm, nn.Module) and type(level.norm).forward is nn.BatchNorm1d.forward
+        if of_torch and prod(other.fan_in for other in levels[levels.index(above) :]) > 1:
+            complaint = "normalises axis 1, which here is the position; use a batch norm over the last axis"
+            raise _refusal(level.place + 1, level.norm, complaint)
     return layers[0], levels[:-1], levels[-1].linear
 
 
@@ -175,6 +201,24 @@ def _matrix(linear: Any) -> Tensor:
     return linear.weight.detach().t() if isinstance(linear, nn.Linear) else linear.weight.detach()
 
 
+def _bias(linear: Any) -> Tensor | None:
+    return getattr(linear, "bias", None)
+
+
+def _check_dtypes(layers: list[Any], dtype: torch.dtype) -> None:
+    for place, layer in enumerate(layers):
+        members = vars(layer) | (dict(layer.named_parameters()) if isinstance(layer, nn.Module) else {})
+        for name in ("weight", "bias", "gamma", "beta", "running_mean", "running_var"):
+            tensor = members.get(name)
+            if isinstance(tensor, Tensor) and (tensor.dtype != dtype or not dtype.is_floating_point):
+                raise _refusal(
+                    place,
+                    layer,
+                    f"has a {name} of {tensor.dtype} and the embedding one of {dtype}; "
+                    "bring the whole tree to one floating-point dtype",
+                )
+
+
 def _all_or_none(levels: list[_LevelSource], has: Any, what: str) -> bool:
     having = [has(level) for level in levels]
     if any(having) != all(having):
@@ -195,7 +239,9 @@ def _copy_batch_norm(norm: nn.Module, source: Any, place: int) -> None:
     for name in ("running_mean", "running_var"):
         statistic = getattr(source, name)
         shape = tuple(statistic.shape)
-        if shape[-1:] != (channels,) or prod(shape) != channels:
+        if shape[-1:] != (channels,):
+            raise _refusal(place, source, f"has a {name} of shape {shape} for {channels} channels")
+        if prod(shape) != channels:
             raise _refusal(
                 place,
                 source,
@@ -204,10 +250,16 @@ def _copy_batch_norm(norm: nn.Module, source: Any, place: int) -> None:
                 f"so that the shape is (1, 1, {channels}), and train again or estimate the statistics anew",
             )
         getattr(norm, name).copy_(statistic.reshape(channels))
-    gamma, beta = (
-        getattr(source, name, getattr(source, other, None)) for name, other in (("gamma", "weight"), ("beta", "bias"))
-    )
-    norm.weight.copy_(torch.ones_like(norm.weight) if gamma is None else gamma.reshape(channels))
-    norm.bias.copy_(torch.zeros_like(norm.bias) if beta is None else beta.reshape(channels))
+    for target, names in ((norm.weight, ("gamma", "weight")), (norm.bias, ("beta", "bias"))):
+        name = next((name for name in names if hasattr(source, name)), None)
+        if name is None:
+            raise _refusal(place, source, f"has neither {names[0]} nor {names[1]}")
+        value = getattr(source, name)  # None where torch's affine=False leaves scale and shift out
+        if value is not None and value.numel() != channels:
+            raise _refusal(place, source, f"has a {name} of shape {tuple(value.shape)} for {channels} channels")
+        target.copy_(
+            (torch.ones if target is norm.weight else torch.zeros)(channels) if value is None else value.view(-1)
+        )
     norm.eps = source.eps
-    norm.momentum = getattr(source, "momentum", None) or norm.momentum
+    if getattr(source, "momentum", None) is not None:
+        norm.momentum = source.momentum

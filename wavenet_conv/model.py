@@ -48,7 +48,7 @@ class WaveNetConfig:
         sizes |= {f"fan_ins[{i}]": fan_in for i, fan_in in enumerate(self.fan_ins)}
         sizes |= {f"n_hidden[{i}]": width for i, width in enumerate(widths)}
         for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ConfigError(f"{name} is {size!r}; it must be an integer of at least 1")
         object.__setattr__(self, "fan_ins", tuple(self.fan_ins))
         object.__setattr__(self, "n_hidden", tuple(widths))
@@ -107,10 +107,10 @@ class Level(nn.Module):
     def __init__(self, c_in: int, c_out: int, fan_in: int, dilation: int, batch_norm: bool, bias: bool, **factory: Any):
         super().__init__()
         self.conv = nn.Conv1d(c_in, c_out, kernel_size=fan_in, dilation=dilation, bias=bias, **factory)
-        # Stored as the tree's (fan_in * c_in, c_out) matrix and seen as Conv1d's weight, so `forward` never copies it.
+        # Stored as the tree's (fan_in * c_in, c_out) matrix and seen as Conv1d's weight, so `slide` never copies it.
         stored = rearrange(self.conv.weight.detach(), "o c j -> (j c) o").contiguous()
         self.conv.weight = nn.Parameter(rearrange(stored, "(j c) o -> o c j", j=fan_in))
-        self.norm = BatchNorm(c_out, **factory) if batch_norm else None
+        self.register_module("norm", BatchNorm(c_out, **factory) if batch_norm else None)
         self.fan_in, self.dilation = fan_in, dilation
 
     def forward(self, x: Tensor, uses: Tensor | None = None) -> Tensor:
@@ -158,6 +158,8 @@ class ConvWaveNet(nn.Module):
         self, config: WaveNetConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ):
         super().__init__()
+        if not isinstance(config, WaveNetConfig):
+            raise ConfigError(f"config is {config!r}; pass a WaveNetConfig, such as WaveNetConfig(fan_ins=(2, 2, 2))")
         factory = {"device": device, "dtype": dtype}
         self.config, self.context, self.dilations = config, config.context, config.dilations
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd, **factory)
@@ -184,51 +186,63 @@ class ConvWaveNet(nn.Module):
         """Logits of the token after every window: `(batch, time)` int64 to `(batch, time - context + 1, vocab)`.
 
         Output t reads tokens `[t, t + context)`. `lengths` `(batch,)`, as `Vocabulary.encode` returns them, matter in
-        training mode only: they keep the padding after shorter names out of the batch statistics. Hooks on the levels
-        are called by `forward_conv1d`, not here.
+        training mode only: they keep the padding after shorter names out of the batch statistics. Under autocast, and
+        where a convolution has hooks or a parametrization (weight norm), this is `forward_conv1d`.
         Raises `ShapeError` for other shapes and dtypes and for a sequence shorter than the context, `TokenError` for a
         token outside the vocabulary (on CUDA the check waits for the device; it is left out of a captured graph).
         """
         batch, time = self._checked_shape(tokens)
-        levels, head_bias, head_weight = self._operands()
-        x = self._embed(tokens).flatten(0, 1)
+        operands = None if torch.is_autocast_enabled("cuda" if tokens.is_cuda else "cpu") else self._operands()
+        if operands is None:
+            return self.forward_conv1d(tokens, lengths).contiguous()
+        table, levels, head_bias, head_weight = operands
+        x = self._embed(tokens, table).flatten(0, 1)
         if self.training:
-            for operands, uses in zip(levels, self._uses(tokens, lengths)):
-                x = slide(x, batch, *operands, uses.reshape(-1, 1))
+            for level, uses in zip(levels, self._uses(tokens, lengths)):
+                x = slide(x, batch, *level, uses.reshape(-1, 1))
         else:
-            for operands in levels:
-                x = slide(x, batch, *operands)
+            for level in levels:
+                x = slide(x, batch, *level)
         logits = torch.addmm(head_bias, x, head_weight)
         return logits.view(time - self.context + 1, batch, self.config.vocab_size).transpose(0, 1).contiguous()
 
     def forward_conv1d(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The definition of `forward`, and slower: every level as `nn.Conv1d` on `(batch, channel, time)`."""
         self._checked_shape(tokens)
-        x = rearrange(self._embed(tokens), "time batch channel -> batch channel time")
+        x = rearrange(self._embed(tokens, self.embedding.weight), "time batch channel -> batch channel time")
         for level, uses in zip(self.levels, self._uses(tokens, lengths)):
             x = level(x, rearrange(uses, "time batch -> batch 1 time") if self.training else None)
         return rearrange(self.head(x), "batch vocab time -> batch time vocab")
 
-    def _operands(self) -> tuple[list[tuple], Tensor, Tensor]:
-        """Every level's operands, the head's bias and its `(c_in, vocab)` matrix, all as views of the parameters.
+    def _operands(self) -> tuple[Tensor, list[tuple], Tensor, Tensor] | None:
+        """The embedding, every level's operands, the head's bias and its `(c_in, vocab)` matrix: views of the weights.
 
-        Making the views takes longer than the arithmetic on a short name, so without gradients they are kept for as
-        long as they are views of this model's tensors: changes in place show through them, replaced tensors are seen.
+        None where a convolution would compute something else than its weight and bias say. Making the views takes as
+        long as the arithmetic on a short name, so without gradients they are kept for as long as they are views of this
+        model's tensors: changes in place show through them, replaced tensors are seen.
         """
-        if torch.is_grad_enabled():
-            return self._views()
-        if self._kept is None or not self._kept.current():
-            self._kept = _Kept(self, self._views())
-        return self._kept.value
-
-    def _views(self) -> tuple[list[tuple], Tensor, Tensor]:
-        views = [level.operands() for level in self.levels]
-        return views, self.head.bias.view(-1), self.head.weight.squeeze(2).t()
+        keep = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if keep and self._kept is not None and self._kept.current(self):
+            return self._kept.value
+        convs = [level.conv for level in self.levels] + [self.head]
+        if any(type(conv) is not nn.Conv1d or conv._forward_pre_hooks or conv._forward_hooks for conv in convs):
+            return None
+        levels = [level.operands() for level in self.levels]
+        views = self.embedding.weight.view_as(self.embedding.weight), levels, self.head.bias.view(-1)
+        views += (self.head.weight.squeeze(2).t(),)
+        if keep:
+            try:
+                self._kept = _Kept(self, views)
+            except RuntimeError:  # tensors without memory of their own, as inside torch.func transforms
+                self._kept = None
+        return views
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_kept": None}
 
     def _checked_shape(self, tokens: Tensor) -> tuple[int, int]:
+        if not isinstance(tokens, Tensor):
+            raise ShapeError(f"tokens are a {type(tokens).__name__}; pass an int64 tensor, as Vocabulary.encode makes")
         if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise ShapeError(f"tokens must be int64 (batch, time), not {tokens.dtype} of shape {tuple(tokens.shape)}")
         batch, time = tokens.shape
@@ -239,13 +253,15 @@ class ConvWaveNet(nn.Module):
             )
         return batch, time
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
         """`(batch, time)` to `(time, batch, n_embd)`."""
+        if tokens.device != weight.device:
+            raise ShapeError(f"tokens are on {tokens.device} and the model on {weight.device}; move them with .to(...)")
         # The CPU's look-up checks every token itself; a CUDA one would end in a device assert.
         if tokens.is_cuda and not torch.cuda.is_current_stream_capturing():
             check_tokens(tokens, self.config.vocab_size)
         try:
-            return F.embedding(tokens.t(), self.embedding.weight)
+            return F.embedding(tokens.t(), weight)
         except IndexError:
             check_tokens(tokens, self.config.vocab_size)
             raise
@@ -256,7 +272,7 @@ class ConvWaveNet(nn.Module):
             return [None] * len(self.levels)
         batch, time = tokens.shape
         outputs = torch.arange(time - self.context + 1, device=tokens.device)[:, None]
-        last = len(outputs) - 1 if lengths is None else lengths.to(tokens.device)
+        last = len(outputs) - 1 if lengths is None else torch.as_tensor(lengths, device=tokens.device)
         uses = [(outputs <= last).expand(-1, batch).to(self.embedding.weight.dtype)]
         for level in reversed(self.levels[1:]):
             above = uses[0]
@@ -274,10 +290,18 @@ class _Kept:
         self.value = value
         tables = [table for part in module.modules() for table in (part._modules, part._parameters, part._buffers)]
         entries = [(table, name, member) for table in tables for name, member in table.items()]
+        self.own = module._modules
+        convs = [part for part in module.modules() if isinstance(part, nn.Conv1d)]
+        self.hooks = [hooks for conv in convs for hooks in (conv._forward_pre_hooks, conv._forward_hooks)]
         self.tables, self.names, self.members = zip(*entries)
         self.tensors = [member for member in self.members if isinstance(member, Tensor)]
-        self.memory = [tensor.data_ptr() for tensor in self.tensors]
+        self.memory, self.strides = list(map(Tensor.data_ptr, self.tensors)), list(map(Tensor.stride, self.tensors))
 
-    def current(self) -> bool:
-        same = all(map(operator.is_, map(dict.get, self.tables, self.names), self.members))
-        return same and list(map(Tensor.data_ptr, self.tensors)) == self.memory
+    def current(self, module: nn.Module) -> bool:
+        return (
+            self.own is module._modules
+            and not any(self.hooks)
+            and all(map(operator.is_, map(dict.get, self.tables, self.names), self.members))
+            and list(map(Tensor.data_ptr, self.tensors)) == self.memory
+            and list(map(Tensor.stride, self.tensors)) == self.strides
+        )

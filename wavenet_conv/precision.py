@@ -16,7 +16,7 @@ def exact_float32() -> Iterator[None]:
 
     cuDNN convolutions run float32 in TF32 (10 bits of mantissa) unless told otherwise, which moves logits by about
     1e-3. PyTorch has had two switches for this, and raises where they are mixed: `fp32_precision` is used where the
-    installed version has it, else `allow_tf32` and the float32 matmul precision. Both CUDA and the CPU's oneDNN are set.
+    installed version has it, else `allow_tf32` and the float32 matmul precision. CUDA and the CPU's oneDNN are set.
     The switches are global: other threads see them too.
     """
     switches = _switches()
@@ -26,8 +26,11 @@ def exact_float32() -> Iterator[None]:
             write(exact)
         yield
     finally:
-        for (_, write, _), value in zip(switches, found):
-            write(value)
+        for (read, write, _), value in zip(switches, found):
+            if isinstance(value, str) and value != "none" and read() == "ieee":
+                write("none")  # a switch that took its value from `torch.backends.fp32_precision` takes it again
+            if read() != value:
+                write(value)
 
 
 def _switches() -> list[tuple[Callable[[], Any], Callable[[Any], None], Any]]:

@@ -53,9 +53,12 @@ class Vocabulary:
 
         Returns `(tokens, lengths)`, both int64 on the CPU: tokens `(batch, context + longest)` with `context`
         zeros before each name and zeros after it, lengths `(batch,)`. A name of L characters has L + 1 outputs.
-        Raises `NamesError` naming the first character that is not in the vocabulary, and its place.
+        Raises `NamesError` naming the first character that is not in the vocabulary, and its place; `ShapeError` for a
+        context below 1.
         """
         names = checked_names(names)
+        if not isinstance(context, int) or context < 1:
+            raise ShapeError(f"context is {context!r}; it must be an integer of at least 1, such as conv.context")
         lengths = torch.tensor([len(name) for name in names], dtype=torch.int64)
         longest = int(lengths.max()) if names else 0
         tokens = torch.zeros(len(names), context + longest, dtype=torch.int64)
@@ -100,8 +103,11 @@ class Vocabulary:
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
     """Raises `TokenError` naming the first token outside `[0, vocab_size)` and where it stands."""
-    outside = (tokens < 0) | (tokens >= vocab_size)
-    if outside.any():
+    if tokens.numel() == 0:
+        return
+    low, high = torch.stack(tokens.aminmax()).tolist()  # one kernel and one wait for the device
+    if low < 0 or high >= vocab_size:
+        outside = (tokens < 0) | (tokens >= vocab_size)
         place = tuple(outside.nonzero()[0].tolist())
         raise TokenError(
             f"token {int(tokens[place])} at {list(place)} is outside the vocabulary of {vocab_size} tokens "
@@ -113,10 +119,12 @@ def checked_names(names: Iterable[str]) -> list[str]:
     """`names` as a list; raises `NamesError` for one string in place of a list, and for what is not a string."""
     if isinstance(names, str):
         raise NamesError(f"names is one string, {names[:20]!r}; pass a list of names, such as [{names[:20]!r}]")
+    if not isinstance(names, Iterable):
+        raise NamesError(f"names is {names!r}; pass a list of strings (read_names makes one of a file)")
     names = list(names)
     for index, name in enumerate(names):
         if not isinstance(name, str):
-            raise NamesError(f"name {index} is {name!r}, a {type(name).__name__}; names are strings")
+            raise NamesError(f"name {index} is {name!r}, of type {type(name).__name__}; names are strings")
     return names
 
 
