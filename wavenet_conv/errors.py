@@ -34,3 +34,11 @@ class ModeError(WaveNetConvError, RuntimeError):
 
 class DownloadError(WaveNetConvError, OSError):
     """A download that broke off, or that brought something else."""
+
+
+class CheckpointError(WaveNetConvError, ValueError):
+    """A checkpoint that cannot be read, or that is not one of this library's."""
+
+
+class OutputError(WaveNetConvError, OSError):
+    """An output that cannot be written, or that belongs to another run."""

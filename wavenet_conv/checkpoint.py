@@ -1,0 +1,274 @@
+"""One safetensors file: weights, config, vocabulary, notes. Nothing is unpickled. Knows nothing of scores or training.
+
+The file's metadata are `format` ("wavenet-conv"), `version` ("1"), `config` (JSON: the fields of `WaveNetConfig` and
+`norms`, an eps and a momentum a level), `vocabulary` (the characters in order) and `notes` (JSON). Its tensors are the
+model's `state_dict` and, where the checkpoint carries them, `quantiles`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError, WaveNetConvError
+from .files import write_whole
+from .model import ConvWaveNet, WaveNetConfig
+from .vocabulary import Vocabulary
+
+FORMAT, VERSION = "wavenet-conv", "1"
+DEFAULT = Path(__file__).parent / "default.safetensors"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+
+_DAMAGED = "the file is damaged; copy it again from where it is whole"
+_SAVE_AGAIN = "write it again with save_checkpoint"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds: a model in evaluation mode on the CPU, its vocabulary, and what is known of its training.
+
+    notes: whatever `save_checkpoint` was given, as JSON has it. quantiles: float32 `(q,)`, ascending and evenly spaced
+    from the least to the greatest, in bits per character of the names that the model was trained on; or None.
+    """
+
+    model: ConvWaveNet
+    vocab: Vocabulary
+    notes: dict[str, Any]
+    quantiles: Tensor | None
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: ConvWaveNet,
+    vocab: Vocabulary,
+    notes: Mapping[str, Any] | None = None,
+    quantiles: Tensor | None = None,
+) -> None:
+    """Writes the model to one file, beside `path` and renamed: what was there before stays until the new one is whole.
+
+    notes: what JSON can hold. quantiles: as `Checkpoint` describes them.
+    Raises `CheckpointError` for what `load_checkpoint` would refuse, such as NaN weights or a vocabulary of another
+    size than the model's, and `OSError` where the file cannot be written.
+    """
+    for value, kind in ((model, ConvWaveNet), (vocab, Vocabulary)):
+        if not isinstance(value, kind):
+            raise CheckpointError(f"{path}: a checkpoint holds a {kind.__name__}, not a {type(value).__name__}")
+    norms = [[float(level.norm.eps), float(level.norm.momentum)] for level in model.levels if level.norm is not None]
+    # A level's weights are stored as the tree's matrices, and safetensors takes nothing but contiguous tensors.
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+    }
+    if quantiles is not None:
+        tensors["quantiles"] = quantiles.detach().cpu().clone(memory_format=torch.contiguous_format)
+    try:
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "config": json.dumps(asdict(model.config) | {"norms": norms}),
+            "vocabulary": vocab.characters,
+            "notes": json.dumps(dict(notes or {})),
+        }
+        data = safetensors.torch.save(tensors, metadata)
+    except (TypeError, ValueError, RecursionError) as error:  # notes of other things; half a surrogate pair
+        raise CheckpointError(f"{path}: {error}; notes hold what JSON can, and a vocabulary is Unicode text") from error
+    _read(io.BytesIO(data), path)
+    write_whole(path, data)
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint at `path`, bit for bit as it was saved; `"default"` is the one that ships with this package.
+
+    The model is in evaluation mode, on the CPU, in the dtype that it was saved in. Draws no random numbers.
+    Raises `CheckpointError` naming the file, what is wrong with it and the mend: a file that is missing, a pickle,
+    truncated, longer than it says, of another model or a newer version; tensors that do not fit the config, weights
+    that are NaN or infinite, a vocabulary of another size.
+    """
+    try:
+        with open(DEFAULT if path == "default" else path, "rb") as file:
+            return _read(file, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: {error.strerror or error}; give a file that save_checkpoint wrote, or 'default'"
+        ) from error
+
+
+def _read(file: BinaryIO, path: str | Path) -> Checkpoint:
+    try:
+        return _checkpoint(file)
+    except WaveNetConvError as error:  # a config or a vocabulary says itself what is wrong with it
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _checkpoint(file: BinaryIO) -> Checkpoint:
+    head, header = _header(file)
+    metadata = header.get("__metadata__")
+    found = metadata.get("format") if isinstance(metadata, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"a safetensors file of another model: its format is {found!r:.40}, not {FORMAT!r}")
+    if metadata.get("version") != VERSION:
+        raise CheckpointError(
+            f"its version is {metadata.get('version')!r:.40} and this library reads {VERSION!r}; "
+            "install a newer wavenet-conv"
+        )
+    for key in ("config", "vocabulary", "notes"):
+        if not isinstance(metadata.get(key), str):
+            raise CheckpointError(f"there is no {key} in its metadata; {_SAVE_AGAIN}")
+    config, norms = _config(metadata["config"])
+    vocab = _vocabulary(metadata["vocabulary"], config.vocab_size)
+    notes = _object("notes", metadata["notes"])
+    tensors = _tensors(file, head, header)
+    quantiles = tensors.pop("quantiles", None)
+    _check_quantiles(quantiles)
+    return Checkpoint(_model(config, norms, tensors), vocab, notes, quantiles)
+
+
+def _header(file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
+    """The file's first bytes up to its tensors, and the JSON object in them; nothing beyond is read."""
+    head = file.read(8)
+    length = int.from_bytes(head, "little")
+    head += file.read(min(length, LONGEST_HEADER))
+    try:
+        header = json.loads(head[8:])
+    except (ValueError, RecursionError):
+        header = None
+    if isinstance(header, dict) and len(head) == 8 + length:
+        return head, header
+    # The length of a short header may start as a pickle does, with 0x80, but `{` follows it.
+    if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[8:9] not in (b"", b"{")):
+        raise CheckpointError(
+            "a pickle, as torch.save writes them; reading one can run any code, so it is not read here: "
+            "load it where you trust it and write the model with save_checkpoint"
+        )
+    if len(head) < 8 or (len(head) < 8 + length <= 8 + LONGEST_HEADER and head[8:9] in (b"", b"{")):
+        raise CheckpointError(f"truncated: it ends inside its header, after {len(head):,} bytes; {_DAMAGED}")
+    if head[8:9] == b"{" and length <= LONGEST_HEADER:
+        raise CheckpointError(f"its header is not JSON; {_DAMAGED}")
+    raise CheckpointError("not a safetensors file; give one that save_checkpoint wrote, or 'default'")
+
+
+def _object(key: str, text: str) -> dict[str, Any]:
+    """The JSON object in the metadata's `key`."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"its {key} is not JSON ({error}); {_DAMAGED}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"its {key} is not a JSON object but {text!r:.40}; {_SAVE_AGAIN}")
+    return value
+
+
+def _config(text: str) -> tuple[WaveNetConfig, list[tuple[float, float]]]:
+    """The config, and eps and momentum of every level's batch norm."""
+    fields = _object("config", text)
+    norms = fields.pop("norms", None)
+    for name in ("batch_norm", "bias"):
+        if not isinstance(fields.get(name), bool):
+            raise CheckpointError(f"{name} in its config is {fields.get(name)!r:.40}, not true or false; {_SAVE_AGAIN}")
+    try:
+        config = WaveNetConfig(**fields)
+    except TypeError as error:
+        raise CheckpointError(f"its config has other fields than this library's ({error}); {_SAVE_AGAIN}") from error
+    levels = len(config.fan_ins) if config.batch_norm else 0
+    fit = isinstance(norms, list) and len(norms) == levels
+    if not fit or not all(isinstance(norm, list) and len(norm) == 2 and all(map(_finite, norm)) for norm in norms):
+        raise CheckpointError(
+            f"norms in its config are {norms!r:.80}; {levels} levels with batch norm have an eps and a momentum each; "
+            f"{_SAVE_AGAIN}"
+        )
+    return config, [(eps, momentum) for eps, momentum in norms]
+
+
+def _finite(number: Any) -> bool:
+    return isinstance(number, float) and isfinite(number)
+
+
+def _vocabulary(characters: str, size: int) -> Vocabulary:
+    vocab = Vocabulary(characters)
+    if vocab.characters != characters:
+        raise CheckpointError(f"its vocabulary {characters!r:.80} is not sorted, or has a character twice; {_DAMAGED}")
+    if len(vocab) != size:
+        raise CheckpointError(
+            f"a vocabulary of {len(vocab):,} tokens ('.' and {len(characters):,} characters) for a model of {size:,}; "
+            "save the model with the vocabulary that it was made for"
+        )
+    return vocab
+
+
+def _tensors(file: BinaryIO, head: bytes, header: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors by name, on the CPU; what stands behind the header must be they and nothing else."""
+    data = file.read()
+    try:
+        expected = max(
+            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
+        )
+        missing = expected - len(data)
+    except (IndexError, KeyError, TypeError) as error:
+        raise CheckpointError(f"its header does not say where its tensors are; {_DAMAGED}") from error
+    if missing > 0:
+        raise CheckpointError(
+            f"truncated: {missing:,} of the {expected:,} bytes of its tensors are missing; {_DAMAGED}"
+        )
+    if missing < 0:
+        raise CheckpointError(f"{-missing:,} bytes follow its last tensor; {_DAMAGED}")
+    try:
+        return safetensors.torch.load(head + data)
+    except Exception as error:  # safetensors raises its own error, KeyError and torch's errors for bad headers
+        raise CheckpointError(f"its header and its tensors do not agree ({error}); {_DAMAGED}") from error
+
+
+def _check_quantiles(quantiles: Tensor | None) -> None:
+    if quantiles is None:
+        return
+    if quantiles.dtype != torch.float32 or quantiles.ndim != 1 or not len(quantiles):
+        raise CheckpointError(
+            f"quantiles are {quantiles.dtype} of shape {tuple(quantiles.shape)}; they must be torch.float32 (q,)"
+        )
+    if not quantiles.isfinite().all() or (quantiles.diff() < 0).any():
+        raise CheckpointError("quantiles must be finite and ascending; sort them before they are saved")
+
+
+def _model(config: WaveNetConfig, norms: list[tuple[float, float]], tensors: dict[str, Tensor]) -> ConvWaveNet:
+    """The model with these weights, in evaluation mode; nothing is allocated before every shape is known to fit."""
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
+        listed = ", ".join(sorted(map(str, dtypes)))
+        raise CheckpointError(
+            f"its weights are of {listed}; bring the model to one floating-point dtype and {_SAVE_AGAIN}"
+        )
+    try:
+        model = ConvWaveNet(config, device="meta", dtype=next(iter(dtypes), None))  # draws no random numbers
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"its config asks for a model that cannot be built: {config}; {_DAMAGED}") from error
+    asked = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in [*asked, *tensors]:
+        if name not in tensors:
+            raise CheckpointError(f"there is no tensor {name}, which its config asks for; {_SAVE_AGAIN}")
+        if name not in asked:
+            raise CheckpointError(f"there is a tensor {name!r:.80}, which its config has no place for; {_SAVE_AGAIN}")
+        if tensors[name].shape != asked[name]:
+            raise CheckpointError(
+                f"{name} is of shape {tuple(tensors[name].shape)} and its config asks for {asked[name]}; {_SAVE_AGAIN}"
+            )
+    for name, tensor in tensors.items():
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        if bad:
+            raise CheckpointError(
+                f"{name} has {bad:,} values that are NaN or infinite, so no score could be trusted; "
+                "take a checkpoint from before the training broke down"
+            )
+    model = model.to_empty(device="cpu").eval()
+    model.load_state_dict(tensors)  # copies, so that a level's weights keep the layout that `Level` gives them
+    for level, (eps, momentum) in zip(model.levels, norms):
+        level.norm.eps, level.norm.momentum = eps, momentum
+    return model
