@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -64,22 +65,50 @@ class Vocabulary:
         tokens = torch.zeros(len(names), context + longest, dtype=torch.int64)
         if longest:
             inside = torch.arange(longest) < lengths[:, None]
-            tokens[:, context:][inside] = self._lookup(names)
+            found = self._tokens("".join(names)).long()
+            if not found.all():
+                raise self.refusal(names)
+            tokens[:, context:][inside] = found
         return tokens, lengths
 
-    def _lookup(self, names: Sequence[str]) -> Tensor:
-        """The tokens of all characters of all names, end to end: int64 `(characters,)`."""
-        text = bytearray("".join(names).encode("utf-32-le", errors="surrogatepass"))
-        codes = torch.frombuffer(text, dtype=torch.int32)
+    def pack(self, names: Iterable[str], *, context: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The sequences of `names` end to end, without padding behind any: what a batch of unlike lengths wants.
+
+        Returns `(tokens, lengths, known)`, all on the CPU. tokens: `(time,)`, `context` zeros before each name and
+        after the last, uint8 for ASCII and int64 else. lengths: int64 `(names,)`. known: bool `(names,)`, false for a
+        name with a character that is not in the vocabulary, which is packed as an empty name.
+        """
+        names = checked_names(names)
+        tokens = self._tokens(_joined(names, context))
+        lengths = torch.tensor(array("q", map(len, names)))
+        known = torch.ones(len(names), dtype=torch.bool)
+        # The zeros between names are known, so every other zero is an unknown character, or a `.` inside a name.
+        if int((tokens == 0).sum()) > context * (len(names) + 1):
+            characters = set(self.characters)
+            known = torch.tensor([characters.issuperset(name) for name in names])
+            names = [name if ok else "" for name, ok in zip(names, known.tolist())]
+            tokens, lengths = self._tokens(_joined(names, context)), torch.tensor(array("q", map(len, names)))
+        return tokens, lengths, known
+
+    def _tokens(self, text: str) -> Tensor:
+        """The tokens of a text, 0 for `.` and for what is not in the vocabulary: `(characters,)`."""
+        if text.isascii() and len(self) <= 256:
+            table = bytearray(256)
+            for token, character in enumerate(self.characters, start=1):
+                if character.isascii():
+                    table[ord(character)] = token
+            return torch.frombuffer(bytearray(text.encode("ascii").translate(table)), dtype=torch.uint8)
+        codes = torch.frombuffer(bytearray(text.encode("utf-32-le", errors="surrogatepass")), dtype=torch.int32)
         place = torch.searchsorted(self._codes, codes).clamp_(max=len(self._codes) - 1)
-        unknown = (self._codes[place] != codes).nonzero()
-        if len(unknown):
-            offset = int(unknown[0])
-            for index, name in enumerate(names):
-                if offset < len(name):
-                    raise NamesError(_where(names, index, offset, f"is not in the vocabulary {self.characters!r}"))
-                offset -= len(name)
-        return place + 1
+        return torch.where(self._codes[place] == codes, place + 1, 0)
+
+    def refusal(self, names: Sequence[str]) -> NamesError:
+        """The error that names the first character of `names` that is not in the vocabulary."""
+        for index, name in enumerate(names):
+            for position, character in enumerate(name):
+                if character not in self.characters:
+                    return NamesError(_where(names, index, position, f"is not in the vocabulary {self.characters!r}"))
+        raise ValueError("every character is in the vocabulary")
 
     def decode(self, tokens: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> str | list[str]:
         """The name in a sequence `(time,)`, or the list of names in `(batch, time)`.
@@ -122,10 +151,17 @@ def checked_names(names: Iterable[str]) -> list[str]:
     if not isinstance(names, Iterable):
         raise NamesError(f"names is {names!r}; pass a list of strings (read_names makes one of a file)")
     names = list(names)
+    if set(map(type, names)) == {str}:
+        return names
     for index, name in enumerate(names):
         if not isinstance(name, str):
             raise NamesError(f"name {index} is {name!r}, of type {type(name).__name__}; names are strings")
     return names
+
+
+def _joined(names: Sequence[str], context: int) -> str:
+    padding = END * context
+    return f"{padding}{padding.join(names)}{padding}" if names else padding
 
 
 def _where(names: Sequence[str], index: int, position: int, complaint: str) -> str:

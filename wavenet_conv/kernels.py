@@ -1,0 +1,201 @@
+"""The last level for many windows at once, as one Triton kernel in IEEE float32 and as the PyTorch that defines it.
+
+A window's last node is a gather of what its children contribute, a sum and a tanh; then come the head, a log-softmax
+and the one entry that is wanted (README: Nodes shared across names). The kernel writes no node and no logit to memory.
+A window reads `fan_in * channels * 4` bytes of contributions and takes `channels * vocab * 2` operations, which is
+`vocab / (2 * fan_in)` operations a byte. For an alphabet that is few, so the limit that it is near is the gather's.
+
+Knows nothing of names or of models. Can be imported without Triton.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .errors import ShapeError, WaveNetConvError
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:
+    triton, jit = None, lambda **_: lambda function: function
+
+AVAILABLE = triton is not None  # Triton can be imported
+MAX_VOCAB = 1024  # a program holds whole rows of logits
+
+
+class KernelError(WaveNetConvError, RuntimeError):
+    """The kernel was asked for where it cannot run."""
+
+
+def last_level_ref(contributions: Tensor, children: Tensor, targets: Tensor, head: Tensor, head_bias: Tensor) -> Tensor:
+    """Log-probability, in nats, of each window's target: the definition, in plain PyTorch, for any device and dtype.
+
+    contributions: `(fan_in, kinds, channels)`, what each node below contributes at each tap, or a list of `fan_in`
+    tensors `(kinds, channels)`; children: int64 `(n, fan_in)`, below `kinds`; targets: int64 `(n,)`, below `vocab`;
+    head: `(channels, vocab)`; head_bias: `(vocab,)`. Returns `(n,)`.
+    """
+    nodes = torch.tanh(sum(tap[child] for tap, child in zip(contributions, children.unbind(1))))
+    return (nodes @ head + head_bias).log_softmax(1).gather(1, targets[:, None])[:, 0]
+
+
+def last_level(
+    contributions: Tensor,
+    children: Tensor,
+    targets: Tensor,
+    head: Tensor,
+    head_bias: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`last_level_ref` as one kernel, in float32 and without gradients.
+
+    contributions: float32 `(fan_in, kinds, channels)`, one tensor; children: int64 `(n, fan_in)`; targets: int64
+    `(n,)`; head: float32 `(channels, vocab)`; head_bias: float32 `(vocab,)`; all contiguous, on one device. Returns
+    float32 `(n,)`, in `out` where that is given. Numbers in children and targets must be in range and are not
+    checked, as the check would wait for the device: a child out of range reads other memory.
+
+    A window's result has the same bits whatever the others are and wherever it stands: the blocks depend on the shapes
+    of the weights only, and each row of a block is computed in the same order.
+
+    Raises `KernelError` where `why_not` gives a reason or a gradient is wanted, `ShapeError` for arguments that do not
+    fit each other.
+    """
+    if out is None:
+        out = contributions.new_empty(len(children))
+    _check(contributions, children, targets, head, head_bias, out)
+    fan_in, kinds, channels = contributions.shape
+    n, blocks = len(children), _blocks(fan_in, channels, len(head_bias))
+    if n:
+        with torch.cuda.device_of(contributions):
+            grid = (triton.cdiv(n, blocks["ROWS"]),)
+            _last_level[grid](contributions, children, targets, head, head_bias, out, n, kinds, **blocks)
+    return out
+
+
+def usable(device: torch.device | str, dtype: torch.dtype, vocab: int = 1) -> bool:
+    """Whether `last_level` runs on this device with weights of this dtype and this many tokens."""
+    return not why_not(device, dtype, vocab)
+
+
+def why_not(device: torch.device | str, dtype: torch.dtype, vocab: int = 1) -> str:
+    """What keeps `last_level` from running there, and the mend; empty where it runs."""
+    kind = torch.device(device).type
+    if not AVAILABLE:
+        return "Triton cannot be imported; run `pip install triton`"
+    compiled, in_triton = isinstance(_last_level, triton.JITFunction), isinstance(tl.sum, triton.JITFunction)
+    if compiled != in_triton:
+        return "TRITON_INTERPRET changed after Triton was imported; set it before Python starts"
+    if not compiled and kind != "cpu":
+        return f"Triton was imported with TRITON_INTERPRET=1, which is for the CPU, not {kind}; start without it"
+    if compiled and kind != "cuda":
+        return f"Triton compiles for GPUs, not for {kind}; for a check on the CPU start Python with TRITON_INTERPRET=1"
+    if dtype != torch.float32:
+        return f"the kernel computes in float32, not {dtype}"
+    if vocab > MAX_VOCAB:
+        return f"the kernel holds at most {MAX_VOCAB} logits a window, not {vocab}"
+    return ""
+
+
+@cache
+def warn_once_without_triton() -> None:
+    """Says, once a process, that the plain path runs because Triton is missing; says nothing where it is there."""
+    if not AVAILABLE:
+        message = "Triton cannot be imported, so the last level runs as plain PyTorch, which is slower on a GPU; "
+        warnings.warn(message + "run `pip install triton`", RuntimeWarning, stacklevel=2)
+
+
+def _blocks(fan_in: int, channels: int, vocab: int) -> dict[str, int | bool]:
+    """The kernel's constants: of the weights' shapes only, and within the shared memory of every GPU since Turing."""
+    columns = max(16, triton.next_power_of_2(vocab))
+    return {
+        "FAN_IN": fan_in,
+        "CHANNELS": channels,
+        "VOCAB": vocab,
+        "ROWS": max(16, min(64, 8192 // columns)),
+        "CHANNEL_BLOCK": 32 if channels > 16 and columns <= 256 else 16,
+        "COLUMNS": columns,
+        "num_warps": 4 if columns <= 256 else 8,
+        "num_stages": 3 if columns <= 64 and fan_in <= 3 else 1,
+        "enable_fp_fusion": True,
+    }
+
+
+def _check(
+    contributions: Tensor, children: Tensor, targets: Tensor, head: Tensor, head_bias: Tensor, out: Tensor
+) -> None:
+    weights, numbers = [contributions, head, head_bias], [children, targets]
+    dtype = next((tensor.dtype for tensor in [*weights, out] if tensor.dtype != torch.float32), torch.float32)
+    reason = why_not(contributions.device, dtype, len(head_bias))
+    if not reason and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in weights):
+        reason = "the kernel has no gradient; call it under torch.no_grad()"
+    if reason:
+        raise KernelError(f"last_level cannot run: {reason}")
+    shapes = [tuple(tensor.shape) for tensor in (contributions, children, targets, head, head_bias, out)]
+    fan_in, channels = (shapes[0][0], shapes[0][2]) if len(shapes[0]) == 3 else (0, 0)
+    n, vocab = len(children), len(head_bias)
+    if shapes[1:] != [(n, fan_in), (n,), (channels, vocab), (vocab,), (n,)] or not fan_in * channels * vocab:
+        raise ShapeError(
+            "last_level takes (fan_in, kinds, channels), (n, fan_in), (n,), (channels, vocab), (vocab,), out (n,); "
+            f"these are {', '.join(map(str, shapes))}"
+        )
+    if any(tensor.dtype != torch.int64 for tensor in numbers):
+        raise ShapeError(f"children and targets must be int64, not {children.dtype} and {targets.dtype}")
+    for tensor in [*weights, *numbers, out]:
+        if tensor.device != contributions.device or not tensor.is_contiguous():
+            raise ShapeError("last_level takes contiguous tensors on one device; use .contiguous() and .to(device)")
+
+
+@jit()
+def _tanh(x):
+    """To a few units in the last place: by its series below 1/4, where 1 - exp(-2x) would cancel."""
+    square = x * x
+    series = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    e = tl.exp(-2 * tl.abs(x))
+    ratio = (1 - e) / (1 + e)
+    return tl.where(square < 1 / 16, series, tl.where(x < 0, -ratio, ratio))
+
+
+# What differs between calls of one model is not specialised on, so that all of them run the same machine code.
+@jit(do_not_specialize=["children", "targets", "out", "n", "kinds"])
+def _last_level(
+    contributions,
+    children,
+    targets,
+    head,
+    head_bias,
+    out,
+    n,
+    kinds,
+    FAN_IN: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    VOCAB: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNEL_BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One program: ROWS windows, COLUMNS >= VOCAB logits each, summed over blocks of channels. Offsets are int64."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    real = row < n
+    logits = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, CHANNELS, CHANNEL_BLOCK):
+        channel = start + tl.arange(0, CHANNEL_BLOCK)
+        nodes = tl.zeros((ROWS, CHANNEL_BLOCK), tl.float32)
+        for tap in tl.static_range(FAN_IN):
+            child = tl.load(children + row * FAN_IN + tap, mask=real, other=0) + kinds.to(tl.int64) * tap
+            there = real[:, None] & (channel < CHANNELS)[None, :]
+            nodes += tl.load(contributions + child[:, None] * CHANNELS + channel[None, :], mask=there, other=0.0)
+        there = (channel < CHANNELS)[:, None] & (column < VOCAB)[None, :]
+        weights = tl.load(head + channel[:, None] * VOCAB + column[None, :], mask=there, other=0.0)
+        logits = tl.dot(_tanh(nodes), weights, logits, input_precision="ieee")
+    logits += tl.load(head_bias + column, mask=column < VOCAB, other=-float("inf"))[None, :]
+    logits -= tl.max(logits, 1)[:, None]
+    target = tl.load(targets + row, mask=real, other=0)
+    wanted = tl.sum(tl.where(column[None, :] == target[:, None], logits, 0.0), 1)
+    tl.store(out + row, wanted - tl.log(tl.sum(tl.exp(logits), 1)), mask=real)
