@@ -16,7 +16,7 @@ from . import kernels
 from .mapping import fold_batch_norm
 from .model import ConvWaveNet
 
-TILE = 512  # nodes in one matrix product, always: a node's bits cannot depend on how many others there are
+TILE = 1024  # nodes in one matrix product, always: a node's bits cannot depend on how many others there are
 TABULATED = 4096  # a level with no more possible nodes than this is evaluated once and for all, all of them
 DIRECT = 2**24  # keys up to here are numbered by a table of that many bits and numbers, others by sorting
 NEARLY_ALL = 0.8  # distinct share of a level above which numbering the next one costs more than it saves
@@ -83,7 +83,7 @@ class SharedNodes:
         contributions = self._table
         for level, children in enumerate(levels[:-1], start=self.tabulated + 1):
             contributions = self._contributions(level, self._nodes(contributions, children), len(children))
-        return contributions, levels[-1], rows, tokens[starts + self.context]
+        return contributions, levels[-1], rows, tokens.index_select(0, starts + self.context)
 
     def number(self, tokens: Tensor, lengths: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """Numbers the distinct nodes of every level above the tabulated ones.
@@ -103,8 +103,9 @@ class SharedNodes:
             taps = [tap.index_select(0, starts) for tap in _taps(ids, fan_in, dilation)]
             children, numbers = number(taps, kinds) if share < NEARLY_ALL else every(taps)
             levels.append(children)
-            kinds, share = len(children), len(children) / max(1, len(starts))
-            ids = torch.zeros_like(ids).index_copy_(0, starts, numbers)
+            if span < self.context:
+                kinds, share = len(children), len(children) / max(1, len(starts))
+                ids = torch.zeros_like(ids).index_copy_(0, starts, numbers)
         return levels, numbers, starts
 
     def _nodes(self, contributions: Tensor, children: Tensor) -> Iterator[Tensor]:

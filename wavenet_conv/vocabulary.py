@@ -60,7 +60,7 @@ class Vocabulary:
         names = checked_names(names)
         if not isinstance(context, int) or context < 1:
             raise ShapeError(f"context is {context!r}; it must be an integer of at least 1, such as conv.context")
-        lengths = torch.tensor([len(name) for name in names], dtype=torch.int64)
+        lengths = _lengths(names)
         longest = int(lengths.max()) if names else 0
         tokens = torch.zeros(len(names), context + longest, dtype=torch.int64)
         if longest:
@@ -80,14 +80,14 @@ class Vocabulary:
         """
         names = checked_names(names)
         tokens = self._tokens(_joined(names, context))
-        lengths = torch.tensor(array("q", map(len, names)))
+        lengths = _lengths(names)
         known = torch.ones(len(names), dtype=torch.bool)
         # The zeros between names are known, so every other zero is an unknown character, or a `.` inside a name.
         if int((tokens == 0).sum()) > context * (len(names) + 1):
             characters = set(self.characters)
             known = torch.tensor([characters.issuperset(name) for name in names])
             names = [name if ok else "" for name, ok in zip(names, known.tolist())]
-            tokens, lengths = self._tokens(_joined(names, context)), torch.tensor(array("q", map(len, names)))
+            tokens, lengths = self._tokens(_joined(names, context)), _lengths(names)
         return tokens, lengths, known
 
     def _tokens(self, text: str) -> Tensor:
@@ -157,6 +157,11 @@ def checked_names(names: Iterable[str]) -> list[str]:
         if not isinstance(name, str):
             raise NamesError(f"name {index} is {name!r}, of type {type(name).__name__}; names are strings")
     return names
+
+
+def _lengths(names: Sequence[str]) -> Tensor:
+    lengths = array("q", map(len, names))  # through a buffer: a list of integers takes PyTorch five times as long
+    return torch.frombuffer(lengths, dtype=torch.int64) if lengths else torch.zeros(0, dtype=torch.int64)
 
 
 def _joined(names: Sequence[str], context: int) -> str:
