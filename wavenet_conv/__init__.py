@@ -5,10 +5,12 @@ from .errors import WaveNetConvError
 from .mapping import fold_batch_norm, from_tree
 from .model import ConvWaveNet, WaveNetConfig
 from .precision import exact_float32
+from .scoring import Scorer
 from .vocabulary import Vocabulary
 
 __all__ = [
     "ConvWaveNet",
+    "Scorer",
     "Vocabulary",
     "WaveNetConfig",
     "WaveNetConvError",
