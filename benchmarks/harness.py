@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from wavenet_conv import WaveNetConvError
+from wavenet_conv.files import write_whole
 
 NAMES = Path(__file__).parent.parent / "names.txt"
 
@@ -136,13 +136,4 @@ def write_json(results: dict[str, Any], path: str) -> None:
     if path == "-":
         print(text)
         return
-    target = Path(path).absolute()
-    handle, beside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text + "\n")
-        os.chmod(beside, 0o644)
-        os.replace(beside, target)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    write_whole(path, (text + "\n").encode())

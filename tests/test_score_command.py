@@ -128,7 +128,7 @@ def wait(process: subprocess.Popen, condition) -> None:
     end = time.monotonic() + DEADLINE
     while process.poll() is None and not condition():
         assert time.monotonic() < end
-        time.sleep(0.001)
+        os.sched_yield()
 
 
 @pytest.mark.parametrize("format", ["tsv", "jsonl"])
