@@ -137,3 +137,12 @@ def write_json(results: dict[str, Any], path: str) -> None:
         print(text)
         return
     write_whole(path, (text + "\n").encode())
+
+
+def report(results: dict[str, Any], path: str | None, print_tables: Callable[[dict[str, Any]], None]) -> int:
+    """Prints the tables, or the JSON in their place for "-", and writes the file; returns the exit code."""
+    if path != "-":
+        print_tables(results)
+    if path is not None:
+        write_json(results, path)
+    return 0 if results["equality"]["equal"] else 1

@@ -91,11 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    if args.json != "-":
-        print_tables(results)
-    if args.json is not None:
-        harness.write_json(results, args.json)
-    return 0 if results["equality"]["equal"] else 1
+    return harness.report(results, args.json, print_tables)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

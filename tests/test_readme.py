@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 from benchmarks import score, slide
+from wavenet_conv.checkpoint import load_checkpoint
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -19,6 +20,12 @@ def test_the_python_blocks_run(monkeypatch, capsys):
     for block in BLOCKS:
         exec(block, namespace)
     assert "equal: " in capsys.readouterr().out
+
+
+def test_the_losses_are_those_of_the_checkpoint_that_ships():
+    notes = load_checkpoint("default").notes
+    for part, phrase in (("train", "on the training part"), ("validation", "on validation"), ("test", "on test")):
+        assert re.search(rf"{notes[part + '_loss']:.3f}( nats a position)? {phrase}", README), part
 
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))

@@ -40,17 +40,18 @@ class SharedNodes:
         table, kinds, self.tabulated = folded.embedding.weight.clone(), self.vocab_size, 0
         self._table = self._contributions(0, _padded(table).split(TILE), len(table))
         while self.tabulated < len(self.fan_ins) - 1 and kinds ** self.fan_ins[self.tabulated] <= TABULATED:
-            every = torch.cartesian_prod(*[torch.arange(kinds, device=table.device)] * self.fan_ins[self.tabulated])
-            every = every.view(-1, self.fan_ins[self.tabulated])
-            self.tabulated, kinds = self.tabulated + 1, len(every)
-            self._table = self._contributions(self.tabulated, self._nodes(self._table, every), len(every))
+            tuples = torch.cartesian_prod(*[torch.arange(kinds, device=table.device)] * self.fan_ins[self.tabulated])
+            tuples = tuples.view(-1, self.fan_ins[self.tabulated])
+            self.tabulated, kinds = self.tabulated + 1, len(tuples)
+            self._table = self._contributions(self.tabulated, self._nodes(self._table, tuples), len(tuples))
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits after every distinct window, and for each output which of them is its and which token comes next.
 
-        tokens: int64 `(time,)`, the names end to end with `context` zeros before each and after the last; lengths:
-        int64 `(names,)`. Returns `(distinct, vocab)` and twice int64 `(sum(lengths + 1),)`, name after name.
+        tokens: uint8 or int64 `(time,)`, the names end to end as `Vocabulary.pack` puts them, `context` zeros before
+        each and after the last; lengths: int64 `(names,)`. Returns `(distinct, vocab)`, rows int64 and next tokens in
+        the dtype of `tokens`, both `(sum(lengths + 1),)`, name after name.
         """
         contributions, children, rows, targets = self._below_top(tokens, lengths)
         logits = self._head.new_empty(len(children) + -len(children) % TILE, self.vocab_size)
