@@ -42,7 +42,7 @@ from benchmarks.slide import (
 from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, WaveNetConvError, exact_float32, fold_batch_norm
 from wavenet_conv.checkpoint import Checkpoint, load_checkpoint
 from wavenet_conv.lists import read_names
-from wavenet_conv.scoring import Scorer
+from wavenet_conv.scoring import CHUNK_NAMES, Scorer
 from wavenet_conv.vocabulary import END
 
 try:
@@ -827,7 +827,8 @@ def growth_table(results: dict[str, Any]) -> tuple[str, Table, str]:
             f"{row['share_of_floor']:.0%}",
         )
     remark = (
-        "Windows evaluated: of all positions; the scorer shares nodes inside a chunk of names. "
+        f"Windows evaluated: of all positions; they are shared inside a chunk of {CHUNK_NAMES:,} names, "
+        "the nodes below them in the whole stream, up to a bound. "
         f"Names sampled from the default model, cut at {LONGEST} characters, repeats removed."
     )
     return "Growth with the number of distinct names, Scorer.score with the default model", table, remark

@@ -12,6 +12,7 @@ from test_equivalence import clamp_for_tanh, to_exact  # noqa: F401
 
 import reference
 from wavenet_conv import Vocabulary, WaveNetConvError, from_tree, scoring
+from wavenet_conv.nodes import SharedNodes
 from wavenet_conv.scoring import Scorer
 
 ABC = Vocabulary("abcdefghijklmnopqrstuvwxyz")
@@ -94,7 +95,7 @@ COMPANY = small_scorer()
 def test_company_does_not_matter_in_a_real_list(names, device, fan_ins):
     """Widths of the lecture's size, where a matrix product has other kernels for other shapes."""
     tree = random_tree(fan_ins, n_embd=24, n_hidden=128, dtype=torch.float32)
-    scorer = Scorer(from_tree(tree), ABC, device=device)
+    scorer = Scorer(from_tree(tree), ABC, device=device, remember=fan_ins == (2, 2, 2))
     scores = scorer.score(names)
     order = random.Random(0)
     for size in (1, 2, 3, 7, 64, 500, 511, 512, 513, 5000, len(names)):
@@ -150,6 +151,23 @@ def test_no_names_and_empty_names():
     assert scorer.logits([])[0].shape == (0, 27)
     assert scorer.score(ABC.encode([], context=8)).shape == (0,)
     assert scorer.score(["", ""]).isfinite().all() and scorer.position_log_probs([""])[1].tolist() == [0, 1]
+
+
+def test_what_a_call_remembers_is_whole(names, monkeypatch):
+    """A call that fails between numbering and evaluating leaves no number of a node that has no value."""
+    scorer, fresh = small_scorer(remember=True), small_scorer()
+    expected = fresh.score(names)
+    assert torch.equal(scorer.score(names[:3000]), expected[:3000])
+    evaluate = SharedNodes._contributions
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SharedNodes, "_contributions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        scorer.score(names[3000:6000])
+    assert torch.equal(scorer.score(names), expected)
+    with monkeypatch.context() as patch:
+        counts = []
+        patch.setattr(SharedNodes, "_contributions", lambda *args: [counts.append(args[3]), evaluate(*args)][1])
+        assert torch.equal(scorer.score(names), expected) and torch.equal(fresh.score(names), expected)
+    assert counts[0] == 0 < counts[1]
 
 
 def test_a_name_of_100_000_characters_among_others(monkeypatch):

@@ -470,7 +470,7 @@ def _scorer(options: Namespace) -> Scorer:
         raise UsageError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     device = "cuda" if cuda and options.device != "cpu" else "cpu"
     try:
-        return Scorer.load(options.model, device=device)
+        return Scorer.load(options.model, device=device, remember=True)
     except CheckpointError as error:
         raise UsageError(f"--model {error}") from error
 

@@ -15,14 +15,16 @@ from torch import Tensor
 from .checkpoint import load_checkpoint
 from .errors import ConfigError, ShapeError
 from .model import ConvWaveNet
-from .nodes import SharedNodes
+from .nodes import Carried, SharedNodes
 from .precision import exact_float32
 from .vocabulary import Vocabulary, check_tokens, checked_names
 
 Names = Iterable[str] | tuple[Tensor, Tensor]
 
-CHUNK_TOKENS = 2**22  # tokens that are numbered together: bounds memory to some hundred bytes each
-CHUNK_NAMES = 2**18
+# Tokens that are numbered together: bounds memory to some hundred bytes each. Below 2**22, so that an int64 for each
+# is less than the 32 MiB from which glibc hands out fresh pages at every allocation.
+CHUNK_TOKENS = 4_000_000
+CHUNK_NAMES = 2**17
 
 
 class Scorer:
@@ -38,7 +40,8 @@ class Scorer:
 
     model: a `ConvWaveNet`, in whatever mode; it is copied, and batch norm folded. vocab: what its tokens mean. device
     and dtype: where and in what to compute (as the model is; float32 is IEEE, also on CUDA). quantiles: float32 `(q,)`,
-    ascending bits per character of the model's training list, for `percentile`.
+    ascending bits per character of the model's training list, for `percentile`. remember: whether nodes that one call
+    has evaluated serve the next calls too (some hundred MiB at most, and no other scores); else a call starts anew.
     Raises `ConfigError` where the vocabulary is not the model's.
     """
 
@@ -50,6 +53,7 @@ class Scorer:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         quantiles: Tensor | None = None,
+        remember: bool = False,
     ):
         if len(vocab) != model.config.vocab_size:
             raise ConfigError(
@@ -59,6 +63,8 @@ class Scorer:
         self.vocab, self.quantiles, self.context = vocab, quantiles, model.context
         weights = copy.deepcopy(model).to(device=device, dtype=dtype)
         self.device, self.dtype = weights.embedding.weight.device, weights.embedding.weight.dtype
+        self.remember = remember
+        self._carried: list[Carried] = []  # what the last call has left: room to write in, and nodes to remember
         with exact_float32():
             self.nodes = SharedNodes(weights)
 
@@ -80,11 +86,10 @@ class Scorer:
     def stream(self, names: Names, *, chunk: int = CHUNK_NAMES, unknown: str = "error") -> Iterator[Tensor]:
         """The scores of `names`, an iterable of any length, in order, at most `chunk` at a time.
 
-        Nodes are shared inside a chunk, so larger ones cost less a name; memory is bounded by the chunk. A chunk also
-        ends early where its names are long.
+        Windows are shared inside a chunk and the nodes below them in the whole stream; memory is bounded by the chunk.
+        A chunk also ends early where its names are long.
         """
-        for packed in self._packed(names, chunk, unknown):
-            log_probs, lengths, known = self._log_probs(*packed)
+        for log_probs, lengths, known in self._log_probs(names, chunk, unknown):
             owners = torch.arange(len(lengths)).repeat_interleave(lengths + 1)
             scores = torch.zeros(len(lengths), dtype=torch.float64).index_add_(0, owners, log_probs.double())
             yield scores.masked_fill_(~known, torch.nan).to(self.dtype)
@@ -95,7 +100,7 @@ class Scorer:
         Returns the values, name after name, in the scorer's dtype, and offsets int64 `(names + 1,)`: name i has
         `values[offsets[i] : offsets[i + 1]]`, one value more than it has characters. An unknown name has one NaN.
         """
-        parts = [self._log_probs(*packed) for packed in self._packed(names, CHUNK_NAMES, unknown)]
+        parts = list(self._log_probs(names, CHUNK_NAMES, unknown))
         for log_probs, lengths, known in parts:
             log_probs[(torch.cumsum(lengths + 1, 0) - 1)[~known]] = torch.nan
         values = torch.cat([torch.zeros(0, dtype=self.dtype), *[log_probs for log_probs, _, _ in parts]])
@@ -129,11 +134,19 @@ class Scorer:
         below = torch.searchsorted(self.quantiles, bits.float()) * (100 / len(self.quantiles))
         return below.masked_fill(bits.isnan(), torch.nan)
 
-    def _log_probs(self, tokens: Tensor, lengths: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities of what comes next, `(positions,)` on the CPU; lengths and known as they came."""
-        with torch.no_grad(), exact_float32():
-            log_probs = self.nodes.log_probs(tokens.to(self.device), lengths.to(self.device))
-        return log_probs.cpu(), lengths, known
+    def _log_probs(self, names: Names, chunk: int, unknown: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Chunk after chunk: log-probabilities of what comes next, `(positions,)` on the CPU, lengths, known or not."""
+        carried, whole = self._carried.pop() if self._carried else Carried(), False
+        try:
+            for tokens, lengths, known in self._packed(names, chunk, unknown):
+                with torch.no_grad(), exact_float32():
+                    log_probs = self.nodes.log_probs(tokens.to(self.device), lengths.to(self.device), carried)
+                yield log_probs.cpu(), lengths, known
+            whole = True
+        finally:
+            if not (whole and self.remember):
+                carried.forget()
+            self._carried = [carried]
 
     def _packed(self, names: Names, chunk: int, unknown: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Tokens end to end, lengths and which names are known, chunk after chunk."""
