@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from operator import mul
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from wavenet_conv import ConvWaveNet
 class CountingNodes(TorchFunctionMode):
     """Inside the `with`, counts the nodes that are computed, in `nodes`, one number a level.
 
-    Watches PyTorch itself: every level ends in one tanh, so each tanh that runs, in whatever model and by whatever
-    path, gives the nodes of the next level. Hooks on the modules would miss the fast pass, which never calls its
-    levels, and trees, whose layers are plain objects. `widths` are the levels' channels, lowest first.
+    Watches PyTorch itself: every level has one tanh, so each tanh that runs, in whatever model and by whatever path,
+    gives the nodes of the next level. Hooks on the modules would miss the fast pass, which never calls its levels, and
+    trees, whose layers are plain objects. `widths` are the levels' channels, lowest first: a config's `n_hidden`.
     """
 
     def __init__(self, widths: Sequence[int]):
@@ -55,6 +56,13 @@ def distinct_nodes(sequences: Sequence[Tensor], fan_ins: Sequence[int]) -> list[
 
 
 def multiply_adds(conv: ConvWaveNet, nodes: Sequence[int], positions: int) -> int:
-    """Multiply-adds of the linear maps for that many nodes a level, and of the head at every position."""
-    levels = sum(n * prod(level.conv.weight.shape) for n, level in zip(nodes, conv.levels))
-    return levels + positions * prod(conv.head.weight.shape)
+    """Multiply-adds of the linear maps for that many nodes a level, and of the head at every position.
+
+    In a gated model a position needs one skip a level, that of the node on its right spine, and the layer `hidden`.
+    """
+    of_nodes, of_outputs = [[level.conv] for level in conv.levels], [conv.head]
+    if conv.config.gated:
+        of_nodes = [level.convs()[:-1] for level in conv.levels]
+        of_outputs += [conv.hidden, *(level.skip for level in conv.levels)]
+    per_node = [sum(prod(part.weight.shape) for part in parts) for parts in of_nodes]
+    return sum(map(mul, nodes, per_node)) + positions * sum(prod(part.weight.shape) for part in of_outputs)

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .layers import BatchNorm1d, Embedding, FlattenConsecutive, Layer, Linear, Sequential, Tanh
+from .layers import BatchNorm1d, Embedding, FlattenConsecutive, GatedBlock, Layer, Linear, ReLU, Sequential, Tanh
 
 
 def from_conv(conv: Any) -> Sequential:
@@ -26,6 +26,9 @@ def from_conv(conv: Any) -> Sequential:
 def _tree(conv: Any) -> Sequential:
     layers: list[Layer] = [_filled(Embedding(*conv.embedding.weight.shape), weight=conv.embedding.weight)]
     for level in conv.levels:
+        if hasattr(level, "skip"):
+            layers.append(_block(level))
+            continue
         layers += [FlattenConsecutive(level.fan_in), _linear(level.conv)]
         if level.norm is not None:
             norm = BatchNorm1d(len(level.norm.weight), eps=level.norm.eps, momentum=level.norm.momentum)
@@ -40,10 +43,19 @@ def _tree(conv: Any) -> Sequential:
                 )
             )
         layers.append(Tanh())
+    layers += [] if conv.hidden is None else [ReLU(), _linear(conv.hidden), ReLU()]
     tree = Sequential([*layers, _linear(conv.head)])
     for parameter in tree.parameters():
         parameter.requires_grad = True
     return tree
+
+
+def _block(level: Any) -> GatedBlock:
+    gate, channels, last = level.skip.in_channels, level.skip.out_channels, level.residual is None
+    block = GatedBlock(level.fan_in, channels, gate, last)
+    block.linear, block.skip = _linear(level.conv), _linear(level.skip)
+    block.residual = None if last else _linear(level.residual)
+    return block
 
 
 def _linear(conv: Any) -> Linear:
@@ -54,5 +66,6 @@ def _linear(conv: Any) -> Linear:
 
 def _filled(layer: Layer, **tensors: Tensor) -> Any:
     for name, tensor in tensors.items():
-        setattr(layer, name, tensor.detach().clone())
+        # Laid out as in a new layer: products with a transposed matrix have other last bits.
+        setattr(layer, name, tensor.detach().clone(memory_format=torch.contiguous_format))
     return layer

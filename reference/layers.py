@@ -26,6 +26,16 @@ class Layer:
     def parameters(self) -> list[Tensor]:
         return []
 
+    def to(self, *args, **kwargs) -> Layer:
+        """Moves every tensor as `Tensor.to` would, in place of the old ones, and drops the outputs."""
+        vars(self).pop("out", None)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.detach().to(*args, **kwargs).requires_grad_(value.requires_grad))
+            elif isinstance(value, Layer):
+                value.to(*args, **kwargs)
+        return self
+
 
 class Embedding(Layer):
     """Tokens `(..., time)` to their rows of `weight` `(vocab, n_embd)`: `(..., time, n_embd)`."""
@@ -96,6 +106,13 @@ class Tanh(Layer):
         return torch.tanh(x)
 
 
+class ReLU(Layer):
+    """The greater of 0 and every element."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+
 class FlattenConsecutive(Layer):
     """Fuses `n` neighbours: `(batch, time, channels)` to `(batch, time / n, n * channels)`.
 
@@ -111,6 +128,35 @@ class FlattenConsecutive(Layer):
             raise ValueError(f"FlattenConsecutive({self.n}) got {time} nodes, which {self.n} does not divide")
         x = x.reshape(batch, time // self.n, self.n * channels)
         return x.squeeze(1) if x.shape[1] == 1 else x
+
+
+class GatedBlock(Layer):
+    """Fuses `n` neighbours as the WaveNet paper's block does: gate, residual, skip (arXiv:1609.03499, 2.3 and 2.4).
+
+    A node has two values, h and s, both `(batch, time, channels)`; without an s, as after an Embedding, it is 0. Every
+    parent keeps those of its last child and adds its own: `h = residual(z) + h(last)` and `s = skip(z) + s(last)`,
+    where `z = tanh(f) * sigmoid(g)` and `linear` makes f and g, side by side, of all its children's h. Gives the pair
+    (h, s) or, as the last block, which has no `residual`, s alone. Raises `ValueError` where n does not divide.
+    """
+
+    def __init__(self, n: int, channels: int, gate: int, last: bool = False, generator: torch.Generator | None = None):
+        self.n = n
+        self.linear = Linear(n * channels, 2 * gate, generator=generator)
+        self.residual = None if last else Linear(gate, channels, generator=generator)
+        self.skip = Linear(gate, channels, generator=generator)
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        h, s = x if isinstance(x, tuple) else (x, torch.zeros_like(x))
+        fuse, channels = FlattenConsecutive(self.n), h.shape[-1]
+        h, s = fuse(h), fuse(s)
+        f, g = self.linear(h).chunk(2, dim=-1)
+        z = torch.tanh(f) * torch.sigmoid(g)
+        s = self.skip(z) + s[..., -channels:]
+        return s if self.residual is None else (self.residual(z) + h[..., -channels:], s)
+
+    def parameters(self) -> list[Tensor]:
+        inner = [self.linear, *([] if self.residual is None else [self.residual]), self.skip]
+        return [p for linear in inner for p in linear.parameters()]
 
 
 class Sequential(Layer):
@@ -139,10 +185,7 @@ class Sequential(Layer):
         return self.train(False)
 
     def to(self, *args, **kwargs) -> Sequential:
-        """Moves every tensor as `Tensor.to` would, in place of the old ones, and drops the outputs."""
+        """As a layer's `to`, for each of them."""
         for layer in self.layers:
-            vars(layer).pop("out", None)
-            for name, value in vars(layer).items():
-                if isinstance(value, Tensor):
-                    setattr(layer, name, value.detach().to(*args, **kwargs).requires_grad_(value.requires_grad))
+            layer.to(*args, **kwargs)
         return self

@@ -1,4 +1,4 @@
-"""The networks of the lecture series' last three parts, and any other list of fan-ins."""
+"""The networks of the lecture series' last three parts, a gated one, and any other list of fan-ins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .layers import BatchNorm1d, Embedding, FlattenConsecutive, Layer, Linear, Sequential, Tanh
+from .layers import BatchNorm1d, Embedding, FlattenConsecutive, GatedBlock, Layer, Linear, ReLU, Sequential, Tanh
 
 # name: (arguments of `build`, parameters), for the lecture's vocabulary of 27 tokens
 NETWORKS: dict[str, tuple[dict, int]] = {
@@ -18,6 +18,7 @@ NETWORKS: dict[str, tuple[dict, int]] = {
     "tree-200": (dict(fan_ins=(2, 2, 2), n_embd=10, n_hidden=200), 170_897),
     "tree-68": (dict(fan_ins=(2, 2, 2), n_embd=10, n_hidden=68), 22_397),
     "wide": (dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=128), 76_579),
+    "gated-96": (dict(fan_ins=(2, 2, 2, 2), n_embd=96, n_hidden=96, gated=True), 227_931),
 }
 
 
@@ -27,16 +28,21 @@ def build(
     vocab_size: int = 27,
     n_embd: int = 24,
     n_hidden: int | Sequence[int] = 128,
-    batch_norm: bool = True,
+    batch_norm: bool | None = None,
     per_position: bool = False,
+    gated: bool = False,
     generator: torch.Generator | None = None,
 ) -> Sequential:
     """A tree in training mode with the lecture's initialisation: the head's weights are ten times smaller.
 
-    Per fan-in: FlattenConsecutive, Linear (with a bias only where there is no batch norm), BatchNorm1d, Tanh.
-    n_hidden: one width for all levels, or one a level. per_position: the lecture's batch-norm bug. Raises `ValueError`
-    naming a fan-in or a width below 1.
+    Per fan-in: FlattenConsecutive, Linear (with a bias only where there is no batch norm), BatchNorm1d, Tanh; gated:
+    a GatedBlock, n_hidden wide inside the gate, no batch norm, and ReLU, Linear, ReLU before the head. n_hidden: one
+    width for all levels, or one a level. per_position: the lecture's batch-norm bug. Raises `ValueError` naming a
+    fan-in or a width below 1, and for a gated tree with batch norm.
     """
+    if gated and (batch_norm or per_position):
+        raise ValueError("gated and batch_norm or per_position; a gated tree has no batch norm, leave it out")
+    batch_norm = not gated if batch_norm is None else batch_norm
     if not isinstance(fan_ins, Sequence) or not fan_ins:
         raise ValueError(f"fan_ins is {fan_ins!r}; give at least one, such as (2, 2, 2)")
     widths = list(n_hidden) if isinstance(n_hidden, Sequence) else [n_hidden] * len(fan_ins)
@@ -48,14 +54,19 @@ def build(
                 raise ValueError(f"a {what} of {size!r}; it must be an integer of at least 1")
     layers: list[Layer] = [Embedding(vocab_size, n_embd, generator=generator)]
     channels = n_embd
-    for fan_in, width in zip(fan_ins, widths):
-        layers += [
-            FlattenConsecutive(fan_in),
-            Linear(fan_in * channels, width, bias=not batch_norm, generator=generator),
-            *([BatchNorm1d(width, per_position=per_position)] if batch_norm else []),
-            Tanh(),
-        ]
-        channels = width
+    for level, (fan_in, width) in enumerate(zip(fan_ins, widths), start=1):
+        if gated:
+            layers.append(GatedBlock(fan_in, n_embd, width, last=level == len(widths), generator=generator))
+        else:
+            layers += [
+                FlattenConsecutive(fan_in),
+                Linear(fan_in * channels, width, bias=not batch_norm, generator=generator),
+                *([BatchNorm1d(width, per_position=per_position)] if batch_norm else []),
+                Tanh(),
+            ]
+            channels = width
+    if gated:
+        layers += [ReLU(), Linear(n_embd, n_embd, generator=generator), ReLU()]
     head = Linear(channels, vocab_size, generator=generator)
     head.weight *= 0.1
     tree = Sequential([*layers, head])

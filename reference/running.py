@@ -7,12 +7,12 @@ from math import prod
 from einops import rearrange
 from torch import Tensor
 
-from .layers import FlattenConsecutive, Sequential
+from .layers import FlattenConsecutive, GatedBlock, Sequential
 
 
 def context_of(tree: Sequential) -> int:
     """Tokens that one prediction of `tree` sees: the product of its fan-ins."""
-    return prod(layer.n for layer in tree.layers if isinstance(layer, FlattenConsecutive))
+    return prod(layer.n for layer in tree.layers if isinstance(layer, (FlattenConsecutive, GatedBlock)))
 
 
 def windows(tokens: Tensor, context: int) -> Tensor:

@@ -50,6 +50,12 @@ def lecture_list() -> list[str]:
     return read_names(path)
 
 
+def parts_of(tree) -> list[reference.layers.Layer]:
+    """The layers of a tree in order, a gated block's linear layers in its place."""
+    inside = [vars(layer).values() if isinstance(layer, reference.GatedBlock) else [layer] for layer in tree.layers]
+    return [part for parts in inside for part in parts if isinstance(part, reference.layers.Layer)]
+
+
 def random_tree(fan_ins=(2, 2, 2), dtype=torch.float64, device="cpu", seed=0, **sizes) -> reference.Sequential:
     """A tree in evaluation mode in which no weight, bias, gamma, beta or running statistic has its first value.
 
@@ -58,7 +64,7 @@ def random_tree(fan_ins=(2, 2, 2), dtype=torch.float64, device="cpu", seed=0, **
     generator = torch.Generator().manual_seed(seed)
     tree = reference.build(fan_ins, generator=generator, **sizes)
     with torch.no_grad():
-        for layer in tree.layers:
+        for layer in parts_of(tree):
             if isinstance(layer, reference.BatchNorm1d):
                 layer.gamma.uniform_(0.5, 1.5, generator=generator)
                 layer.beta.normal_(std=0.5, generator=generator)

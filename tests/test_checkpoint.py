@@ -24,6 +24,7 @@ from wavenet_conv.files import write_whole
 
 AB = Vocabulary("ab")
 SMALL = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, fan_ins=(2, 2))
+GATED = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, fan_ins=(2, 2), gated=True)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -76,6 +77,7 @@ def path(tmp_path) -> Path:
         {"bias": True},
         {"batch_norm": False, "bias": False},
         {"n_hidden": (5, 1, 4), "fan_ins": (3, 1, 2)},
+        {"n_hidden": (5, 1, 4), "fan_ins": (3, 1, 2), "gated": True},
     ],
     ids=str,
 )
@@ -102,13 +104,25 @@ def test_every_bit_comes_back(tmp_path, sizes, dtype):
         assert level.norm is None or (level.norm.eps, level.norm.momentum) == (other.norm.eps, other.norm.momentum)
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("fold", [False, True])
-def test_a_mapped_tree_gives_the_same_logits(tmp_path, names, vocab, fold):
-    model = from_tree(random_tree(dtype=torch.float32))
+def test_a_mapped_tree_gives_the_same_logits(tmp_path, names, vocab, fold, gated):
+    model = from_tree(random_tree(dtype=torch.float32, gated=gated))
     model = fold_batch_norm(model) if fold else model
     save_checkpoint(tmp_path / "m", model, vocab)
     tokens, _ = vocab.encode(names[:50], context=8)
     assert torch.equal(load_checkpoint(tmp_path / "m").model(tokens), model(tokens))
+
+
+def test_gates_are_told_by_the_config_and_the_version(path):
+    """A file without gates is what it always was; a library that reads no others asks for a newer one."""
+    metadata = parts(path)[1]
+    assert metadata["version"] == "1" and "gated" not in json.loads(metadata["config"])
+    assert not load_checkpoint(changed(path, config={"gated": False})).model.config.gated
+    save_checkpoint(path, small(GATED), AB)
+    metadata = parts(path)[1]
+    assert metadata["version"] == "2" and json.loads(metadata["config"])["gated"] is True
+    assert load_checkpoint(path).model.config == GATED
 
 
 def test_notes_and_quantiles_come_back(path):
@@ -239,7 +253,7 @@ def test_a_header_that_lies_about_its_tensors_is_refused(path):
     [
         ({"format": "pt"}, "of another model: its format is 'pt'"),
         ({"without": ("format",)}, "of another model: its format is None"),
-        ({"version": "2"}, "its version is '2' and this library reads '1'; install a newer"),
+        ({"version": "3"}, "its version is '3' and this library reads '1' and '2'; install a newer"),
         ({"without": ("config",)}, "there is no config"),
         ({"without": ("vocabulary",)}, "there is no vocabulary"),
         ({"without": ("notes",)}, "there is no notes"),
@@ -256,6 +270,10 @@ def test_a_header_that_lies_about_its_tensors_is_refused(path):
         ({"config": {"fan_ins": "22"}}, "fan_ins[0] is '2'"),
         ({"config": {"n_hidden": [3]}}, "n_hidden has 1 widths for 2 levels"),
         ({"config": {"batch_norm": "no"}}, "batch_norm in its config is 'no'"),
+        ({"config": {"gated": 1}}, "gated in its config is 1, not true or false"),
+        ({"config": {"gated": True}}, "batch_norm is True and gated too"),
+        ({"config": {"gated": True, "batch_norm": False}}, "bias is False and gated is True"),
+        ({"config": {"gated": True, "batch_norm": False, "bias": True, "norms": []}}, "conv.weight is of shape"),
         ({"config": {"batch_norm": False}}, "norms in its config"),
         ({"config": {"norms": [[1e-5, 0.1]]}}, "2 levels with batch norm"),
         ({"config": {"norms": [[1e-5, 0.1], [float("nan"), 0.1]]}}, "norms in its config"),
@@ -290,6 +308,29 @@ def test_a_header_that_lies_about_its_tensors_is_refused(path):
     ids=lambda value: str(value)[:50] if isinstance(value, str) else "",
 )
 def test_what_does_not_fit_is_refused(path, change, complaint):
+    assert complaint in refusal(changed(path, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"without": ("levels.0.residual.bias",)}, "there is no tensor levels.0.residual.bias"),
+        ({"tensors": {"levels.1.residual.bias": torch.ones(2)}}, "'levels.1.residual.bias', which its config has no"),
+        (
+            {"tensors": {"levels.1.skip.weight": torch.ones(3, 2, 1)}},
+            "levels.1.skip.weight is of shape (3, 2, 1) and its config asks for (2, 3, 1)",
+        ),
+        (
+            {"config": {"n_hidden": [3, 4]}},
+            "levels.1.conv.weight is of shape (6, 2, 2) and its config asks for (8, 2, 2)",
+        ),
+        ({"config": {"gated": False}}, "levels.0.conv.weight is of shape (6, 2, 2) and its config asks for (3, 2, 2)"),
+        ({"tensors": {"hidden.bias": torch.tensor([1.0, torch.nan])}}, "hidden.bias has 1 values that are NaN"),
+    ],
+    ids=lambda value: str(value)[:50] if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_a_gated_model_is_refused(path, change, complaint):
+    save_checkpoint(path, small(GATED), AB)
     assert complaint in refusal(changed(path, **change))
 
 
@@ -366,3 +407,12 @@ def test_a_written_file_has_the_permissions_of_any_other(tmp_path):
     write_whole(tmp_path / "file", b"whole")
     assert (tmp_path / "file").read_bytes() == b"whole"
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path):
+    """So that a checksum tells whether two runs came to the same."""
+    conv, notes = from_tree(random_tree(n_embd=4, n_hidden=8, dtype=torch.float32)), {"b": 1, "a": [2.5, "é"]}
+    files = [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for file in files:
+        save_checkpoint(file, conv, Vocabulary("abcdefghijklmnopqrstuvwxyz"), notes)
+    assert len({file.read_bytes() for file in files}) == 1

@@ -5,18 +5,21 @@ import random
 import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import needs_cuda, random_tree
+from conftest import needs_cuda, parts_of, random_tree
 from hypothesis import given, settings
 
 import reference
 from wavenet_conv import Vocabulary, exact_float32, fold_batch_norm, from_tree, precision, verify
 
 WIDE = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=128)
+GATED = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=32, gated=True)
 
 
+@pytest.mark.parametrize(("sizes", "every"), [(WIDE, 1), (GATED, 4)], ids=["wide", "gated"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_every_position_of_every_name(names, vocab, device, dtype):
-    tree = random_tree(**WIDE, dtype=dtype, device=device)
+def test_every_position_of_every_name(names, vocab, device, dtype, sizes, every):
+    names = names[::every]
+    tree = random_tree(**sizes, dtype=dtype, device=device)
     conv = from_tree(tree)
     for slid in (conv, fold_batch_norm(conv)):
         report = verify(tree, slid, names, vocab)
@@ -27,11 +30,12 @@ def test_every_position_of_every_name(names, vocab, device, dtype):
         assert report.positions == sum(len(name) + 1 for name in names)
 
 
-def test_the_loop_on_every_twentieth_name(names, vocab, device):
-    tree = random_tree(**WIDE, device=device)
+@pytest.mark.parametrize(("sizes", "every"), [(WIDE, 20), (GATED, 100)], ids=["wide", "gated"])
+def test_the_loop_on_some_names(names, vocab, device, sizes, every):
+    tree = random_tree(**sizes, device=device)
     conv = from_tree(tree)
     with torch.no_grad():
-        for name in names[::20]:
+        for name in names[::every]:
             tokens = vocab.encode([name], context=8)[0].to(device)
             looped = reference.loop_logits(tree, tokens)
             assert looped.shape == (1, len(name) + 1, len(vocab))
@@ -65,7 +69,7 @@ def to_exact(tree, seed=0):
     def integers(like, low=-2, high=3):
         return torch.randint(low, high, like.shape, generator=generator).to(like.dtype)
 
-    for layer in tree.layers:
+    for layer in parts_of(tree):
         if isinstance(layer, reference.BatchNorm1d):
             layer.eps = 0.0
             layer.gamma = 2.0 ** integers(layer.gamma)
@@ -80,14 +84,16 @@ def to_exact(tree, seed=0):
 
 @pytest.fixture
 def clamp_for_tanh(monkeypatch):
-    """An exact nonlinearity: tanh rounds, a clamp does not."""
+    """An exact nonlinearity: tanh rounds, a clamp does not. sigmoid(x) is (1 + tanh(x / 2)) / 2 of whichever."""
+    monkeypatch.setattr(torch, "sigmoid", lambda x: (1 + torch.tanh(x / 2)) / 2)
     monkeypatch.setattr(torch, "tanh", lambda x: x.clamp(-1, 1))
     monkeypatch.setattr(torch, "tanh_", lambda x: x.clamp_(-1, 1))
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3,), (3, 2), (1, 4, 1, 2)])
-def test_to_the_bit_where_arithmetic_is_exact(names, vocab, device, clamp_for_tanh, fan_ins):
-    tree = to_exact(random_tree(fan_ins, n_embd=6, n_hidden=16)).to(device)
+def test_to_the_bit_where_arithmetic_is_exact(names, vocab, device, clamp_for_tanh, fan_ins, gated):
+    tree = to_exact(random_tree(fan_ins, n_embd=6, n_hidden=16, gated=gated)).to(device)
     conv = from_tree(tree)
     folded = fold_batch_norm(conv)
     context = conv.context
@@ -96,7 +102,8 @@ def test_to_the_bit_where_arithmetic_is_exact(names, vocab, device, clamp_for_ta
     with torch.no_grad():
         expected = reference.window_logits(tree, tokens)
         assert expected[inside].unique().numel() > 100  # the network says something
-        assert torch.equal(expected * 2**20, (expected * 2**20).round())  # few enough bits that no sum rounds
+        # Few enough bits that no sum rounds: each gated level squares the finest step, and there are up to four.
+        assert torch.equal(expected * 2**30, (expected * 2**30).round()) and expected.abs().max() < 2**15
         for logits in (conv(tokens), conv.forward_conv1d(tokens), folded(tokens)):
             assert torch.equal(logits[inside], expected[inside])
         looped = reference.loop_logits(tree, tokens[:20])
@@ -105,7 +112,7 @@ def test_to_the_bit_where_arithmetic_is_exact(names, vocab, device, clamp_for_ta
 
 @st.composite
 def problems(draw):
-    """Any fan-ins, widths, vocabulary, batch norm or none, and ragged names in any order."""
+    """Any fan-ins, widths, vocabulary, batch norm or none or gates, and ragged names in any order."""
     fan_ins = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
     widths = draw(st.lists(st.integers(1, 9), min_size=len(fan_ins), max_size=len(fan_ins)))
     alphabet = draw(st.sampled_from(["a", "ab", "abcdefghijklmnopqrstuvwxyz", "-é 😀ß"]))
@@ -119,7 +126,7 @@ def problems(draw):
             n_hidden=widths,
             n_embd=draw(st.integers(1, 7)),
             vocab_size=len(set(alphabet)) + 1,
-            batch_norm=draw(st.booleans()),
+            **draw(st.sampled_from([{"batch_norm": True}, {"batch_norm": False}, {"gated": True}])),
             seed=draw(st.integers(0, 999)),
         ),
         draw(st.lists(name, min_size=1, max_size=6)),
@@ -154,8 +161,9 @@ def test_every_network_of_the_lecture(names, vocab, device, name):
     assert verify(tree, from_tree(tree), names[::100], vocab).equal
 
 
-def test_a_name_of_100_000_characters(vocab, device):
-    tree = random_tree(n_embd=8, n_hidden=16, device=device)
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_name_of_100_000_characters(vocab, device, gated):
+    tree = random_tree(n_embd=8, n_hidden=16, gated=gated, device=device)
     long_name = "".join(random.Random(0).choices(vocab.characters, k=100_000))
     report = verify(tree, from_tree(tree), [long_name], vocab)
     assert report.equal and report.positions == 100_001

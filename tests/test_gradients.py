@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_tree
+from conftest import parts_of, random_tree
 from einops import rearrange
 from hypothesis import given, settings
 
@@ -28,28 +28,26 @@ def losses(tree, conv, names):
 
 
 def assert_same_gradients(tree, conv):
-    tree_layers, fused = tree.layers, zip(conv.levels, conv.config.fan_ins)
-    linears = [layer for layer in tree_layers if isinstance(layer, reference.Linear)]
-    norms = [layer for layer in tree_layers if isinstance(layer, reference.BatchNorm1d)]
-    pairs = [(conv.embedding.weight.grad, tree_layers[0].weight.grad)]
-    for index, (level, fan_in) in enumerate(fused):
-        expected = rearrange(linears[index].weight.grad, "(j c) o -> o c j", j=fan_in)
-        pairs.append((level.conv.weight.grad, expected))
-        if level.conv.bias is not None:
-            pairs.append((level.conv.bias.grad, linears[index].bias.grad))
-        if level.norm is not None:
-            pairs += [(level.norm.weight.grad, norms[index].gamma.grad), (level.norm.bias.grad, norms[index].beta.grad)]
-    pairs.append((conv.head.weight.grad[..., 0].t(), linears[-1].weight.grad))
-    pairs.append((conv.head.bias.grad, linears[-1].bias.grad))
+    linears = [layer for layer in parts_of(tree) if isinstance(layer, reference.Linear)]
+    norms = [layer for layer in tree.layers if isinstance(layer, reference.BatchNorm1d)]
+    convs = [of for level in conv.levels for of in level.convs()] + [conv.hidden, conv.head][conv.hidden is None :]
+    pairs = [(conv.embedding.weight.grad, tree.layers[0].weight.grad)]
+    assert len(convs) == len(linears)
+    for of, linear in zip(convs, linears):
+        pairs.append((of.weight.grad, rearrange(linear.weight.grad, "(j c) o -> o c j", j=of.kernel_size[0])))
+        if of.bias is not None:
+            pairs.append((of.bias.grad, linear.bias.grad))
+    for level, norm in zip(conv.levels, norms):
+        pairs += [(level.norm.weight.grad, norm.gamma.grad), (level.norm.bias.grad, norm.beta.grad)]
     for found, expected in pairs:
         assert (found - expected).abs().max() < 1e-10  # float64: about 1e-15 a sum, magnified by small variances
     assert sum(float(expected.abs().sum()) for _, expected in pairs) > 0.1
 
 
 @pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3,), (3, 1, 2)])
-@pytest.mark.parametrize("batch_norm", [True, False])
-def test_gradients_in_evaluation_mode(device, fan_ins, batch_norm):
-    tree = random_tree(fan_ins, n_embd=6, n_hidden=10, batch_norm=batch_norm, device=device)
+@pytest.mark.parametrize("kind", [{"batch_norm": True}, {"batch_norm": False}, {"gated": True}], ids=str)
+def test_gradients_in_evaluation_mode(device, fan_ins, kind):
+    tree = random_tree(fan_ins, n_embd=6, n_hidden=10, **kind, device=device)
     conv = from_tree(tree)
     expected, found = losses(tree, conv, NAMES)
     assert abs(expected - found) < 1e-12
@@ -63,10 +61,11 @@ def test_gradients_in_evaluation_mode(device, fan_ins, batch_norm):
     fan_ins=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     names=st.lists(st.text("abcxyz", max_size=12), min_size=2, max_size=6),
     seed=st.integers(0, 99),
+    gated=st.booleans(),
 )
-def test_training_mode_is_the_trees(fan_ins, names, seed):
+def test_training_mode_is_the_trees(fan_ins, names, seed, gated):
     """Loss, gradients and running statistics, on ragged batches: a node counts once for each window that uses it."""
-    tree = random_tree(fan_ins, n_embd=5, n_hidden=7, seed=seed)
+    tree = random_tree(fan_ins, n_embd=5, n_hidden=7, seed=seed, gated=gated)
     conv = from_tree(tree).train()
     tree.train()
     expected, found = losses(tree, conv, [*names, "abcxyz"])  # one name with a variance of its own
@@ -80,8 +79,9 @@ def test_training_mode_is_the_trees(fan_ins, names, seed):
         assert (level.norm.running_var - norm.running_var.flatten()).abs().max() < 1e-12
 
 
-def test_training_mode_through_conv1d_is_the_same():
-    conv = from_tree(random_tree(n_embd=5, n_hidden=7)).train()
+@pytest.mark.parametrize("gated", [False, True])
+def test_training_mode_through_conv1d_is_the_same(gated):
+    conv = from_tree(random_tree(n_embd=5, n_hidden=7, gated=gated)).train()
     tokens, lengths = VOCAB.encode(NAMES, context=8)
     assert (conv(tokens, lengths) - conv.forward_conv1d(tokens, lengths)).abs().max() < 1e-12
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import random_tree
+from conftest import parts_of, random_tree
 from torch import nn
 
 import reference
@@ -282,12 +282,14 @@ def test_any_other_object_is_refused_by_name():
 
 
 @pytest.mark.parametrize("fan_ins", [(2, 2, 2), (3, 1, 2)])
-@pytest.mark.parametrize("batch_norm", [True, False])
-def test_both_ways_round_give_the_same_bits(fan_ins, batch_norm):
-    tree = random_tree(fan_ins, n_embd=6, n_hidden=10, batch_norm=batch_norm, dtype=torch.float32)
+@pytest.mark.parametrize("kind", [{"batch_norm": True}, {"batch_norm": False}, {"gated": True}], ids=str)
+def test_both_ways_round_give_the_same_bits(fan_ins, kind):
+    tree = random_tree(fan_ins, n_embd=6, n_hidden=10, **kind, dtype=torch.float32)
     conv = from_tree(tree)
     back = reference.from_conv(conv)
-    for original, copied in itertools.zip_longest(tree.layers, back.layers):
+    assert [type(layer) for layer in back.layers] == [type(layer) for layer in tree.layers]
+    assert reference.context_of(back) == reference.context_of(tree) == conv.context
+    for original, copied in itertools.zip_longest(parts_of(tree), parts_of(back)):
         assert type(original) is type(copied)
         for name, value in vars(original).items():
             if isinstance(value, torch.Tensor):
@@ -318,6 +320,122 @@ def test_a_fresh_slid_model_goes_to_a_tree(names, vocab):
     conv = ConvWaveNet(WaveNetConfig(fan_ins=(2, 3), n_embd=4, n_hidden=(5, 6), bias=True)).eval()
     assert verify(reference.from_conv(conv), conv, names[::50], vocab).equal
     assert reference.from_conv(conv.train()).layers[3].training
+    conv = ConvWaveNet(WaveNetConfig(fan_ins=(2, 3), n_embd=4, n_hidden=(5, 6), gated=True)).eval()
+    assert verify(reference.from_conv(conv), conv, names[::50], vocab).equal
+
+
+def gated_classes():
+    """A block and a ReLU as somebody would write them from the paper: nothing shared with `reference` but the names."""
+    Linear = notebook().Linear
+
+    class GatedBlock:
+        def __init__(self, n, channels, gate, last=False, bias=True):
+            self.n = n
+            self.linear, self.skip = Linear(n * channels, 2 * gate, bias), Linear(gate, channels, bias)
+            self.residual = None if last else Linear(gate, channels, bias)
+
+        def __call__(self, x):
+            h, s = x if isinstance(x, tuple) else (x, 0 * x)
+            groups = h.unflatten(1, (-1, self.n))  # (batch, parents, children, channels)
+            wide = self.linear(groups.flatten(2))
+            gate = wide.shape[-1] // 2
+            z = wide[..., :gate].tanh() / (1 + (-wide[..., gate:]).exp())
+            s = self.skip(z) + s[:, self.n - 1 :: self.n]
+            return s[:, 0] if self.residual is None else (groups[:, :, -1] + self.residual(z), s)
+
+    class ReLU:
+        def __call__(self, x):
+            return x * (x > 0)
+
+    return GatedBlock, ReLU
+
+
+def gated_parts(bias=True, **kinds):
+    """Two levels: 4 channels, gates of 5 and 3; `kinds` replaces attributes of the first block."""
+    c, (GatedBlock, ReLU) = notebook(), gated_classes()
+    blocks = [GatedBlock(2, 4, 5, bias=bias), GatedBlock(3, 4, 3, last=True, bias=bias)]
+    for name, value in kinds.items():
+        setattr(blocks[0], name, value)
+    return [c.Embedding(27, 4), *blocks, ReLU(), c.Linear(4, 4, bias), ReLU(), c.Linear(4, 27, bias)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_notebooks_own_gated_blocks_map(names, vocab, bias):
+    torch.manual_seed(0)
+    layers = gated_parts(bias)
+    conv = from_tree(notebook().Sequential(layers))
+    assert conv.config == WaveNetConfig(27, 4, (5, 3), (2, 3), gated=True)
+    assert verify(layers, conv, names[::50], vocab).equal
+
+
+class GatedBlock(nn.Module):
+    def __init__(self, n, channels, gate, last=False):
+        super().__init__()
+        self.n, self.linear, self.skip = n, nn.Linear(n * channels, 2 * gate), nn.Linear(gate, channels)
+        self.residual = None if last else nn.Linear(gate, channels)
+
+    forward = reference.GatedBlock.forward
+
+
+def test_a_torch_gated_sequential_maps(names, vocab):
+    torch.manual_seed(0)
+    blocks = nn.Sequential(GatedBlock(3, 6, 4), GatedBlock(1, 6, 5), GatedBlock(2, 6, 7, last=True))
+    tree = nn.Sequential(nn.Embedding(27, 6), blocks, nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 27)).double()
+    conv = from_tree(tree.eval())
+    assert conv.config.n_hidden == (4, 5, 7) and conv.levels[2].residual is None
+    assert verify(tree, conv, names[::50], vocab).equal
+
+
+def gated_without(place):
+    layers = gated_parts()
+    del layers[place]
+    return layers
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (lambda: gated_without(3), r"layer 2 \(GatedBlock\) stands where a gated tree has its ReLU; a gated tree is"),
+        (lambda: gated_without(0), "starts with an Embedding; it starts with GatedBlock"),
+        (lambda: gated_parts()[:3], r"layer 1 \(GatedBlock\) stands where a gated tree has its"),
+        (lambda: [*parts()[:5], *gated_parts()[1:]], r"layer 1 \(FlattenConsecutive\) stands where .* its GatedBlock"),
+        (lambda: [*gated_parts()[:6], notebook().Linear(4, 26)], r"layer 6 \(Linear\) gives 26 logits"),
+        (lambda: [*gated_parts()[:6], notebook().Linear(5, 27)], r"layer 6 \(Linear\) takes 5 inputs, but 4 channels"),
+        (
+            lambda: [*gated_parts()[:4], notebook().Linear(4, 5), *gated_parts()[5:]],
+            r"layer 4 \(Linear\) gives 5 channels; it keeps 4",
+        ),
+        (lambda: gated_parts(residual=None), r"layer 1 \(GatedBlock\) has no residual that is a linear layer"),
+        (lambda: gated_parts(skip=None), r"layer 1 \(GatedBlock\) has no skip that is a linear layer"),
+        (lambda: gated_parts(n=None), r"layer 1 \(GatedBlock\) has no n that is a whole number, its fan-in"),
+        (lambda: gated_parts(n=3), r"layer 1 .* a linear of 8 inputs and 10 outputs; 3 nodes of 4 channels come in"),
+        (lambda: gated_parts(linear=notebook().Linear(8, 9)), "8 inputs and 9 outputs; .* as many filters as gates"),
+        (
+            lambda: gated_parts(skip=notebook().Linear(4, 5)),
+            r"layer 1 .* has a skip of 4 inputs and 5 outputs, where the gate has 5 and a node 4 channels",
+        ),
+        (
+            lambda: [*gated_parts()[:2], gated_parts()[1], *gated_parts()[3:]],
+            r"layer 2 \(GatedBlock\) is the last block and has a residual, which nobody reads; set it to None",
+        ),
+        (
+            lambda: gated_parts(skip=nn.Linear(5, 4).double()),
+            r"layer 1 \(Linear\) has a weight of torch.float64 and the embedding one of torch.float32",
+        ),
+        (lambda: [notebook().Embedding(27, 4), gated_classes()[0]], "layer 1 is the class GatedBlock, not an instance"),
+    ],
+)
+def test_gated_trees_that_have_no_equal_are_refused_by_name(layers, message):
+    with pytest.raises(WaveNetConvError, match=message):
+        from_tree(layers())
+
+
+def test_a_gated_model_folds_to_an_equal_copy():
+    conv = from_tree(random_tree(n_embd=6, n_hidden=10, gated=True))
+    folded = fold_batch_norm(conv)
+    assert folded.config == conv.config and folded is not conv
+    for (name, copied), original in zip(folded.state_dict().items(), conv.state_dict().values()):
+        assert torch.equal(copied, original) and copied.data_ptr() != original.data_ptr(), name
 
 
 def test_folding_leaves_the_original_and_takes_away_the_norm():
@@ -346,6 +464,8 @@ def test_a_momentum_of_zero_stays_zero():
 
 def test_mapping_draws_no_random_numbers():
     tree = random_tree(n_embd=6, n_hidden=10)
+    gated = random_tree(n_embd=6, n_hidden=10, gated=True)
     state = torch.random.get_rng_state()
     reference.from_conv(fold_batch_norm(from_tree(tree)))
+    reference.from_conv(fold_batch_norm(from_tree(gated)))
     assert torch.equal(torch.random.get_rng_state(), state)

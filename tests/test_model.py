@@ -9,6 +9,7 @@ from conftest import needs_cuda, random_tree
 from torch import nn
 
 from wavenet_conv import ConvWaveNet, WaveNetConfig, WaveNetConvError, fold_batch_norm, from_tree
+from wavenet_conv.model import GatedLevel
 
 TOKENS = torch.randint(27, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -33,11 +34,55 @@ def test_it_is_a_stack_of_dilated_convolutions():
         assert conv.eval()(TOKENS).shape == (3, 13, 27)
 
 
+def test_a_gated_model_is_the_papers_stack():
+    conv = ConvWaveNet(WaveNetConfig(fan_ins=(2, 2, 2, 2), n_embd=96, n_hidden=96, gated=True))
+    assert conv.config.batch_norm is False and conv.config.bias is True
+    assert sum(p.numel() for p in conv.parameters()) == 227_931
+    for level, dilation in zip(conv.levels, (1, 2, 4, 8)):
+        assert isinstance(level, GatedLevel) and level.norm is None
+        assert (level.fan_in, level.dilation) == (2, dilation) == (level.conv.kernel_size[0], level.conv.dilation[0])
+        assert level.conv.weight.shape == (192, 96, 2) and level.skip.weight.shape == (96, 96, 1)
+        assert (level.residual is None) == (dilation == 8)
+    assert conv.hidden.weight.shape == (96, 96, 1) and conv.head.weight.shape == (27, 96, 1)
+    assert not any(bias.any() for name, bias in conv.named_parameters() if name.endswith("bias"))
+    for of, inputs, factor in (
+        (conv.levels[1].conv, 192, 1),
+        (conv.levels[1].residual, 96, 1),
+        (conv.levels[3].skip, 96, 1),
+        (conv.hidden, 96, 1),
+        (conv.head, 96, 0.1),
+    ):
+        assert abs(of.weight.std() * inputs**0.5 / factor - 1) < 0.05  # normal over sqrt(fan-in), 2,592 draws or more
+    assert ConvWaveNet(WaveNetConfig()).hidden is None
+
+
+def test_gates_by_hand():
+    """The residual and the skip sum of an output are those along the right spine of its tree."""
+    conv = small(fan_ins=(3, 2), n_hidden=(5, 4), gated=True).double()
+    first, second = conv.levels
+    with torch.no_grad():
+        for parameter in conv.parameters():
+            parameter.normal_()
+        h = conv.embedding(TOKENS[0, :6]).T  # (n_embd, 6)
+
+        def gate(level, children):
+            wide = torch.einsum("ocj,cj->o", level.conv.weight, children) + level.conv.bias
+            return wide[: len(wide) // 2].tanh() * wide[len(wide) // 2 :].sigmoid()
+
+        z = [gate(first, h[:, start : start + 3]) for start in (0, 3)]
+        below = [first.residual.weight[..., 0] @ of + first.residual.bias for of in z]
+        top = gate(second, torch.stack([below[0] + h[:, 2], below[1] + h[:, 5]], 1))
+        skips = [level.skip.weight[..., 0] @ of + level.skip.bias for level, of in ((first, z[1]), (second, top))]
+        hidden = (conv.hidden.weight[..., 0] @ (skips[0] + skips[1]).relu() + conv.hidden.bias).relu()
+        logits = conv.head.weight[..., 0] @ hidden + conv.head.bias
+        assert torch.allclose(conv(TOKENS[:1, :6])[0, 0], logits, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3,), (1,), (2, 1, 5)])
-@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("kind", [{"batch_norm": True}, {"batch_norm": False}, {"gated": True}], ids=str)
 @pytest.mark.parametrize("gradients", [True, False])
-def test_the_fast_pass_is_the_conv1d_pass(device, fan_ins, batch_norm, gradients):
-    conv = from_tree(random_tree(fan_ins, n_embd=6, n_hidden=10, batch_norm=batch_norm, device=device))
+def test_the_fast_pass_is_the_conv1d_pass(device, fan_ins, kind, gradients):
+    conv = from_tree(random_tree(fan_ins, n_embd=6, n_hidden=10, **kind, device=device))
     with torch.set_grad_enabled(gradients):
         for batch in (0, 1, 3):
             tokens = TOKENS[:batch].to(device)
@@ -66,6 +111,18 @@ CHANGES = {
 }
 
 
+GATED_CHANGES = {
+    "a convolution in place": lambda conv: conv.levels[1].conv.weight.data.mul_(2),
+    "a new residual": lambda conv: setattr(conv.levels[1], "residual", nn.Conv1d(10, 6, 1)),
+    "a new tensor in a skip's bias": lambda conv: setattr(conv.levels[2].skip, "bias", nn.Parameter(torch.ones(6))),
+    "a new hidden": lambda conv: setattr(conv, "hidden", nn.Conv1d(6, 6, 1)),
+    "weight norm of a residual": lambda conv: scaled(nn.utils.parametrizations.weight_norm(conv.levels[0].residual)),
+    "a hook on a skip": lambda conv: conv.levels[0].skip.register_forward_hook(lambda *call: call[-1] + 1),
+    "a hook on hidden": lambda conv: conv.hidden.register_forward_hook(lambda *call: call[-1] + 1),
+    "another dtype": lambda conv: conv.double(),
+}
+
+
 def scaled(conv):
     conv.parametrizations.weight.original0.data.mul_(2)
 
@@ -82,11 +139,19 @@ def small_state():
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_fast_pass_notices_every_change(change):
     """Without gradients the views of the weights are kept between calls; nothing stale may come out of that."""
-    conv = small()
+    assert_noticed(small(), CHANGES[change])
+
+
+@pytest.mark.parametrize("change", GATED_CHANGES)
+def test_the_fast_pass_of_a_gated_model_notices_every_change(change):
+    assert_noticed(small(gated=True), GATED_CHANGES[change])
+
+
+def assert_noticed(conv, change):
     with torch.no_grad():
         before = conv(TOKENS)
         assert torch.equal(conv(TOKENS), before)
-        CHANGES[change](conv)
+        change(conv)
         after = conv(TOKENS)
         assert not torch.equal(after.to(before.dtype), before)
         assert torch.allclose(after, conv.forward_conv1d(TOKENS), rtol=0, atol=1e-6)
@@ -115,8 +180,9 @@ def test_weight_norm_trains_and_autocast_runs():
         assert small()(TOKENS).dtype == torch.bfloat16
 
 
-def test_functional_calls_and_stacked_models():
-    models = [ConvWaveNet(WaveNetConfig(n_embd=6, n_hidden=10)).eval() for _ in range(3)]
+@pytest.mark.parametrize("gated", [False, True])
+def test_functional_calls_and_stacked_models(gated):
+    models = [ConvWaveNet(WaveNetConfig(n_embd=6, n_hidden=10, gated=gated)).eval() for _ in range(3)]
     parameters, buffers = torch.func.stack_module_state(models)
     with torch.no_grad():
         base = copy.deepcopy(models[0])
@@ -141,8 +207,9 @@ def test_copies_and_pickles_are_independent():
     assert all(p.requires_grad for p in conv.parameters())
 
 
-def test_gradients_flow_after_a_pass_without():
-    conv = small()
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_flow_after_a_pass_without(gated):
+    conv = small(gated=gated)
     with torch.inference_mode():
         conv(TOKENS)
     conv(TOKENS).sum().backward()
@@ -212,6 +279,8 @@ def test_int32_tokens_are_the_same():
         (dict(n_hidden=0), r"n_hidden\[0\] is 0"),
         (dict(n_embd=0), "n_embd is 0"),
         (dict(vocab_size="27"), "vocab_size is '27'"),
+        (dict(gated=True, batch_norm=True), "batch_norm is True and gated too"),
+        (dict(gated=True, bias=False), "bias is False and gated is True"),
     ],
 )
 def test_impossible_models_are_refused(config, message):

@@ -61,14 +61,15 @@ def test_node_positions_are_those_inside_a_name(lengths, context, data):
     assert sorted(crossing(lengths, context, span).tolist()) == left_out
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
     "fan_ins", [(2, 2, 2), (8,), (3,), (1,), (3, 2, 2), (1, 4, 2), (2, 5, 3), (2, 4, 1), (2, 2, 2, 2, 2)]
 )
 @pytest.mark.parametrize("setting", [{}, {"DIRECT": 0}, {"NEARLY_ALL": 0.0}, {"TABULATED": 0}, {"TILE": 16}], ids=str)
-def test_logits_are_the_slid_passs(names, vocab, device, monkeypatch, fan_ins, setting):
+def test_logits_are_the_slid_passs(names, vocab, device, monkeypatch, fan_ins, setting, gated):
     for name, value in setting.items():
         monkeypatch.setattr(nodes, name, value)
-    conv = from_tree(random_tree(fan_ins, n_embd=6, n_hidden=16, device=device))
+    conv = from_tree(random_tree(fan_ins, n_embd=6, n_hidden=16, gated=gated, device=device))
     some = [*names[::97], "", "a" * 50]
     packed, lengths, _ = vocab.pack(some, context=conv.context)
     distinct, rows, targets = SharedNodes(conv).logits(packed.to(device), lengths.to(device))
@@ -106,11 +107,12 @@ def test_where_nearly_every_node_is_distinct_none_is_looked_for():
     assert len(levels[-1]) == outputs and torch.equal(rows, torch.arange(outputs))
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("room", [nodes.CARRIED, 100_000], ids=["kept", "forgotten"])
-def test_chunks_of_a_stream_share_their_nodes(names, vocab, monkeypatch, room):
+def test_chunks_of_a_stream_share_their_nodes(names, vocab, monkeypatch, room, gated):
     """With room for all, no 4-gram of the list is evaluated for a second chunk; without, the values are the same."""
     monkeypatch.setattr(nodes, "CARRIED", room)
-    scorer = Scorer(from_tree(random_tree(n_embd=6, n_hidden=16)), vocab)
+    scorer = Scorer(from_tree(random_tree(n_embd=6, n_hidden=16, gated=gated)), vocab)
     evaluated, of = [], SharedNodes.number
 
     def counting(*args):

@@ -5,16 +5,17 @@ import torch
 from conftest import random_tree
 
 import reference
-from reference import NETWORKS, BatchNorm1d, Embedding, FlattenConsecutive, Linear, Sequential, Tanh
+from reference import NETWORKS, BatchNorm1d, Embedding, FlattenConsecutive, GatedBlock, Linear, Sequential, Tanh
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_parameter_counts(name):
-    expected = dict(zip(NETWORKS, (3_481, 10_281, 11_897, 12_097, 22_097, 170_897, 22_397, 76_579)))[name]
+    counts = (3_481, 10_281, 11_897, 12_097, 22_097, 170_897, 22_397, 76_579, 227_931)
+    expected = dict(zip(NETWORKS, counts, strict=True))[name]
     tree = reference.lecture_network(name)
     assert sum(p.numel() for p in tree.parameters()) == NETWORKS[name][1] == expected
     assert all(p.requires_grad for p in tree.parameters())
-    assert reference.context_of(tree) == (3 if name.startswith("mlp") else 8)
+    assert reference.context_of(tree) == {"mlp": 3, "gated": 16}.get(name.partition("-")[0], 8)
 
 
 def test_layers_keep_their_output_and_the_tree_its_shapes():
@@ -40,6 +41,28 @@ def test_linear_and_embedding_compute_what_they_say():
     assert torch.allclose(linear(x), x @ linear.weight + linear.bias)
     assert torch.equal(embedding(torch.tensor([[4, 0]])), embedding.weight[[4, 0]][None])
     assert torch.equal(Tanh()(x), x.tanh())
+
+
+def test_a_gated_block_on_one_node_is_the_papers_formula():
+    """By hand for two children of one channel, the gate one wide, in the middle and at the top."""
+    x, s = torch.tensor([[[0.5], [-1.0]]]), torch.tensor([[[2.0], [3.0]]])
+    for last in (False, True):
+        block = GatedBlock(2, 1, 1, last=last)
+        for linear, (weight, bias) in zip(
+            (block.linear, block.skip, block.residual),
+            (([[1.0, 2.0], [3.0, -1.0]], [0.1, 0.2]), ([[4.0]], [5.0]), ([[6.0]], [7.0])),
+        ):
+            if linear is not None:
+                linear.weight, linear.bias = torch.tensor(weight), torch.tensor(bias)
+        z = torch.tensor(0.5 * 1 - 1.0 * 3 + 0.1).tanh() * torch.tensor(0.5 * 2 + 1.0 * 1 + 0.2).sigmoid()
+        out = block((x, s))
+        assert torch.allclose(out if last else out[1], 4 * z + 5 + 3.0)
+        assert last or torch.allclose(out[0], 6 * z + 7 - 1.0)
+        alone = block(x)
+        assert torch.allclose(alone if last else alone[1], 4 * z + 5)
+        assert len(block.parameters()) == (4 if last else 6)
+    with pytest.raises(ValueError, match=r"FlattenConsecutive\(2\) got 3 nodes"):
+        block(torch.ones(1, 3, 1))
 
 
 def test_flatten_consecutive_puts_neighbours_side_by_side():
@@ -121,6 +144,8 @@ def test_the_same_generator_gives_the_same_tree():
         (dict(fan_ins=(2.0,)), "a fan-in of 2.0"),
         (dict(fan_ins=(2, 2), n_hidden=[3]), "2 fan-ins and 1 widths"),
         (dict(n_hidden=0), "at least 1"),
+        (dict(gated=True, batch_norm=True), "a gated tree has no batch norm"),
+        (dict(gated=True, per_position=True), "a gated tree has no batch norm"),
     ],
 )
 def test_impossible_trees_are_refused(arguments, message):
@@ -134,8 +159,12 @@ def test_an_unknown_network_is_named():
 
 
 def test_to_keeps_what_is_trained():
-    tree = reference.lecture_network("wide").to(dtype=torch.float64)
-    assert isinstance(tree, Sequential)
+    for name in ("gated-96", "wide"):
+        tree = reference.lecture_network(name).to(dtype=torch.float64)
+        assert (
+            isinstance(tree, Sequential)
+            and tree(torch.zeros(2, 16 if name == "gated-96" else 8).long()).isfinite().all()
+        )
     assert {p.dtype for p in tree.parameters()} == {torch.float64}
     assert all(p.requires_grad and p.is_leaf for p in tree.parameters())
     assert tree.layers[3].running_mean.dtype == torch.float64 and not tree.layers[3].running_mean.requires_grad

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from test_equivalence import clamp_for_tanh, to_exact  # noqa: F401
 
 import reference
-from wavenet_conv import Vocabulary, WaveNetConvError, from_tree, scoring
+from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, WaveNetConvError, from_tree, kernels, scoring
 from wavenet_conv.nodes import SharedNodes
 from wavenet_conv.scoring import Scorer
 
@@ -34,13 +34,13 @@ def tree_log_probs(tree, names, vocab):
     return torch.cat(ordered), torch.stack([value.sum() for value in ordered])
 
 
-def small_scorer(dtype=torch.float32, **options):
-    return Scorer(from_tree(random_tree(n_embd=6, n_hidden=16, dtype=dtype)), ABC, **options)
+def small_scorer(dtype=torch.float32, gated=False, **options):
+    return Scorer(from_tree(random_tree(n_embd=6, n_hidden=16, dtype=dtype, gated=gated)), ABC, **options)
 
 
-@pytest.mark.parametrize("fan_ins", [(2, 2, 2), (3,), (3, 2, 2)])
-def test_float64_scores_are_the_trees(names, vocab, device, fan_ins):
-    tree = random_tree(fan_ins, n_embd=24, n_hidden=64)
+@pytest.mark.parametrize(("fan_ins", "gated"), [((2, 2, 2), False), ((3,), False), ((3, 2, 2), False), ((2, 3), True)])
+def test_float64_scores_are_the_trees(names, vocab, device, fan_ins, gated):
+    tree, names = random_tree(fan_ins, n_embd=24, n_hidden=64, gated=gated), names[:: 4 if gated else 1]
     scorer = Scorer(from_tree(tree), vocab, device=device)
     values, offsets = scorer.position_log_probs(names)
     expected, sums = tree_log_probs(tree, names, vocab)
@@ -59,15 +59,17 @@ def test_the_lectures_list_in_float64_and_float32(lecture_list):
     assert scores.dtype == torch.float32 and (scores - sums).abs().max() < 2e-5
 
 
-def test_float32_scores_of_the_default_list(names, vocab, device):
-    tree = random_tree()
+@pytest.mark.parametrize("sizes", [{}, {"n_hidden": 32, "gated": True}], ids=str)
+def test_float32_scores_of_the_default_list(names, vocab, device, sizes):
+    tree, names = random_tree(**sizes), names[:: 4 if sizes else 1]
     scores = Scorer(from_tree(tree), vocab, dtype=torch.float32, device=device).score(names)
     assert (scores - tree_log_probs(tree, names, vocab)[1]).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3, 2), (1, 4, 1, 2)])
-def test_logits_to_the_bit_where_arithmetic_is_exact(names, vocab, clamp_for_tanh, fan_ins):  # noqa: F811
-    tree = to_exact(random_tree(fan_ins, n_embd=6, n_hidden=16))
+def test_logits_to_the_bit_where_arithmetic_is_exact(names, vocab, clamp_for_tanh, fan_ins, gated):  # noqa: F811
+    tree = to_exact(random_tree(fan_ins, n_embd=6, n_hidden=16, gated=gated))
     logits, offsets = Scorer(from_tree(tree), vocab).logits(names[::20])
     for name, start, end in zip(names[::20], offsets[:-1], offsets[1:]):
         tokens, _ = vocab.encode([name], context=reference.context_of(tree))
@@ -76,25 +78,38 @@ def test_logits_to_the_bit_where_arithmetic_is_exact(names, vocab, clamp_for_tan
 
 
 @settings(max_examples=150)
-@given(st.lists(st.lists(st.text("abcxyz", max_size=12), max_size=40), min_size=20, max_size=20), st.integers(1, 50))
-def test_company_does_not_matter(batches, chunk):
+@given(
+    st.lists(st.lists(st.text("abcxyz", max_size=12), max_size=40), min_size=20, max_size=20),
+    st.integers(1, 50),
+    st.sampled_from([False, False, False, False, True]),
+)
+def test_company_does_not_matter(batches, chunk, gated):
     """3,000 random batches in all, against each name alone."""
-    alone = {}
+    alone, scorer = {}, COMPANY[gated]
     for batch in batches:
-        scores = torch.cat([torch.zeros(0), *COMPANY.stream(batch, chunk=chunk)])
+        scores = torch.cat([torch.zeros(0), *scorer.stream(batch, chunk=chunk)])
         for name, score in zip(batch, scores):
             if name not in alone:
-                alone[name] = COMPANY.score([name])[0]
+                alone[name] = scorer.score([name])[0]
             assert torch.equal(score, alone[name]), name
 
 
-COMPANY = small_scorer()
+COMPANY = {gated: small_scorer(gated=gated) for gated in (False, True)}
 
 
-@pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3,), (5, 3)])
-def test_company_does_not_matter_in_a_real_list(names, device, fan_ins):
-    """Widths of the lecture's size, where a matrix product has other kernels for other shapes."""
-    tree = random_tree(fan_ins, n_embd=24, n_hidden=128, dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("fan_ins", "widths"),
+    [
+        *[(fan_ins, dict(n_embd=24, n_hidden=128)) for fan_ins in ((2, 2, 2), (8,), (3,), (5, 3))],
+        ((2, 2, 2), dict(n_embd=9, n_hidden=(9, 10, 11))),
+        ((2, 2, 2), dict(n_embd=9, n_hidden=(7, 40, 9), gated=True)),
+        ((2, 2, 2), dict(n_embd=48, n_hidden=40, gated=True)),
+    ],
+    ids=str,
+)
+def test_company_does_not_matter_in_a_real_list(names, device, fan_ins, widths):
+    """Widths of the lecture's size, where a matrix product has other kernels for other shapes, and narrow ones."""
+    tree = random_tree(fan_ins, **widths, dtype=torch.float32)
     scorer = Scorer(from_tree(tree), ABC, device=device, remember=fan_ins == (2, 2, 2))
     scores = scorer.score(names)
     order = random.Random(0)
@@ -153,9 +168,10 @@ def test_no_names_and_empty_names():
     assert scorer.score(["", ""]).isfinite().all() and scorer.position_log_probs([""])[1].tolist() == [0, 1]
 
 
-def test_what_a_call_remembers_is_whole(names, monkeypatch):
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_a_call_remembers_is_whole(names, monkeypatch, gated):
     """A call that fails between numbering and evaluating leaves no number of a node that has no value."""
-    scorer, fresh = small_scorer(remember=True), small_scorer()
+    scorer, fresh = small_scorer(remember=True, gated=gated), small_scorer(gated=gated)
     expected = fresh.score(names)
     assert torch.equal(scorer.score(names[:3000]), expected[:3000])
     evaluate = SharedNodes._contributions
@@ -215,6 +231,20 @@ def test_other_vocabularies(names):
         strings = ["".join(random.Random(i).choices(characters, k=i % 7)) for i in range(50)]
         scores = Scorer(from_tree(tree), vocab).score(strings)
         assert (scores - tree_log_probs(tree, strings, vocab)[1]).abs().max() < 1e-12
+
+
+def test_a_gated_model_takes_the_plain_path(monkeypatch):
+    """The kernel's last level is a tanh, which a gated one is not."""
+    expected = small_scorer(gated=True).score(NAMES)
+    monkeypatch.setattr(kernels, "usable", lambda *_: True)
+    monkeypatch.setattr(kernels, "last_level", lambda *_: pytest.fail("the kernel was asked"))
+    assert torch.equal(small_scorer(gated=True).score(NAMES), expected)
+
+
+def test_a_model_without_any_bias():
+    conv = ConvWaveNet(WaveNetConfig(n_embd=6, n_hidden=20, batch_norm=False, bias=False), dtype=torch.float64).eval()
+    tree = reference.from_conv(conv)
+    assert (Scorer(conv, ABC).score(NAMES) - tree_log_probs(tree, NAMES, ABC)[1]).abs().max() < 1e-12
 
 
 def test_what_is_no_list_of_names():

@@ -24,6 +24,9 @@ by_kernel = Scorer(conv, vocab, dtype=torch.float32)
 scores = by_kernel.score(names)
 assert (scores - Scorer(conv, vocab).score(names)).abs().max() < 2e-5  # float64 takes the plain path
 assert all(torch.equal(by_kernel.score([name])[0], score) for name, score in zip(names, scores))
+gated = from_tree(random_tree(n_embd=6, n_hidden=20, gated=True))  # has no kernel, and takes the plain path
+plain = Scorer(gated, vocab).score(names)
+assert (Scorer(gated, vocab, dtype=torch.float32).score(names) - plain).abs().max() < 2e-5
 print("equal")
 """
 

@@ -152,8 +152,9 @@ def test_models_that_differ_end_it_with_exit_code_1_and_no_timings(monkeypatch, 
     assert "NOT EQUAL" in capsys.readouterr().out
 
 
-def test_nodes_are_counted_and_not_computed_from_a_formula():
-    conv = fold_batch_norm(from_tree(random_tree((3, 2), n_embd=4, n_hidden=(5, 6))))
+@pytest.mark.parametrize("gated", [False, True])
+def test_nodes_are_counted_and_not_computed_from_a_formula(gated):
+    conv = fold_batch_norm(from_tree(random_tree((3, 2), n_embd=4, n_hidden=(5, 6), gated=gated)))
     tree = reference.from_conv(conv)
     tokens = torch.randint(27, (2, 10))
     for call, nodes in (
@@ -166,7 +167,11 @@ def test_nodes_are_counted_and_not_computed_from_a_formula():
         with torch.no_grad(), CountingNodes((5, 6)) as counted:
             call()
         assert counted.nodes == nodes
-    assert multiply_adds(conv, [16, 10], 10) == 16 * 3 * 4 * 5 + 10 * 2 * 5 * 6 + 10 * 6 * 27
+    if gated:  # convolution and residual of every node, skips and head of every output
+        work = 16 * (3 * 4 * 10 + 5 * 4) + 10 * (2 * 4 * 12) + 10 * (5 * 4 + 6 * 4 + 4 * 4 + 4 * 27)
+    else:
+        work = 16 * 3 * 4 * 5 + 10 * 2 * 5 * 6 + 10 * 6 * 27
+    assert multiply_adds(conv, [16, 10], 10) == work
 
 
 def test_the_lectures_distinct_nodes(lecture_list):

@@ -1,8 +1,9 @@
 """One safetensors file: weights, config, vocabulary, notes. Nothing is unpickled. Knows nothing of scores or training.
 
-The file's metadata are `format` ("wavenet-conv"), `version` ("1"), `config` (JSON: the fields of `WaveNetConfig` and
-`norms`, an eps and a momentum a level), `vocabulary` (the characters in order) and `notes` (JSON). Its tensors are the
-model's `state_dict` and, where the checkpoint carries them, `quantiles`.
+The file's metadata are `format` ("wavenet-conv"), `version` ("1", or "2" where the model is gated), `config` (JSON: the
+fields of `WaveNetConfig`, where a missing `gated` is false, and `norms`, an eps and a momentum a level), `vocabulary`
+(the characters in order) and `notes` (JSON). Its tensors are the model's `state_dict` and, where the checkpoint carries
+them, `quantiles`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from .files import write_whole
 from .model import ConvWaveNet, WaveNetConfig
 from .vocabulary import Vocabulary
 
-FORMAT, VERSION = "wavenet-conv", "1"
+FORMAT = "wavenet-conv"
+VERSIONS = {False: "1", True: "2"}  # by whether the model is gated: what knows of no gates is told to be renewed
 DEFAULT = Path(__file__).parent / "default.safetensors"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
@@ -71,15 +73,16 @@ def save_checkpoint(
     }
     if quantiles is not None:
         tensors["quantiles"] = quantiles.detach().cpu().clone(memory_format=torch.contiguous_format)
+    fields = {name: value for name, value in asdict(model.config).items() if name != "gated" or value}
     try:
         metadata = {
             "format": FORMAT,
-            "version": VERSION,
-            "config": json.dumps(asdict(model.config) | {"norms": norms}),
+            "version": VERSIONS[model.config.gated],
+            "config": json.dumps(fields | {"norms": norms}),
             "vocabulary": vocab.characters,
             "notes": json.dumps(dict(notes or {})),
         }
-        data = safetensors.torch.save(tensors, metadata)
+        data = _ordered(safetensors.torch.save(tensors, metadata))
     except (TypeError, ValueError, RecursionError) as error:  # notes of other things; half a surrogate pair
         raise CheckpointError(f"{path}: {error}; notes hold what JSON can, and a vocabulary is Unicode text") from error
     _read(io.BytesIO(data), path)
@@ -103,6 +106,16 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         ) from error
 
 
+def _ordered(data: bytes) -> bytes:
+    """The same file with its metadata in order: safetensors writes them in another one each time."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    metadata = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))}
+    text = json.dumps(metadata | header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
 def _read(file: BinaryIO, path: str | Path) -> Checkpoint:
     try:
         return _checkpoint(file)
@@ -116,10 +129,10 @@ def _checkpoint(file: BinaryIO) -> Checkpoint:
     found = metadata.get("format") if isinstance(metadata, dict) else None
     if found != FORMAT:
         raise CheckpointError(f"a safetensors file of another model: its format is {found!r:.40}, not {FORMAT!r}")
-    if metadata.get("version") != VERSION:
+    if metadata.get("version") not in VERSIONS.values():
         raise CheckpointError(
-            f"its version is {metadata.get('version')!r:.40} and this library reads {VERSION!r}; "
-            "install a newer wavenet-conv"
+            f"its version is {metadata.get('version')!r:.40} and this library reads "
+            f"{' and '.join(map(repr, VERSIONS.values()))}; install a newer wavenet-conv"
         )
     for key in ("config", "vocabulary", "notes"):
         if not isinstance(metadata.get(key), str):
@@ -172,7 +185,8 @@ def _config(text: str) -> tuple[WaveNetConfig, list[tuple[float, float]]]:
     """The config, and eps and momentum of every level's batch norm."""
     fields = _object("config", text)
     norms = fields.pop("norms", None)
-    for name in ("batch_norm", "bias"):
+    fields.setdefault("gated", False)
+    for name in ("batch_norm", "bias", "gated"):
         if not isinstance(fields.get(name), bool):
             raise CheckpointError(f"{name} in its config is {fields.get(name)!r:.40}, not true or false; {_SAVE_AGAIN}")
     try:

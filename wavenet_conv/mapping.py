@@ -9,7 +9,7 @@ reads the node `j * dilation` to the right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -23,6 +23,7 @@ from .model import ConvWaveNet, WaveNetConfig
 
 FLATTEN = ("FlattenConsecutive", "Flatten")
 KNOWN = ("Embedding", *FLATTEN, "Linear", "BatchNorm1d", "Tanh")
+GATED_HEAD = ("ReLU", "Linear", "ReLU", "Linear")
 
 
 @dataclass
@@ -60,16 +61,21 @@ def from_tree(tree: Any) -> ConvWaveNet:
 
     `tree` is the lecture's `Sequential` (or a list of its layers) or a `torch.nn.Sequential`: an `Embedding`, then per
     level `FlattenConsecutive` or `Flatten`, `Linear`, `BatchNorm1d` (or none in any level), `Tanh`, then a `Linear`.
-    A level without a flatten has fan-in 1, a head without a bias gets one of zeros. Weights are copied: training one
-    model never changes the other. In training mode the slid model normalises as the lecture does, by the unbiased
-    variance, where torch's own batch norm takes the biased one.
+    A level without a flatten has fan-in 1, a head without a bias gets one of zeros. A gated tree is an `Embedding`,
+    `GatedBlock`s (attributes `n`, the fan-in, and the linear layers `linear`, `skip` and `residual`, None in the last),
+    then `ReLU`, `Linear`, `ReLU`, `Linear`; `GatedLevel` says what it computes. Weights are copied: training one model
+    never changes the other. In training mode the slid model normalises as the lecture does, by the unbiased variance,
+    where torch's own batch norm takes the biased one.
     Raises `MappingError` naming the layer for anything else, and for batch-norm statistics kept per position, which
     sharing nodes rules out. Source: README, "Tree to convolution".
     """
     layers = list(layers_of(tree))
+    _check_start(layers)
+    if any(_kind(layer) == "GatedBlock" for layer in layers):
+        return _from_gated(layers)
     embedding, levels, head = _parse(layers)
     table = embedding.weight
-    _check_dtypes(layers, table.dtype)
+    _check_dtypes(enumerate(layers), table.dtype)
     widths = [_matrix(level.linear).shape[1] for level in levels]
     config = WaveNetConfig(
         vocab_size=table.shape[0],
@@ -79,22 +85,57 @@ def from_tree(tree: Any) -> ConvWaveNet:
         batch_norm=_all_or_none(levels, lambda level: level.norm is not None, "batch norm"),
         bias=_all_or_none(levels, lambda level: _bias(level.linear) is not None, "a bias"),
     )
-    if _matrix(head).shape[1] != config.vocab_size:
-        raise MappingError(
-            f"layer {len(layers) - 1} (Linear) gives {_matrix(head).shape[1]} logits but the embedding has "
-            f"{config.vocab_size} tokens; the head predicts one logit a token"
-        )
-    conv = _blank(config, table)
+    _check_logits(len(layers) - 1, head, config.vocab_size)
+    conv = blank(config, table)
     with torch.no_grad():
         conv.embedding.weight.copy_(table)
         for level, source in zip(conv.levels, levels):
-            level.conv.weight.copy_(rearrange(_matrix(source.linear), "(j c) o -> o c j", j=source.fan_in))
-            if config.bias:
-                level.conv.bias.copy_(_bias(source.linear))
+            _copy_linear(level.conv, source.linear)
             if config.batch_norm:
                 _copy_batch_norm(level.norm, source.norm, source.place + 1)
-        conv.head.weight.copy_(rearrange(_matrix(head), "c o -> o c 1"))
-        conv.head.bias.copy_(torch.zeros_like(conv.head.bias) if _bias(head) is None else _bias(head))
+        _copy_linear(conv.head, head)
+    return conv
+
+
+def _from_gated(layers: list[Any]) -> ConvWaveNet:
+    """`from_tree` for the layers of a gated tree."""
+    blocks = layers[1 : -len(GATED_HEAD)]
+    for place, (layer, kind) in enumerate(zip(layers, ("Embedding", *["GatedBlock"] * len(blocks), *GATED_HEAD))):
+        if _kind(layer) != kind:
+            raise _refusal(place, layer, f"stands where a gated tree has its {kind}; {_GATED_ORDER}")
+    table, hidden, head = layers[0].weight, layers[-3], layers[-1]
+    channels = table.shape[1]
+    gates = [_checked_gate(place, block, channels, block is blocks[-1]) for place, block in enumerate(blocks, start=1)]
+    for place, linear in ((len(layers) - 3, hidden), (len(layers) - 1, head)):
+        if _matrix(linear).shape[0] != channels:
+            raise _refusal(place, linear, f"takes {_matrix(linear).shape[0]} inputs, but {channels} channels come in")
+    if _matrix(hidden).shape[1] != channels:
+        raise _refusal(len(layers) - 3, hidden, f"gives {_matrix(hidden).shape[1]} channels; it keeps {channels}")
+    _check_logits(len(layers) - 1, head, len(table))
+    parts = [
+        (place, part)
+        for place, layer in enumerate(layers)
+        for part in ([layer.linear, layer.residual, layer.skip] if _kind(layer) == "GatedBlock" else [layer])
+        if part is not None
+    ]
+    _check_dtypes(parts, table.dtype)
+    config = WaveNetConfig(
+        vocab_size=len(table),
+        n_embd=channels,
+        n_hidden=tuple(gates),
+        fan_ins=tuple(block.n for block in blocks),
+        gated=True,
+    )
+    conv = blank(config, table)
+    with torch.no_grad():
+        conv.embedding.weight.copy_(table)
+        for level, block in zip(conv.levels, blocks):
+            _copy_linear(level.conv, block.linear)
+            _copy_linear(level.skip, block.skip)
+            if level.residual is not None:
+                _copy_linear(level.residual, block.residual)
+        _copy_linear(conv.hidden, hidden)
+        _copy_linear(conv.head, head)
     return conv
 
 
@@ -102,17 +143,20 @@ def fold_batch_norm(conv: ConvWaveNet) -> ConvWaveNet:
     """The same model with batch norm inside the convolutions, in evaluation mode; `conv` is left as it is.
 
     With `scale = gamma / sqrt(var + eps)` the weights become `weight * scale` and the bias
-    `beta + (bias - mean) * scale`. Logits agree to rounding, with one operator less a level.
+    `beta + (bias - mean) * scale`. Logits agree to rounding, with one operator less a level. Without batch norm, as in
+    a gated model, it is an equal copy.
     """
     if not isinstance(conv, ConvWaveNet):
         raise MappingError(
             f"fold_batch_norm takes a ConvWaveNet, not a {type(conv).__name__}; map a tree with from_tree"
         )
     config = replace(conv.config, batch_norm=False, bias=True) if conv.config.batch_norm else conv.config
-    folded = _blank(config, conv.embedding.weight)
+    folded = blank(config, conv.embedding.weight)
     with torch.no_grad():
         folded.embedding.load_state_dict(conv.embedding.state_dict())
         folded.head.load_state_dict(conv.head.state_dict())
+        if conv.hidden is not None:
+            folded.hidden.load_state_dict(conv.hidden.state_dict())
         for target, source in zip(folded.levels, conv.levels):
             if source.norm is None:
                 target.load_state_dict(source.state_dict())
@@ -125,7 +169,7 @@ def fold_batch_norm(conv: ConvWaveNet) -> ConvWaveNet:
     return folded
 
 
-def _blank(config: WaveNetConfig, like: Tensor) -> ConvWaveNet:
+def blank(config: WaveNetConfig, like: Tensor) -> ConvWaveNet:
     """A model in evaluation mode, on the device and in the dtype of `like`, whose weights are all still to be copied.
 
     Built on the meta device, so that mapping a model draws no random numbers.
@@ -133,8 +177,8 @@ def _blank(config: WaveNetConfig, like: Tensor) -> ConvWaveNet:
     return ConvWaveNet(config, device="meta", dtype=like.dtype).to_empty(device=like.device).eval()
 
 
-def _parse(layers: list[Any]) -> tuple[Any, list[_LevelSource], Any]:
-    """The embedding, the levels and the head of a tree; raises `MappingError` where it is anything else."""
+def _check_start(layers: list[Any]) -> None:
+    """What holds for any tree: layers are instances, linear ones have weights, and an embedding comes first."""
     for place, layer in enumerate(layers):
         if isinstance(layer, type):
             raise MappingError(
@@ -147,6 +191,10 @@ def _parse(layers: list[Any]) -> tuple[Any, list[_LevelSource], Any]:
         raise MappingError(f"a tree starts with an Embedding; {first}")
     if getattr(layers[0], "max_norm", None) is not None:
         raise _refusal(0, layers[0], "rescales its rows as it reads them (max_norm); build it without")
+
+
+def _parse(layers: list[Any]) -> tuple[Any, list[_LevelSource], Any]:
+    """The embedding, the levels and the head of a tree; raises `MappingError` where it is anything else."""
     levels: list[_LevelSource] = []
     channels, flatten = layers[0].weight.shape[1], None
     for place, layer in enumerate(layers[1:], start=1):
@@ -185,6 +233,31 @@ def _parse(layers: list[Any]) -> tuple[Any, list[_LevelSource], Any]:
 _ORDER = (
     "a tree is Embedding, then per level FlattenConsecutive, Linear, BatchNorm1d or none, Tanh, then one last Linear"
 )
+_GATED_ORDER = f"a gated tree is Embedding, GatedBlock a level, then {', '.join(GATED_HEAD)}"
+
+
+def _checked_gate(place: int, block: Any, channels: int, last: bool) -> int:
+    """The width of the block's gate; raises `MappingError` where its parts do not fit each other."""
+    for name in ("n", "linear", "residual", "skip"):
+        part = getattr(block, name, None)
+        there = isinstance(part, int) if name == "n" else isinstance(getattr(part, "weight", None), Tensor)
+        if name == "residual" and part is None and last:
+            continue
+        if not there:
+            asked = "a whole number, its fan-in" if name == "n" else "a linear layer with a weight tensor"
+            raise _refusal(place, block, f"has no {name} that is {asked}; only the last block's residual is None")
+    if last and block.residual is not None:
+        raise _refusal(place, block, "is the last block and has a residual, which nobody reads; set it to None")
+    rows, columns = _matrix(block.linear).shape
+    if rows != block.n * channels or columns % 2:
+        complaint = f"has a linear of {rows} inputs and {columns} outputs; {block.n} nodes of {channels} channels come "
+        raise _refusal(place, block, complaint + "in, and as many filters as gates go out")
+    for name in ("residual", "skip"):
+        shape = (columns // 2, channels) if getattr(block, name) is None else tuple(_matrix(getattr(block, name)).shape)
+        if shape != (columns // 2, channels):
+            complaint = f"has a {name} of {shape[0]} inputs and {shape[1]} outputs, where the gate has {columns // 2} "
+            raise _refusal(place, block, complaint + f"and a node {channels} channels")
+    return columns // 2
 
 
 def _kind(layer: Any) -> str:
@@ -205,8 +278,23 @@ def _bias(linear: Any) -> Tensor | None:
     return getattr(linear, "bias", None)
 
 
-def _check_dtypes(layers: list[Any], dtype: torch.dtype) -> None:
-    for place, layer in enumerate(layers):
+def _copy_linear(target: nn.Conv1d, source: Any) -> None:
+    """The one formula of this module; a source without a bias has one of zeros."""
+    target.weight.copy_(rearrange(_matrix(source), "(j c) o -> o c j", j=target.kernel_size[0]))
+    if target.bias is not None:
+        target.bias.copy_(torch.zeros_like(target.bias) if _bias(source) is None else _bias(source))
+
+
+def _check_logits(place: int, head: Any, vocab_size: int) -> None:
+    if _matrix(head).shape[1] != vocab_size:
+        raise MappingError(
+            f"layer {place} (Linear) gives {_matrix(head).shape[1]} logits but the embedding has {vocab_size} tokens; "
+            f"the head predicts one logit a token"
+        )
+
+
+def _check_dtypes(layers: Iterable[tuple[int, Any]], dtype: torch.dtype) -> None:
+    for place, layer in layers:
         members = vars(layer) | (dict(layer.named_parameters()) if isinstance(layer, nn.Module) else {})
         for name in ("weight", "bias", "gamma", "beta", "running_mean", "running_var"):
             tensor = members.get(name)

@@ -27,7 +27,9 @@ class WaveNetConfig:
 
     vocab_size: tokens, `.` included. n_embd: width of the embedding. n_hidden: width of every level, or one width a
     level. fan_ins: how many consecutive nodes each level fuses, lowest first. batch_norm: after every level's linear
-    map. bias: on every level's linear map (default: where there is no batch norm, which has a shift of its own).
+    map (default: unless gated). bias: on every level's linear map (default: where there is no batch norm, which has a
+    shift of its own). gated: levels are the WaveNet paper's blocks (`GatedLevel`), n_embd wide outside and n_hidden
+    inside the gate, with biases everywhere and no batch norm.
     Raises `ConfigError` naming the field that is wrong.
     """
 
@@ -35,8 +37,9 @@ class WaveNetConfig:
     n_embd: int = 24
     n_hidden: int | tuple[int, ...] = 128
     fan_ins: tuple[int, ...] = (2, 2, 2)
-    batch_norm: bool = True
+    batch_norm: bool | None = None
     bias: bool | None = None
+    gated: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.fan_ins, Sequence) or not self.fan_ins:
@@ -50,6 +53,11 @@ class WaveNetConfig:
         for name, size in sizes.items():
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ConfigError(f"{name} is {size!r}; it must be an integer of at least 1")
+        if self.gated and self.batch_norm:
+            raise ConfigError("batch_norm is True and gated too; a gated level has no batch norm, leave batch_norm out")
+        if self.gated and self.bias is False:
+            raise ConfigError("bias is False and gated is True; a gated level has biases everywhere, leave bias out")
+        object.__setattr__(self, "batch_norm", not self.gated if self.batch_norm is None else self.batch_norm)
         object.__setattr__(self, "fan_ins", tuple(self.fan_ins))
         object.__setattr__(self, "n_hidden", tuple(widths))
         object.__setattr__(self, "bias", not self.batch_norm if self.bias is None else self.bias)
@@ -74,6 +82,7 @@ class BatchNorm(nn.Module):
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, **factory: Any):
         super().__init__()
         self.eps, self.momentum = eps, momentum
+        self.over_ranks = False  # whether the batch is spread over the ranks of the default process group
         self.weight = nn.Parameter(torch.ones(channels, **factory))
         self.bias = nn.Parameter(torch.zeros(channels, **factory))
         self.register_buffer("running_mean", torch.zeros(channels, **factory))
@@ -86,19 +95,27 @@ class BatchNorm(nn.Module):
                 x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
             )
         axes = [axis for axis in range(x.ndim) if axis != 1]
-        total = uses.sum()
+        total = self._over_ranks(uses.sum())
         if total <= 1:
             raise ModeError(
                 "batch norm in training got one single value a channel, which has no variance; "
                 "train on more than one window at a time, or call .eval() first"
             )
-        mean = (uses * x).sum(axes, keepdim=True) / total
-        var = (uses * (x - mean) ** 2).sum(axes, keepdim=True) / (total - 1)
+        mean = self._over_ranks((uses * x).sum(axes, keepdim=True)) / total
+        var = self._over_ranks((uses * (x - mean) ** 2).sum(axes, keepdim=True)) / (total - 1)
         with torch.no_grad():
             self.running_mean.lerp_(mean.flatten(), self.momentum)
             self.running_var.lerp_(var.flatten(), self.momentum)
         per_channel = [1, -1] + [1] * (x.ndim - 2)
         return (x - mean) / torch.sqrt(var + self.eps) * self.weight.view(per_channel) + self.bias.view(per_channel)
+
+    def _over_ranks(self, part: Tensor) -> Tensor:
+        """A sum over the batch, of which each rank of a `torch.distributed` group may have a part; differentiable."""
+        if not self.over_ranks:
+            return part
+        from torch.distributed.nn.functional import all_reduce  # not in every build of PyTorch
+
+        return all_reduce(part)
 
 
 class Level(nn.Module):
@@ -106,10 +123,7 @@ class Level(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, fan_in: int, dilation: int, batch_norm: bool, bias: bool, **factory: Any):
         super().__init__()
-        self.conv = nn.Conv1d(c_in, c_out, kernel_size=fan_in, dilation=dilation, bias=bias, **factory)
-        # Stored as the tree's (fan_in * c_in, c_out) matrix and seen as Conv1d's weight, so `slide` never copies it.
-        stored = rearrange(self.conv.weight.detach(), "o c j -> (j c) o").contiguous()
-        self.conv.weight = nn.Parameter(rearrange(stored, "(j c) o -> o c j", j=fan_in))
+        self.conv = _tree_conv(c_in, c_out, fan_in, dilation, bias, **factory)
         self.register_module("norm", BatchNorm(c_out, **factory) if batch_norm else None)
         self.fan_in, self.dilation = fan_in, dilation
 
@@ -122,6 +136,69 @@ class Level(nn.Module):
         """What `slide` needs: a `(c_in, c_out)` matrix for each tap, the bias, the batch norm, the dilation."""
         bias = None if self.conv.bias is None else self.conv.bias.view(-1)
         return self.conv.weight.permute(2, 1, 0).unbind(), bias, self.norm, self.dilation
+
+    def convs(self) -> list[nn.Conv1d]:
+        """The level's convolutions, in the order in which their weights are drawn."""
+        return [self.conv]
+
+
+class GatedLevel(nn.Module):
+    """The WaveNet paper's block as a level: a gated activation unit with a residual and a skip connection.
+
+    A node (l, p) carries two values, both n_embd wide: h, which its parents read, and s, the skip sum so far. With f
+    and g the first and the second half of what `conv` makes of its children's h, and r its rightmost child, the one at
+    `p + (fan_in - 1) * dilation`:
+
+        z = tanh(f) * sigmoid(g)    h = residual(z) + h(r)    s = skip(z) + s(r)
+
+    A token's h is its embedding and its s is 0. Adding up the skips along rightmost children, the s of an output counts
+    one node of each level: the right spine of its tree, the nodes that cover the last `span` tokens of its window. All
+    of them are nodes of the tree anyway, and both values depend on the tokens that the node covers and on nothing else,
+    so they slide, and are shared, as every other value is. The last level has no `residual`: nobody would read its h.
+    Source: van den Oord et al. 2016, arXiv:1609.03499, sections 2.3 and 2.4.
+    """
+
+    norm = None
+
+    def __init__(self, channels: int, gate: int, fan_in: int, dilation: int, last: bool, **factory: Any):
+        super().__init__()
+        self.conv = _tree_conv(channels, 2 * gate, fan_in, dilation, True, **factory)
+        self.register_module("residual", None if last else nn.Conv1d(gate, channels, 1, **factory))
+        self.skip = nn.Conv1d(gate, channels, 1, **factory)
+        self.fan_in, self.dilation = fan_in, dilation
+
+    def forward(self, h: Tensor, s: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The definition: h and s `(batch, channels, time)` to those `time - (fan_in - 1) * dilation` steps long.
+
+        The h of the last level is None.
+        """
+        f, g = self.conv(h).chunk(2, 1)
+        z, reach = torch.tanh(f) * torch.sigmoid(g), (self.fan_in - 1) * self.dilation
+        h = None if self.residual is None else self.residual(z) + h[..., reach:]
+        return h, self.skip(z) + s[..., reach:]
+
+    def operands(self) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor], int]:
+        """What `slide_gated` needs: matrices of the taps, bias, bias and matrix of residual and of skip, dilation."""
+        residual = None if self.residual is None else _matrix(self.residual)
+        bias = self.conv.bias.view(-1)
+        return self.conv.weight.permute(2, 1, 0).unbind(), bias, residual, _matrix(self.skip), self.dilation
+
+    def convs(self) -> list[nn.Conv1d]:
+        """The level's convolutions, in the order in which their weights are drawn."""
+        return [self.conv, *([] if self.residual is None else [self.residual]), self.skip]
+
+
+def _tree_conv(c_in: int, c_out: int, fan_in: int, dilation: int, bias: bool, **factory: Any) -> nn.Conv1d:
+    """A Conv1d that is stored as the tree's `(fan_in * c_in, c_out)` matrix, so that no fast pass has to copy it."""
+    conv = nn.Conv1d(c_in, c_out, kernel_size=fan_in, dilation=dilation, bias=bias, **factory)
+    stored = rearrange(conv.weight.detach(), "o c j -> (j c) o").contiguous()
+    conv.weight = nn.Parameter(rearrange(stored, "(j c) o -> o c j", j=fan_in))
+    return conv
+
+
+def _matrix(conv: nn.Conv1d) -> tuple[Tensor, Tensor]:
+    """Bias and `(c_in, c_out)` matrix of a 1x1 convolution: views."""
+    return conv.bias.view(-1), conv.weight.squeeze(2).t()
 
 
 def slide(
@@ -138,20 +215,51 @@ def slide(
     x `(time * batch, c_in)`, nodes in time-major order, to `((time - (fan_in - 1) * dilation) * batch, c_out)`.
     Time-major, the nodes that tap j reads are x without its first `j * dilation` steps: one contiguous view, no copy.
     """
-    step = dilation * batch
+    h = _convolve(x, dilation * batch, taps, bias)
+    return torch.tanh_(h if norm is None else norm.forward(h, uses))  # without nn.Module's own work at every call
+
+
+def slide_gated(
+    x: Tensor,
+    skips: Tensor | None,
+    batch: int,
+    outputs: int,
+    taps: tuple[Tensor, ...],
+    bias: Tensor,
+    residual: tuple[Tensor, Tensor] | None,
+    skip: tuple[Tensor, Tensor],
+    dilation: int,
+) -> tuple[Tensor | None, Tensor]:
+    """A `GatedLevel` as matrix products over shifted views; its `forward` defines it.
+
+    x: h as `slide` takes it. skips: the outputs' skip sums so far, `(outputs * batch, n_embd)`, or None; changed in
+    place. The nodes on the outputs' right spines are a level's last ones, so no other node's skip is computed.
+    """
+    f, g = _convolve(x, dilation * batch, taps, bias).chunk(2, 1)
+    z = torch.tanh(f) * torch.sigmoid(g)
+    own = torch.addmm(skip[0], z[z.size(0) - outputs * batch :], skip[1])
+    skips = own if skips is None else skips.add_(own)
+    if residual is None:
+        return None, skips
+    return torch.addmm(x[x.size(0) - z.size(0) :], z, residual[1]).add_(residual[0]), skips
+
+
+def _convolve(x: Tensor, step: int, taps: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+    """A level's linear map: x `(time * batch, c_in)`, taps `step` rows apart."""
     rows = x.size(0) - (len(taps) - 1) * step
     h = x[:rows] @ taps[0] if bias is None else torch.addmm(bias, x[:rows], taps[0])
     for tap in range(1, len(taps)):
         h.addmm_(x[tap * step : tap * step + rows], taps[tap])
-    return torch.tanh_(h if norm is None else norm.forward(h, uses))  # without nn.Module's own work at every call
+    return h
 
 
 class ConvWaveNet(nn.Module):
     """A stack of dilated causal convolutions that predicts the next token at every position at once.
 
     `conv(tokens)` runs it fast; `conv.forward_conv1d(tokens)` is the plain `nn.Conv1d` pass that defines it.
-    Weights are drawn as the lecture draws them. Source: van den Oord et al. 2016, arXiv:1609.03499, section 2.1;
-    README, "Tree to convolution".
+    Weights are drawn as the lecture draws them. The head of a gated model reads the skip sums and has a layer of its
+    own, `hidden`: ReLU, `hidden`, ReLU, `head`; in other models `hidden` is None. Source: van den Oord et al. 2016,
+    arXiv:1609.03499, section 2.1 and for gated models 2.3 and 2.4; README, "Tree to convolution".
     """
 
     def __init__(
@@ -164,11 +272,16 @@ class ConvWaveNet(nn.Module):
         self.config, self.context, self.dilations = config, config.context, config.dilations
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd, **factory)
         widths = (config.n_embd, *config.n_hidden)
-        self.levels = nn.ModuleList(
-            Level(c_in, c_out, fan_in, dilation, config.batch_norm, config.bias, **factory)
-            for c_in, c_out, fan_in, dilation in zip(widths, widths[1:], config.fan_ins, self.dilations)
-        )
-        self.head = nn.Conv1d(widths[-1], config.vocab_size, kernel_size=1, **factory)
+        shapes = list(zip(widths, widths[1:], config.fan_ins, self.dilations))
+        if config.gated:
+            last = [False] * (len(shapes) - 1) + [True]
+            levels = [GatedLevel(config.n_embd, *shape[1:], top, **factory) for shape, top in zip(shapes, last)]
+        else:
+            levels = [Level(*shape, config.batch_norm, config.bias, **factory) for shape in shapes]
+        self.levels = nn.ModuleList(levels)
+        width = config.n_embd if config.gated else widths[-1]
+        self.register_module("hidden", nn.Conv1d(width, width, 1, **factory) if config.gated else None)
+        self.head = nn.Conv1d(width, config.vocab_size, kernel_size=1, **factory)
         self._kept: _Kept | None = None
         self.reset_parameters()
 
@@ -176,7 +289,7 @@ class ConvWaveNet(nn.Module):
     def reset_parameters(self) -> None:
         """The lecture's initialisation: normal weights over sqrt(fan-in), zero biases, a head ten times smaller."""
         self.embedding.weight.normal_()
-        for conv in [level.conv for level in self.levels] + [self.head]:
+        for conv in self._convs():
             conv.weight.normal_(std=(conv.in_channels * conv.kernel_size[0]) ** -0.5)
             if conv.bias is not None:
                 conv.bias.zero_()
@@ -195,27 +308,43 @@ class ConvWaveNet(nn.Module):
         operands = None if torch.is_autocast_enabled("cuda" if tokens.is_cuda else "cpu") else self._operands()
         if operands is None:
             return self.forward_conv1d(tokens, lengths).contiguous()
-        table, levels, head_bias, head_weight = operands
-        x = self._embed(tokens, table).flatten(0, 1)
-        if self.training:
+        table, levels, hidden, head_bias, head_weight = operands
+        x, outputs = self._embed(tokens, table).flatten(0, 1), time - self.context + 1
+        if self.config.gated:
+            skips = None
+            for level in levels:
+                x, skips = slide_gated(x, skips, batch, outputs, *level)
+            x = torch.relu_(torch.addmm(hidden[0], torch.relu_(skips), hidden[1]))
+        elif self.training:
             for level, uses in zip(levels, self._uses(tokens, lengths)):
                 x = slide(x, batch, *level, uses.reshape(-1, 1))
         else:
             for level in levels:
                 x = slide(x, batch, *level)
         logits = torch.addmm(head_bias, x, head_weight)
-        return logits.view(time - self.context + 1, batch, self.config.vocab_size).transpose(0, 1).contiguous()
+        return logits.view(outputs, batch, self.config.vocab_size).transpose(0, 1).contiguous()
 
     def forward_conv1d(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The definition of `forward`, and slower: every level as `nn.Conv1d` on `(batch, channel, time)`."""
         self._checked_shape(tokens)
         x = rearrange(self._embed(tokens, self.embedding.weight), "time batch channel -> batch channel time")
-        for level, uses in zip(self.levels, self._uses(tokens, lengths)):
-            x = level(x, rearrange(uses, "time batch -> batch 1 time") if self.training else None)
+        if self.config.gated:
+            skips = torch.zeros_like(x)
+            for level in self.levels:
+                x, skips = level(x, skips)
+            x = torch.relu(self.hidden(torch.relu(skips)))
+        else:
+            for level, uses in zip(self.levels, self._uses(tokens, lengths)):
+                x = level(x, rearrange(uses, "time batch -> batch 1 time") if self.training else None)
         return rearrange(self.head(x), "batch vocab time -> batch time vocab")
 
-    def _operands(self) -> tuple[Tensor, list[tuple], Tensor, Tensor] | None:
-        """The embedding, every level's operands, the head's bias and its `(c_in, vocab)` matrix: views of the weights.
+    def _convs(self) -> list[nn.Conv1d]:
+        """Every convolution, in the order in which their weights are drawn."""
+        inner = [conv for level in self.levels for conv in level.convs()]
+        return [*inner, *([] if self.hidden is None else [self.hidden]), self.head]
+
+    def _operands(self) -> tuple[Tensor, list[tuple], tuple[Tensor, Tensor] | None, Tensor, Tensor] | None:
+        """The embedding, every level's operands, bias and matrix of `hidden` and of the head: views of the weights.
 
         None where a convolution would compute something else than its weight and bias say. Making the views takes as
         long as the arithmetic on a short name, so without gradients they are kept for as long as they are views of this
@@ -224,12 +353,12 @@ class ConvWaveNet(nn.Module):
         keep = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         if keep and self._kept is not None and self._kept.current(self):
             return self._kept.value
-        convs = [level.conv for level in self.levels] + [self.head]
+        convs = self._convs()
         if any(type(conv) is not nn.Conv1d or conv._forward_pre_hooks or conv._forward_hooks for conv in convs):
             return None
         levels = [level.operands() for level in self.levels]
-        views = self.embedding.weight.view_as(self.embedding.weight), levels, self.head.bias.view(-1)
-        views += (self.head.weight.squeeze(2).t(),)
+        hidden = None if self.hidden is None else _matrix(self.hidden)
+        views = self.embedding.weight.view_as(self.embedding.weight), levels, hidden, *_matrix(self.head)
         if keep:
             try:
                 self._kept = _Kept(self, views)

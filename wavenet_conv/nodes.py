@@ -7,6 +7,7 @@ stand, in one name or in a million (README: Nodes shared across names). Knows no
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -14,27 +15,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
-from .mapping import fold_batch_norm
+from .mapping import blank, fold_batch_norm
 from .model import ConvWaveNet
 
 TILE = 1024  # nodes in one matrix product, always: a node's bits cannot depend on how many others there are
 TABULATED = 4096  # a level with no more possible nodes than this is evaluated once and for all, all of them
 DIRECT = 2**24  # keys up to here are numbered by a table with an entry for each, others by sorting
 NEARLY_ALL = 0.8  # distinct share of a level above which numbering the next one costs more than it saves
-COLUMNS = 16  # the head's columns are filled up to a multiple of this
+COLUMNS = 16  # no matrix product has fewer columns, and the head's are filled up to a multiple of this
 CARRIED = 2**26  # numbers among the contributions that a chunk leaves to the next one: 256 MiB of float32
+
+
+# A level's nodes as its parents read them: contributions and, in a gated model, values; see `Carried`.
+Below = tuple[Tensor, Tensor | None]
 
 
 class Carried:
     """What one chunk of a stream leaves to the next: nodes of the first level above the tables, and room to write in.
 
     numbers: int32 `(possible nodes,)`, the number of the node with each key, -1 where none has been met.
-    contributions: `(fan_in, room, channels)`; those of the first `count` nodes are evaluated. log_probs: scratch.
+    contributions: `(fan_in, room, channels)`; those of the first `count` nodes are evaluated. values: of a gated model,
+    beside them, `(room, 2 * n_embd)`. log_probs: scratch.
     """
 
     def __init__(self) -> None:
         self.numbers: Tensor | None = None
         self.contributions: Tensor | None = None
+        self.values: Tensor | None = None
         self.log_probs: Tensor | None = None
         self.count = 0
 
@@ -52,26 +59,29 @@ class SharedNodes:
     """A model in evaluation mode, ready to be evaluated on distinct nodes only.
 
     What a node contributes to its parent at tap j, its product with that tap's matrix, is computed once for each
-    distinct node; a parent is a gather, a sum and a tanh. Low levels with few possible nodes (the bigrams of a small
+    distinct node; a parent is a gather, a sum and a tanh. A gated parent also gathers the two values (h, s) of its
+    rightmost child, side by side, and adds its own. Low levels with few possible nodes (the bigrams of a small
     alphabet) are tabulated here, once for all names.
     """
 
     @torch.no_grad()
     def __init__(self, conv: ConvWaveNet):
-        folded = fold_batch_norm(conv)
+        folded = _widened(fold_batch_norm(conv))
         self.context, self.fan_ins, self.vocab_size = folded.context, folded.config.fan_ins, folded.config.vocab_size
         self._taps = [level.conv.weight.permute(2, 1, 0).contiguous() for level in folded.levels]
         self._bias = [level.conv.bias.clone() for level in folded.levels]
+        self._gates = _Gates(folded, self._taps, self._bias) if folded.config.gated else None
         # A matrix product with 32 columns takes two thirds of the time of one with 27: columns that are never drawn.
         spare = -self.vocab_size % COLUMNS
         self._head = F.pad(folded.head.weight[..., 0].t(), (0, spare))
         self._head_bias = F.pad(folded.head.bias, (0, spare), value=-torch.inf)
         table, kinds, self.tabulated = folded.embedding.weight.clone(), self.vocab_size, 0
+        table = table if self._gates is None else torch.cat([table, torch.zeros_like(table)], 1)
         self._table = self._contributions(0, _padded(table).split(TILE), len(table), Carried())
         while self.tabulated < len(self.fan_ins) - 1 and kinds ** self.fan_ins[self.tabulated] <= TABULATED:
             fan_in, self.tabulated = self.fan_ins[self.tabulated], self.tabulated + 1
             children = _digits(torch.arange(kinds**fan_in, device=table.device), kinds, fan_in)
-            kinds, nodes = len(children), self._nodes(self._table, children)
+            kinds, nodes = len(children), self._nodes(self.tabulated - 1, self._table, children)
             self._table = self._contributions(self.tabulated, nodes, kinds, Carried())
 
     @torch.no_grad()
@@ -82,9 +92,9 @@ class SharedNodes:
         each and after the last; lengths: int64 `(names,)`. Returns `(distinct, vocab)`, rows int64 and next tokens in
         the dtype of `tokens`, both `(sum(lengths + 1),)`, name after name.
         """
-        contributions, children, rows, targets = self._below_top(tokens, lengths, Carried())
+        below, children, rows, targets = self._below_top(tokens, lengths, Carried())
         logits = self._head.new_empty(len(children) + -len(children) % TILE, len(self._head_bias))
-        for out, nodes in zip(logits.split(TILE), self._nodes(contributions, children)):
+        for out, nodes in zip(logits.split(TILE), self._nodes(-1, below, children)):
             torch.addmm(self._head_bias, nodes, self._head, out=out)
         return logits[: len(children), : self.vocab_size], rows, targets
 
@@ -94,32 +104,32 @@ class SharedNodes:
 
         tokens and lengths as `logits` takes them; carried: one for all chunks of a stream, so that nodes which one has
         evaluated serve the next (nothing is kept without). Where the Triton kernel runs, every distinct pair of a
-        window and what follows it is evaluated by that; else this is the log-softmax of the logits, of which one entry
-        a row is kept.
+        window and what follows it is evaluated by that; else, and for a gated model, this is the log-softmax of the
+        logits, of which one entry a row is kept.
         """
-        if self._head.is_cuda:
+        if self._head.is_cuda and self._gates is None:
             kernels.warn_once_without_triton()
         carried = Carried() if carried is None else carried
-        contributions, children, rows, targets = self._below_top(tokens, lengths, carried)
-        if kernels.usable(self._head.device, self._head.dtype, self.vocab_size):
+        below, children, rows, targets = self._below_top(tokens, lengths, carried)
+        if self._gates is None and kernels.usable(self._head.device, self._head.dtype, self.vocab_size):
             pairs, numbers = number([rows, targets], max(len(children), self.vocab_size))
             head, bias = self._head[:, : self.vocab_size].contiguous(), self._head_bias[: self.vocab_size]
             windows, following = children[pairs[:, 0]], pairs[:, 1].contiguous()
-            return kernels.last_level(contributions, windows, following, head, bias)[numbers]
-        out = carried.log_probs = _room(carried.log_probs, self._head, len(children) + TILE, len(self._head_bias))
-        for tile, nodes in zip(out.split(TILE), self._nodes(contributions, children)):
+            return kernels.last_level(below[0], windows, following, head, bias)[numbers]
+        out = carried.log_probs = _room(carried.log_probs, 0, self._head, len(children) + TILE, len(self._head_bias))
+        for tile, nodes in zip(out.split(TILE), self._nodes(-1, below, children)):
             torch.log_softmax(torch.addmm(self._head_bias, nodes, self._head), 1, out=tile)
         return out.flatten().index_select(0, rows * len(self._head_bias) + targets)
 
-    def _below_top(self, tokens: Tensor, lengths: Tensor, carried: Carried) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _below_top(self, tokens: Tensor, lengths: Tensor, carried: Carried) -> tuple[Below, Tensor, Tensor, Tensor]:
         """What contributes to the last level, its distinct nodes' children, and each output's node and next token."""
         levels, rows, starts = self.number(tokens, lengths, carried)
-        contributions = self._table
+        below = self._table
         for level, children in enumerate(levels[:-1], start=self.tabulated + 1):
-            nodes = self._nodes(contributions, children)
-            contributions = self._contributions(level, nodes, len(children), carried)
+            nodes = self._nodes(level - 1, below, children)
+            below = self._contributions(level, nodes, len(children), carried)
             carried = Carried()  # the levels above are numbered anew for each chunk
-        return contributions, levels[-1], rows, tokens.index_select(0, starts + self.context)
+        return below, levels[-1], rows, tokens.index_select(0, starts + self.context)
 
     def number(
         self, tokens: Tensor, lengths: Tensor, carried: Carried | None = None
@@ -134,11 +144,11 @@ class SharedNodes:
         carried.trim()
         ids, kinds, span = tokens, self.vocab_size, 1  # ids: a node's number at every position where one starts
         for fan_in in self.fan_ins[: self.tabulated]:
-            ids = _keys(_taps(ids, fan_in, span), kinds)
+            ids = _keys(taps_of(ids, fan_in, span), kinds)
             kinds, span = kinds**fan_in, span * fan_in
         levels, share = [], 0.0
         for fan_in in self.fan_ins[self.tabulated : -1]:
-            taps, span = _taps(ids, fan_in, span), span * fan_in
+            taps, span = taps_of(ids, fan_in, span), span * fan_in
             if share < NEARLY_ALL:
                 children, ids = number(taps, kinds, crossing(lengths, self.context, span), carried)
                 kinds = max(carried.count + len(children), 1)
@@ -152,37 +162,90 @@ class SharedNodes:
             levels.append(children)
             carried = Carried()  # the levels above are numbered anew for each chunk
         starts = node_positions(lengths, self.context, self.context)
-        taps = [tap.index_select(0, starts) for tap in _taps(ids, self.fan_ins[-1], span)]
+        taps = [tap.index_select(0, starts) for tap in taps_of(ids, self.fan_ins[-1], span)]
         children, rows = number(taps, kinds) if share < NEARLY_ALL else every(taps)
         return [*levels, children], rows.long(), starts
 
-    def _nodes(self, contributions: Tensor, children: Tensor) -> Iterator[Tensor]:
-        """Tiles `(TILE, channels)` of the nodes with these children; the last one is filled up with node 0's."""
+    def _nodes(self, level: int, below: Below, children: Tensor) -> Iterator[Tensor]:
+        """Tiles `(TILE, channels)` of the level's nodes with these children; the last is filled up with node 0's."""
+        contributions, values = below
         fan_in, room, _ = contributions.shape
         rows = _padded(children) + torch.arange(fan_in, device=children.device) * room
         starts = torch.arange(0, TILE * fan_in, fan_in, device=children.device)
         for tile in rows.flatten().split(TILE * fan_in) if len(rows) else ():
             # One pass over the rows of all taps: a gather and a sum, tap after tap.
-            yield tanh_(F.embedding_bag(tile, contributions.flatten(0, 1), starts, mode="sum"))
+            summed = F.embedding_bag(tile, contributions.flatten(0, 1), starts, mode="sum")
+            if values is None:
+                yield tanh_(summed)
+            else:
+                rightmost = tile[fan_in - 1 :: fan_in] - (fan_in - 1) * room
+                yield self._gates.nodes(level, summed, values.index_select(0, rightmost))
 
-    def _contributions(self, level: int, tiles: Iterable[Tensor], count: int, carried: Carried) -> Tensor:
+    def _contributions(self, level: int, tiles: Iterable[Tensor], count: int, carried: Carried) -> Below:
         """What nodes contribute to their parents in `level`: `(fan_in, room, channels)`, the bias in tap 0.
 
-        The `count` nodes of the tiles come behind those that `carried` has.
+        The `count` nodes of the tiles come behind those that `carried` has. Those of a gated model are kept too.
         """
         taps, start = self._taps[level], carried.count
-        carried.count += count
+        channels, carried.count = taps.shape[1], carried.count + count
         # Every tile is written whole: the next one, or the next chunk, overwrites what the last was filled up with.
-        out = _room(carried.contributions, taps, len(taps), carried.count + TILE, taps.shape[2])
-        if out is not carried.contributions and start:
-            out[:, :start] = carried.contributions[:, :start]
-        carried.contributions = out
+        room = carried.count + TILE
+        out = carried.contributions = _room(carried.contributions, start, taps, len(taps), room, taps.shape[2])
+        if self._gates is not None:
+            carried.values = _room(carried.values, start, taps, room, 2 * channels)
         for tile in tiles:
             rows = slice(start, start := start + TILE)
+            if self._gates is not None:
+                carried.values[rows], tile = tile, tile[:, :channels]
             torch.addmm(self._bias[level], tile, taps[0], out=out[0, rows])
             for tap in range(1, len(taps)):
                 torch.mm(tile, taps[tap], out=out[tap, rows])
-        return out
+        return out, carried.values
+
+
+class _Gates:
+    """What becomes of a gated node's sum: its gate, its residual and its skip, and at the top the layer `hidden`.
+
+    As `sigmoid(x) = (1 + tanh(x / 2)) / 2`, `tanh_` serves for both. The two halvings, exact in any floating point, are
+    left to the weights: those that make the gate's half of a sum, which are changed here, and those that follow it.
+    """
+
+    def __init__(self, model: ConvWaveNet, taps: list[Tensor], biases: list[Tensor]):
+        for weight in [*taps, *biases]:
+            weight[..., weight.shape[-1] // 2 :] /= 2
+        after = [level.convs()[1:] for level in model.levels]  # residual, which the last level has not, and skip
+        self.matrices = [torch.cat([conv.weight[..., 0].t() for conv in convs], 1) / 2 for convs in after]
+        self.biases = [torch.cat([conv.bias for conv in convs]) for convs in after]
+        self.hidden, self.hidden_bias = model.hidden.weight[..., 0].t().contiguous(), model.hidden.bias.clone()
+
+    def nodes(self, level: int, summed: Tensor, rightmost: Tensor) -> Tensor:
+        """Nodes (h, s) side by side, `(n, 2 * n_embd)`; in the last level what the head reads, `(n, n_embd)`.
+
+        summed: f and half g, `(n, 2 * gate)`, overwritten; rightmost: (h, s) of the rightmost child.
+        """
+        f, g = tanh_(summed).chunk(2, 1)
+        z, matrix = f * g.add_(_ONE), self.matrices[level]
+        nodes = torch.addmm(rightmost[:, -matrix.shape[1] :], z, matrix).add_(self.biases[level])
+        if matrix is not self.matrices[-1]:
+            return nodes
+        return torch.addmm(self.hidden_bias, nodes.relu_(), self.hidden).relu_()
+
+
+def _widened(model: ConvWaveNet) -> ConvWaveNet:
+    """An equal model with channels of zeros where there would be fewer than COLUMNS, and biases of zeros.
+
+    In a product with fewer columns the rows at a tile's end have other last bits than equal rows before them.
+    """
+    config, old = model.config, model.state_dict()
+    n_embd, *widths = (max(width, COLUMNS) for width in (config.n_embd, *config.n_hidden))
+    wide = blank(replace(config, n_embd=n_embd, n_hidden=tuple(widths), bias=True), model.embedding.weight)
+    for name, tensor in wide.state_dict().items():
+        tensor.zero_()
+        if name in old:
+            halves = (2 if config.gated and ".conv." in name else 1, -1)  # filter and gate are widened each
+            source = old[name].unflatten(0, halves)
+            tensor.unflatten(0, halves)[tuple(map(slice, source.shape))] = source
+    return wide
 
 
 def node_positions(lengths: Tensor, context: int, span: int) -> Tensor:
@@ -252,21 +315,25 @@ def _digits(keys: Tensor, kinds: int, fan_in: int) -> Tensor:
     return torch.stack(digits, 1)
 
 
-def _taps(ids: Tensor, fan_in: int, dilation: int) -> list[Tensor]:
+def taps_of(ids: Tensor, fan_in: int, dilation: int) -> list[Tensor]:
     """Shifted views: tap j of the parent at position p is `ids[p + j * dilation]`."""
     reach = (fan_in - 1) * dilation
     return [ids[j * dilation : len(ids) - reach + j * dilation] for j in range(fan_in)]
 
 
-def _room(buffer: Tensor | None, like: Tensor, *shape: int) -> Tensor:
+def _room(buffer: Tensor | None, kept: int, like: Tensor, *shape: int) -> Tensor:
     """`buffer` where it has as many rows, else a new one: for a second chunk with all the room that is kept for one.
 
-    Rows are the second-to-last dimension. Pages that are never written take no memory.
+    Rows are the second-to-last dimension; the first `kept` are those of `buffer`. Pages that are never written take no
+    memory.
     """
     if buffer is not None and buffer.shape[-2] >= shape[-2]:
         return buffer
     spare = 0 if buffer is None else CARRIED * shape[-2] // prod(shape)
-    return like.new_empty(*shape[:-2], max(shape[-2], spare), shape[-1])
+    room = like.new_empty(*shape[:-2], max(shape[-2], spare), shape[-1])
+    if kept:
+        room[..., :kept, :] = buffer[..., :kept, :]
+    return room
 
 
 def _padded(rows: Tensor) -> Tensor:
