@@ -42,3 +42,11 @@ class CheckpointError(WaveNetConvError, ValueError):
 
 class OutputError(WaveNetConvError, OSError):
     """An output that cannot be written, or that belongs to another run."""
+
+
+class TrainingError(WaveNetConvError, ArithmeticError):
+    """A training whose loss is NaN or has exploded."""
+
+
+class UsageError(WaveNetConvError, ValueError):
+    """What was asked for cannot be begun: a file or a model that is not there, an output of another run."""

@@ -30,7 +30,7 @@ from rich.console import Console
 from torch import Tensor
 
 from .checkpoint import DEFAULT
-from .errors import CheckpointError, NamesError, OutputError, WaveNetConvError
+from .errors import CheckpointError, NamesError, OutputError, UsageError, WaveNetConvError
 from .files import write_whole
 from .scoring import Scorer
 
@@ -38,10 +38,6 @@ CHUNK_LINES = 2**17  # lines scored, written and recorded together; scores do no
 CHUNK_BYTES = 2**20  # a chunk of longer lines ends here; no line may be longer, so that memory stays bounded
 QUIET_SECONDS = 2  # a job shorter than this reports no progress, unless to a terminal
 BOM = b"\xef\xbb\xbf"
-
-
-class UsageError(WaveNetConvError, ValueError):
-    """What was asked for cannot be begun: a file or a model that is not there, an output of another run."""
 
 
 class ClosedPipe(Exception):

@@ -1,0 +1,245 @@
+"""Training on shared nodes is the tree's training on all windows: loss, gradients, statistics, and twenty steps."""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_tree
+from hypothesis import given, settings
+from test_gradients import VOCAB, assert_same_gradients
+
+import reference
+from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, WaveNetConvError, from_tree
+from wavenet_conv.training import Corpus, Recipe, Trainer, evaluate, shared_logits, split_names, total_loss
+
+NAMES = ["abcxyz", "", "a", "abc", "abcabcabcabc", "zyx", "abc"]
+
+
+def tree_loss(tree, names):
+    """The mean of -log p over all windows of `names`, run through the tree as one batch."""
+    context = reference.context_of(tree)
+    tokens, lengths = VOCAB.encode(names, context=context)
+    windows, inside = (
+        reference.windows(tokens, context),
+        torch.arange(tokens.shape[1] - context + 1) <= lengths[:, None],
+    )
+    following = torch.cat([tokens[:, context:], tokens.new_zeros(len(names), 1)], 1)
+    return F.cross_entropy(tree(windows[inside]), following[inside])
+
+
+def shared_loss(conv, names, rows=None):
+    corpus = Corpus(names, VOCAB, conv)
+    batch = corpus.batch(torch.arange(len(names)) if rows is None else rows)
+    return total_loss(conv, batch) / batch.positions
+
+
+def assert_same_statistics(tree, conv, tolerance):
+    norms = [layer for layer in tree.layers if isinstance(layer, reference.BatchNorm1d)]
+    for level, norm in zip(conv.levels, norms):
+        assert (level.norm.running_mean - norm.running_mean.flatten()).abs().max() < tolerance
+        assert (level.norm.running_var - norm.running_var.flatten()).abs().max() < tolerance
+
+
+@settings(max_examples=60)
+@given(
+    fan_ins=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    names=st.lists(st.text("abcxyz", max_size=12), min_size=2, max_size=8),
+    seed=st.integers(0, 99),
+)
+def test_one_step_is_the_trees(fan_ins, names, seed):
+    tree = random_tree(fan_ins, n_embd=5, n_hidden=7, seed=seed).train()
+    conv = from_tree(tree).train()
+    names = [*names, "abcxyz"]  # one name with a variance of its own
+    expected, found = tree_loss(tree, names), shared_loss(conv, names)
+    assert abs(expected - found) < 1e-10
+    expected.backward()
+    found.backward()
+    assert_same_gradients(tree, conv)
+    assert_same_statistics(tree, conv, 1e-10)
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_twenty_steps_are_the_trees(names, batch_norm):
+    """From the same start, with the same names a step, the two are still alike after twenty steps of SGD."""
+    vocab, few = Vocabulary("abcdefghijklmnopqrstuvwxyz"), names[:600]
+    tree = random_tree(n_embd=6, n_hidden=16, batch_norm=batch_norm).train()
+    conv = from_tree(tree).train()
+    recipe = Recipe(steps=20, batch=32, optimiser="sgd", schedule="constant", lr=0.1, weight_decay=0.0, seed=3)
+    trainer = Trainer(conv, vocab, few, names[600:650], recipe)
+    for _ in range(20):
+        rows = trainer._rows()
+        context = reference.context_of(tree)
+        tokens, lengths = vocab.encode([few[row] for row in rows.tolist()], context=context)
+        inside = torch.arange(tokens.shape[1] - context + 1) <= lengths[:, None]
+        following = torch.cat([tokens[:, context:], tokens.new_zeros(len(rows), 1)], 1)
+        loss = F.cross_entropy(tree(reference.windows(tokens, context)[inside]), following[inside])
+        for parameter in tree.parameters():
+            parameter.grad = None
+        loss.backward()
+        for parameter in tree.parameters():
+            parameter.data -= 0.1 * parameter.grad
+        trainer.advance()
+        assert abs(trainer.losses[-1] - loss) < 1e-8
+    again = from_tree(tree)
+    for name, tensor in conv.state_dict().items():
+        assert (tensor - again.state_dict()[name]).abs().max() < 1e-8, name
+
+
+@settings(max_examples=30)
+@given(
+    fan_ins=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    names=st.lists(st.text("abcxyz", max_size=12), min_size=1, max_size=8),
+    gated=st.booleans(),
+    data=st.data(),
+)
+def test_logits_are_the_models(fan_ins, names, gated, data):
+    """In evaluation mode the loss of any part of a list is what `forward` says of it, both kinds of level."""
+    config = WaveNetConfig(vocab_size=len(VOCAB), n_embd=5, n_hidden=7, fan_ins=tuple(fan_ins), gated=gated)
+    torch.manual_seed(0)
+    conv = ConvWaveNet(config, dtype=torch.float64).eval()
+    rows = data.draw(st.lists(st.integers(0, len(names) - 1), min_size=1, max_size=6))
+    corpus = Corpus(names, VOCAB, conv)
+    batch = corpus.batch(torch.tensor(rows))
+    chosen = [names[row] for row in rows]
+    tokens, lengths = VOCAB.encode(chosen, context=conv.context)
+    inside = torch.arange(tokens.shape[1] - conv.context + 1) <= lengths[:, None]
+    following = torch.cat([tokens[:, conv.context :], tokens.new_zeros(len(rows), 1)], 1)
+    expected = F.cross_entropy(conv(tokens)[inside], following[inside], reduction="sum")
+    assert abs(total_loss(conv, batch) - expected) < 1e-10
+    assert batch.positions == int(lengths.sum()) + len(rows) == int(batch.counts.sum())
+    windows = {("." * conv.context + n)[i : i + conv.context] for n in chosen for i in range(len(n) + 1)}
+    assert len(batch.children[-1]) == len(windows)
+    assert all(int(uses.sum()) % batch.positions == 0 for uses in batch.uses)
+    if set(rows) == set(range(len(names))):
+        assert (
+            abs(evaluate(conv, corpus) * len(corpus.windows) - total_loss(conv, corpus.batch(torch.arange(len(names)))))
+            < 1e-9
+        )
+
+
+def test_gradients_of_gated_models_are_those_of_the_slid_pass():
+    config = WaveNetConfig(vocab_size=len(VOCAB), n_embd=6, n_hidden=8, fan_ins=(2, 3, 2), gated=True)
+    torch.manual_seed(0)
+    conv = ConvWaveNet(config, dtype=torch.float64).train()
+    tokens, lengths = VOCAB.encode(NAMES, context=12)
+    inside = torch.arange(tokens.shape[1] - 11) <= lengths[:, None]
+    following = torch.cat([tokens[:, 12:], tokens.new_zeros(len(NAMES), 1)], 1)
+    expected = F.cross_entropy(conv(tokens)[inside], following[inside])
+    gradients = torch.autograd.grad(expected, list(conv.parameters()))
+    found = shared_loss(conv, NAMES)
+    for mine, theirs in zip(torch.autograd.grad(found, list(conv.parameters())), gradients):
+        assert (mine - theirs).abs().max() < 1e-10
+    assert sum(float(gradient.abs().sum()) for gradient in gradients) > 0.1
+
+
+def small(seed=0, **sizes):
+    """A model to train, its weights drawn from `seed`."""
+    torch.manual_seed(seed)
+    return ConvWaveNet(WaveNetConfig(**({"n_embd": 6, "n_hidden": 16} | sizes)))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"dropout": 0.2, "average": 0.9}, {"optimiser": "sgd", "schedule": "constant"}]
+)
+def test_a_restored_training_ends_with_the_same_bits(names, vocab, changes):
+    recipe = Recipe(**({"steps": 24, "batch": 32, "every": 6, "lr": 1e-2} | changes))
+
+    def trained(stops):
+        trainer = Trainer(small(), vocab, names[:200], names[200:260], recipe)
+        while not trainer.finished:
+            trainer.advance()
+            if trainer.step % recipe.every == 0:
+                trainer.validate()
+            if trainer.step in stops:
+                tensors, numbers = trainer.state()
+                tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+                torch.manual_seed(77)
+                trainer = Trainer(small(5), vocab, names[:200], names[200:260], recipe)
+                trainer.restore(tensors, numbers)
+        return trainer
+
+    whole, broken = trained(()), trained((6, 12, 18))
+    assert whole.validations == broken.validations and whole.best_loss == broken.best_loss < 3.3
+    for one, other in ((whole.kept.state_dict(), broken.kept.state_dict()), (whole.best_weights, broken.best_weights)):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert torch.equal(torch.stack(whole.losses), torch.stack(broken.losses))
+
+
+def test_it_learns_and_keeps_the_best(names, vocab):
+    recipe = Recipe(steps=60, batch=64, every=10)
+    trainer = Trainer(small(), vocab, names[:1000], names[1000:1200], recipe)
+    while not trainer.finished:
+        trainer.advance()
+        if trainer.step % recipe.every == 0:
+            trainer.validate()
+    steps, losses = zip(*trainer.validations)
+    assert steps == (10, 20, 30, 40, 50, 60) and trainer.best_loss == min(losses) < 2.7 < float(trainer.losses[0])
+    best = small(1)
+    best.load_state_dict(trainer.best_weights)
+    assert evaluate(best, trainer.valid) == trainer.best_loss
+
+
+def test_patience_ends_a_training(names, vocab):
+    trainer = Trainer(small(), vocab, names[:50], names[50:60], Recipe(steps=100, patience=2))
+    for loss in (3.0, 2.5, 2.6, 2.5):
+        assert not trainer.finished
+        trainer.step += 1
+        trainer.validations.append((trainer.step, loss))
+        if loss < trainer.best_loss:
+            trainer.best_step, trainer.best_loss = trainer.step, loss
+    assert trainer.finished and trainer.best_step == 2
+
+
+def test_a_breakdown_names_the_step_the_rate_and_the_mend(names, vocab):
+    trainer = Trainer(small(), vocab, names[:50], names[50:60], Recipe(lr=0.03, batch=10))
+    trainer.advance()
+    trainer.validate()
+    with torch.no_grad():
+        trainer.model.head.bias[0] = math.inf
+    trainer.advance()
+    trainer.advance()
+    with pytest.raises(
+        WaveNetConvError, match="at step 2: its loss is nan.*up to 0.03.*of step 1; .*--lr 0.01.*find-lr"
+    ):
+        trainer.validate()
+    assert trainer.best_step == 1 and all(tensor.isfinite().all() for tensor in trainer.best_weights.values())
+
+
+def test_the_lectures_split(lecture_list):
+    parts = split_names(lecture_list)
+    assert [sum(len(name) + 1 for name in part) for part in parts] == [182_625, 22_655, 22_866]
+    assert sorted(name for part in parts for name in part) == sorted(lecture_list)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
+        ({"lr": 0.0}, "lr is 0.0; it must be a positive number"),
+        ({"lr": math.nan}, "lr is nan; it must be a positive number"),
+        ({"optimiser": "adam"}, "optimiser is 'adam'; it is 'adamw' or 'sgd'"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0; it must not be negative"),
+    ],
+)
+def test_a_recipe_that_cannot_be(changes, message):
+    with pytest.raises(WaveNetConvError, match=message):
+        Recipe(**changes)
+
+
+def test_a_corpus_that_cannot_be(vocab):
+    with pytest.raises(WaveNetConvError, match="a list of no names"):
+        Corpus([], vocab, small())
+    with pytest.raises(WaveNetConvError, match=r"name 1 \('b7'\): character '7' at position 1"):
+        Corpus(["a", "b7"], vocab, small())
+
+
+def test_dropout_acts_in_training_only():
+    conv = small(vocab_size=len(VOCAB)).train()
+    batch = Corpus(NAMES, VOCAB, conv).batch(torch.arange(len(NAMES)))
+    torch.manual_seed(0)
+    assert not torch.equal(shared_logits(conv, batch, 0.5), shared_logits(conv, batch, 0.5))
+    conv.eval()
+    assert torch.equal(shared_logits(conv, batch, 0.5), shared_logits(conv, batch))
