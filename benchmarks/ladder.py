@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import multiprocessing
 import os
 import sys
@@ -66,8 +67,8 @@ LECTURE = (
     Rung("tree-68", "tree-68", 1.912, 2.022),
     Rung("wide", "wide", 1.769, 1.993),
 )
-OURS = ("fast",)  # of `training.PRESETS`: slid models with recipes of their own
-RUNGS = LECTURE + tuple(Rung(name, None, None, None) for name in OURS)
+OURS = ("fast", "wide", "gated")  # of `training.PRESETS`: slid models with recipes of their own
+RUNGS = LECTURE + tuple(Rung(f"ours-{name}", None, None, None) for name in OURS)
 
 
 class Job(NamedTuple):
@@ -98,12 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = read_names(args.names)
         jobs = jobs_of(args, names)
         harness.check_writable(args.json)
+        kept = kept_rows(args, settings(args, names, jobs))
     except WaveNetConvError as error:
         print(f"benchmarks.ladder: {error}", file=sys.stderr)
         return 2
     try:
         with harness.progress_bar() as progress:
-            results = run(args, names, jobs, progress)
+            results = run(args, names, jobs, kept, progress)
     except WaveNetConvError as error:
         print(f"benchmarks.ladder: {error}", file=sys.stderr)
         return 1
@@ -127,6 +129,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", metavar="N", type=positive, help=f"a rung ({STEPS}; with --quick {QUICK_STEPS})")
     parser.add_argument("--workers", metavar="N", type=positive, default=cores, help=f"rungs at once ({cores})")
     parser.add_argument("--json", metavar="FILE|-", help="write the results as JSON; - prints it instead of the table")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rungs that --json's file has, and run the others"
+    )
     parser.add_argument("--quick", action="store_true", help="few steps, to see that it runs: under a minute")
     args = parser.parse_args(arguments)
     args.steps = args.steps or (QUICK_STEPS if args.quick else STEPS)
@@ -162,15 +167,41 @@ def jobs_of(args: argparse.Namespace, names: list[str]) -> list[Job]:
     return [Job(rung, train, validation, characters, args.steps) for rung in args.rungs]
 
 
-def run(args: argparse.Namespace, names: list[str], jobs: list[Job], progress: Progress) -> dict[str, Any]:
-    """All results, as they stand in the JSON; each rung goes to stderr as it ends."""
-    rows: dict[str, dict[str, Any]] = {}
-    for row in rows_as_they_end(jobs, args.workers, progress):
+def run(
+    args: argparse.Namespace, names: list[str], jobs: list[Job], kept: dict[str, dict[str, Any]], progress: Progress
+) -> dict[str, Any]:
+    """All results, as they stand in the JSON; each rung goes to stderr, and to the JSON's file, as it ends."""
+    rows = dict(kept)
+    for row in rows_as_they_end([job for job in jobs if job.rung.name not in rows], args.workers, progress):
         rows[row["rung"]] = row
         progress.console.print(summary(row), soft_wrap=True)
+        if args.json not in (None, "-"):
+            harness.write_json(results_of(args, names, jobs, rows), args.json)
+    return results_of(args, names, jobs, rows)
+
+
+def results_of(
+    args: argparse.Namespace, names: list[str], jobs: list[Job], rows: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The JSON with the rungs that have ended, in the ladder's order."""
     differences = [abs(row["difference"]) for row in rows.values() if row["difference"] is not None]
     return {
-        "device": harness.machine(torch.device("cpu")),
+        "device": harness.machine(torch.device("cpu")).rpartition(", ")[0],
+        **settings(args, names, jobs),
+        "workers": min(args.workers, len(jobs)),
+        "caveat": caveat(args),
+        "equality": {
+            "equal": all(difference <= TOLERANCE for difference in differences),
+            "max_abs_diff": max(differences, default=None),
+            "tolerance": TOLERANCE,
+        },
+        "rungs": [rows[job.rung.name] for job in jobs if job.rung.name in rows],
+    }
+
+
+def settings(args: argparse.Namespace, names: list[str], jobs: list[Job]) -> dict[str, Any]:
+    """What rungs of two runs must have in common to stand in one table."""
+    return {
         "torch": torch.__version__,
         "dtype": "float32",
         "names": {
@@ -180,15 +211,21 @@ def run(args: argparse.Namespace, names: list[str], jobs: list[Job], progress: P
             "validation": len(jobs[0].validation),
         },
         "recipe": {"steps": args.steps, "batch": BATCH, "lr": LR, "seed": SEED},
-        "workers": min(args.workers, len(jobs)),
-        "caveat": caveat(args),
-        "equality": {
-            "equal": all(difference <= TOLERANCE for difference in differences),
-            "max_abs_diff": max(differences, default=None),
-            "tolerance": TOLERANCE,
-        },
-        "rungs": [rows[job.rung.name] for job in jobs],
     }
+
+
+def kept_rows(args: argparse.Namespace, now: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rungs that `--resume` finds in the JSON's file; raises `UsageError` where they are of another run."""
+    if not args.resume or args.json in (None, "-") or not Path(args.json).exists():
+        return {}
+    try:
+        found = json.loads(Path(args.json).read_text())
+        rows, then = {row["rung"]: row for row in found["rungs"]}, {name: found[name] for name in now}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--resume: {args.json} is no ladder's JSON ({error}); give another file") from error
+    if then != now:
+        raise UsageError(f"--resume: {args.json} is of a run with other settings; give another file")
+    return {name: row for name, row in rows.items() if name in {rung.name for rung in args.rungs}}
 
 
 def caveat(args: argparse.Namespace) -> str | None:
@@ -253,7 +290,7 @@ def row_of(job: Job, tick: Callable[[int], None]) -> dict[str, Any]:
     torch.set_num_threads(1)  # a minibatch of 32 is too little work to share
     start = time.perf_counter()
     try:
-        if job.rung.name in OURS:
+        if job.rung.name.startswith("ours-"):
             outcome = train_ours(job, tick)
         else:
             outcome = count_bigrams(job) if job.rung.network is None else train_tree(job, tick)
@@ -318,22 +355,47 @@ def train_ours(job: Job, tick: Callable[[int], None]) -> Outcome:
 
     Where the ladder is shortened, its steps are so in proportion.
     """
-    sizes, recipe = training.PRESETS[job.rung.name]
-    recipe = replace(recipe, steps=max(1, recipe.steps * job.steps // STEPS))
+    preset = job.rung.name.removeprefix("ours-")
+    trainer = trained(job, preset, training.PRESETS[preset][1].seed, tick)
+    model = best_of(trainer)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    train = training.evaluate(model, trainer.train)
+    return Outcome(parameters, model.context, trainer.step, train, trainer.best_loss)
+
+
+def trained(job: Job, preset: str, seed: int, tick: Callable[[int], None]) -> training.Trainer:
+    """A preset's training at its end, its teachers' before it, as `wavenet-conv train` has them."""
+    sizes, recipe = training.PRESETS[preset]
+    recipe = replace(recipe, steps=max(1, recipe.steps * job.steps // STEPS), seed=seed)
+    teachers = [taught_by(job, name, seed + 1 + at, tick) for at, name in enumerate(training.TEACHERS.get(preset, ()))]
     vocab = Vocabulary(job.characters)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.manual_seed(seed)
         model = ConvWaveNet(WaveNetConfig(vocab_size=len(vocab), **sizes))
-    trainer = training.Trainer(model, vocab, job.train, job.validation, recipe)
+    trainer = training.Trainer(model, vocab, job.train, job.validation, recipe, teachers)
     while not trainer.finished:
         trainer.advance()
         if trainer.step % recipe.every == 0 or trainer.step == recipe.steps:
             trainer.validate()
         tick(trainer.step * job.steps // recipe.steps)
-    model.load_state_dict(trainer.best_weights)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    train = training.evaluate(model, trainer.train)
-    return Outcome(parameters, model.context, trainer.step, train, trainer.best_loss)
+    return trainer
+
+
+TAUGHT_BY: dict[tuple, ConvWaveNet] = {}  # this process's teachers, which several presets share
+
+
+def taught_by(job: Job, preset: str, seed: int, tick: Callable[[int], None]) -> ConvWaveNet:
+    """A teacher; one that has been trained before is not trained again."""
+    key = (preset, seed, job.steps, *job.train)
+    if key not in TAUGHT_BY:
+        TAUGHT_BY[key] = best_of(trained(job, preset, seed, tick))
+    return TAUGHT_BY[key]
+
+
+def best_of(trainer: training.Trainer) -> ConvWaveNet:
+    """The model with the lowest validation loss."""
+    trainer.kept.load_state_dict(trainer.best_weights)
+    return trainer.kept.eval()
 
 
 def print_tables(results: dict[str, Any]) -> None:

@@ -128,7 +128,9 @@ def equality(vocab: Vocabulary, names: list[str], device: torch.device) -> dict[
     gradients = from_tree(moved)
     differences = [abs(float(expected.detach() - found.detach()))]
     named = dict(conv.named_parameters())
-    differences += [float((named[name].grad - gradient.detach()).abs().max()) for name, gradient in gradients.named_parameters()]
+    differences += [
+        float((named[name].grad - gradient.detach()).abs().max()) for name, gradient in gradients.named_parameters()
+    ]
     after = from_tree(tree)
     statistics = [name for name in conv.state_dict() if "running" in name]
     differences += [float((conv.state_dict()[name] - after.state_dict()[name]).abs().max()) for name in statistics]

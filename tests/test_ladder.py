@@ -54,7 +54,7 @@ def test_every_rung_of_the_lecture_runs(list_file, names, capsys):
 
 @pytest.mark.parametrize("preset", ladder.OURS)
 def test_our_presets_are_rungs_without_a_published_loss(preset, list_file, capsys):
-    options = ["--steps", "2000", "--workers", "1", "--names", str(list_file), "--rungs", preset]
+    options = ["--steps", "2000", "--workers", "1", "--names", str(list_file), "--rungs", f"ours-{preset}"]
     assert ladder.main([*options, "--json", "-"]) == 0
     results = json.loads(capsys.readouterr().out)
     ladder.print_tables(results | {"caveat": None})
@@ -66,12 +66,28 @@ def test_our_presets_are_rungs_without_a_published_loss(preset, list_file, capsy
     assert row["context"] == WaveNetConfig(**sizes).context and row["parameters"] > 0
 
 
+def test_a_resumed_ladder_keeps_its_rungs(list_file, tmp_path, capsys):
+    path = tmp_path / "ladder.json"
+    options = ["--steps", "100", "--workers", "1", "--names", str(list_file), "--json", str(path)]
+    assert ladder.main([*options, "--rungs", "bigram"]) == 0
+    first = json.loads(path.read_text())["rungs"]
+    assert ladder.main([*options, "--rungs", "bigram,mlp-bn", "--resume"]) == 0
+    rows = json.loads(path.read_text())["rungs"]
+    assert [row["rung"] for row in rows] == ["bigram", "mlp-bn"] and rows[:1] == first
+    capsys.readouterr()
+    assert ladder.main(["--steps", "50", *options[2:], "--rungs", "bigram,mlp-bn", "--resume"]) == 2
+    assert "is of a run with other settings; give another file" in capsys.readouterr().err
+    path.write_text("[]")
+    assert ladder.main([*options, "--resume"]) == 2
+    assert "is no ladder's JSON" in capsys.readouterr().err
+
+
 def test_a_training_that_breaks_down_is_one_line_and_exit_code_1(list_file, monkeypatch, capsys):
     def break_down(trainer):
         raise WaveNetConvError("it broke down")
 
     monkeypatch.setattr(training.Trainer, "validate", break_down)
-    assert ladder.main([*TINY, "--names", str(list_file), "--rungs", ladder.OURS[0]]) == 1
+    assert ladder.main([*TINY, "--names", str(list_file), "--rungs", "ours-fast"]) == 1
     assert capsys.readouterr().err.endswith("benchmarks.ladder: it broke down\n")
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from benchmarks import score, slide
+from benchmarks import ladder, score, slide, train
 from wavenet_conv.checkpoint import load_checkpoint
 
 README = (ROOT / "README.md").read_text()
@@ -33,7 +33,7 @@ RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.name)
 def test_the_tables_are_those_of_the_committed_runs(file, capsys):
-    benchmark = {"slide": slide, "score": score}[file.name.partition("-")[0]]
+    benchmark = {"slide": slide, "score": score, "train": train, "ladder": ladder}[file.name.partition("-")[0]]
     benchmark.print_tables(json.loads(file.read_text()))
     printed = capsys.readouterr().out
     assert printed.count("\n|") > 10

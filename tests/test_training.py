@@ -134,6 +134,47 @@ def test_gradients_of_gated_models_are_those_of_the_slid_pass():
     assert sum(float(gradient.abs().sum()) for gradient in gradients) > 0.1
 
 
+def test_teachers_give_their_share_of_what_is_predicted(names, vocab):
+    """Against the definition, window by window: what a name's own character leaves, the teachers' mean expects."""
+    few, recipe = names[:40], Recipe(steps=1, batch=40, taught=0.75, optimiser="sgd", schedule="constant", lr=1e-9)
+    pupil, teachers = (
+        small(0).double(),
+        [small(1).double().eval(), small(2, fan_ins=(3, 2), gated=True).double().eval()],
+    )
+    trainer = Trainer(pupil, vocab, few, names[40:50], recipe, teachers)
+    total = positions = 0
+    for name in few:
+        own, expected = [], 0
+        for model in (pupil, *teachers):
+            tokens, _ = vocab.encode([name], context=model.context)
+            with torch.no_grad():
+                own.append(model.eval()(tokens)[0].softmax(1) if model is not pupil else None)
+        expected = sum(own[1:]) / 2
+        targets = F.one_hot(torch.cat([vocab.encode([name], context=1)[0][0, 1:], torch.zeros(1).long()]), len(vocab))
+        mixed = 0.25 * targets + 0.75 * expected
+        total, positions = total + mixed.sum(), positions + len(name) + 1
+    batch = trainer.train.batch(torch.arange(40), 0.75)
+    assert abs(batch.counts.sum() - total) < 1e-9 and abs(total - positions) < 1e-9
+    by_window = {}
+    for name, start, count in zip(few, trainer.train.starts.tolist(), trainer.train.outputs.tolist()):
+        for place in range(count):
+            by_window.setdefault(("." * 8 + name)[place : place + 8], []).append(start + place)
+    assert len(by_window) == len(batch.counts)
+    hard = trainer.train.batch(torch.arange(40)).counts
+    soft = (batch.counts - 0.25 * hard) / 0.75
+    rows = trainer.train.windows.unique(return_inverse=True)[1]
+    for places in by_window.values():
+        assert len({int(rows[place]) for place in places}) == 1
+        expected = trainer.train.taught[places].sum(0)
+        assert (soft[rows[places[0]]] - expected).abs().max() < 1e-12
+    tokens, _ = vocab.encode([few[3]], context=6)
+    with torch.no_grad():
+        theirs = teachers[1](tokens)[0].softmax(1)
+        both = (theirs + teachers[0](vocab.encode([few[3]], context=8)[0])[0].softmax(1)) / 2
+    start = int(trainer.train.starts[3])
+    assert (trainer.train.taught[start : start + len(few[3]) + 1] - both).abs().max() < 1e-12
+
+
 def small(seed=0, **sizes):
     """A model to train, its weights drawn from `seed`."""
     torch.manual_seed(seed)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import sys
 from collections.abc import Sequence
 
-from .errors import WaveNetConvError
+from . import find_lr_command, sweep_command, train_command
+from .errors import UsageError, WaveNetConvError
 from .lists import LECTURE_URL, download_lecture_names
-from .score_command import CHUNK_LINES, ClosedPipe, UsageError, score
+from .score_command import CHUNK_LINES, ClosedPipe, score
 
 CONNECTION_TIMEOUT = 30  # seconds without a byte
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -37,16 +39,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "score":
             score(options)
+        elif options.command == "train":
+            train_command.train(options)
+        elif options.command == "find-lr":
+            find_lr_command.find_lr(options)
+        elif options.command == "sweep":
+            sweep_command.sweep(options)
         else:
             socket.setdefaulttimeout(CONNECTION_TIMEOUT)
             print(download_lecture_names(LECTURE_URL))
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except ClosedPipe:
+        return 0
+    except BrokenPipeError:  # the reader of a table has read enough; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except WaveNetConvError as error:
         print(f"wavenet-conv: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        resume = "; start again with the same arguments to go on" if getattr(options, "output", None) else ""
+        resumable = getattr(options, "output", None) or options.command == "sweep"
+        resume = "; start again with the same arguments to go on" if resumable else ""
         print(f"wavenet-conv: interrupted{resume}", file=sys.stderr)
         return INTERRUPTED
     return 0
@@ -61,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
         description=f"Downloads {LECTURE_URL} to the user's cache folder, compares its SHA-256, and prints its path. "
         f"What is there already is verified and not downloaded again.",
     )
+    train_command.add_parser(commands)
+    find_lr_command.add_parser(commands)
+    sweep_command.add_parser(commands)
     command = commands.add_parser(
         "score",
         help="score a list of names with a trained model",

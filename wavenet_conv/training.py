@@ -33,7 +33,8 @@ class Batch:
 
     children: of each level int64 `(nodes, fan_in)`, the numbers of a node's children (tokens at the first level).
     uses: of each level `(nodes, 1)`, how many windows have the node. counts: `(windows, vocab)`, how often each token
-    follows each distinct window. Both in the dtype of the weights. positions: how many predictions there are.
+    follows each distinct window, or is expected to by teachers. Both in the dtype of the weights. positions: how many
+    predictions there are.
     """
 
     children: list[Tensor]
@@ -68,12 +69,13 @@ class Corpus:
         self.windows, self.targets = ids[starts].long(), tokens[starts + context].long()
         self.outputs = lengths + 1
         self.starts = self.outputs.cumsum(0) - self.outputs
+        self.taught: Tensor | None = None  # `(positions, vocab)`, what teachers expect
 
     def __len__(self) -> int:
         return len(self.outputs)
 
-    def batch(self, rows: Tensor) -> Batch:
-        """The names with the numbers `rows`, int64 `(names,)`, at least one of them."""
+    def batch(self, rows: Tensor, share: float = 0.0) -> Batch:
+        """The names with the numbers `rows`, int64 `(names,)`; `share` of the counts is as `taught` says."""
         outputs = self.outputs[rows]
         before = self.starts[rows] - (outputs.cumsum(0) - outputs)  # of a name's first position, less its place here
         positions = int(outputs.sum())
@@ -97,7 +99,20 @@ class Corpus:
         followed = torch.bincount(
             numbers * self.vocab_size + self.targets[places], minlength=len(children[-1]) * self.vocab_size
         )
-        return Batch(children, uses, followed.view(-1, self.vocab_size).to(self.dtype), positions)
+        counts = followed.view(-1, self.vocab_size).to(self.dtype)
+        if share:
+            counts = ((1 - share) * counts).index_add_(0, numbers, self.taught[places], alpha=share)
+        return Batch(children, uses, counts, positions)
+
+    @torch.no_grad()
+    def probabilities(self, model: ConvWaveNet) -> Tensor:
+        """What a model in evaluation mode, the one that the corpus was made for, expects: `(positions, vocab)`."""
+        parts = []
+        for rows in torch.arange(len(self), device=self.starts.device).split(VALIDATED):
+            first, last = int(self.starts[rows[0]]), int(self.starts[rows[-1]] + self.outputs[rows[-1]])
+            _, numbers = self.windows[first:last].unique(return_inverse=True)  # as `batch` numbers them
+            parts.append(shared_logits(model, self.batch(rows)).softmax(1)[numbers])
+        return torch.cat(parts)
 
 
 def shared_logits(model: ConvWaveNet, batch: Batch, dropout: float = 0.0) -> Tensor:
@@ -172,7 +187,8 @@ class Recipe:
     `warmup` of the steps and falls to nothing) or "constant". weight_decay: on matrices, not on biases and norms.
     dropout: of what linear maps read, see `shared_logits`. average: decay a step of the exponential average of the
     weights that is validated and kept; 0 keeps the weights themselves. every: steps between validations. patience:
-    validations without a lower loss after which training stops; 0 never does.
+    validations without a lower loss after which training stops; 0 never does. taught: where there are teachers, their
+    share of what is to be predicted; the rest is what the list says.
     """
 
     steps: int = 1500
@@ -186,6 +202,7 @@ class Recipe:
     average: float = 0.0
     every: int = 100
     patience: int = 0
+    taught: float = 0.8
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -195,7 +212,7 @@ class Recipe:
         for name in ("weight_decay", "patience", "seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("warmup", "dropout", "average"):
+        for name in ("warmup", "dropout", "average", "taught"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
         if not (isfinite(self.lr) and self.lr > 0):
@@ -205,10 +222,19 @@ class Recipe:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it is {' or '.join(map(repr, known))}")
 
 
+GATED = {"gated": True, "fan_ins": (2, 2, 2, 2), "n_embd": 96, "n_hidden": 96}
+
 # name: (fields of WaveNetConfig without the vocabulary, recipe)
 PRESETS: dict[str, tuple[dict[str, Any], Recipe]] = {
-    "fast": ({}, Recipe()),
+    "fast": ({}, Recipe()),  # the lecture's last network, below its last validation loss in seconds
+    "plain": ({}, Recipe(steps=6000, dropout=0.05, every=250)),
+    "gated-plain": (GATED, Recipe(steps=7000, lr=3e-3, dropout=0.2, every=250)),
+    "wide": ({}, Recipe(steps=5000, weight_decay=0.03, dropout=0.02, every=250, taught=0.6)),
+    "gated": (GATED, Recipe(steps=6000, lr=3e-3, weight_decay=0.1, dropout=0.1, every=250, taught=0.7)),
 }
+
+# preset: those of its teachers, each trained first, with a seed of its own
+TEACHERS: dict[str, tuple[str, ...]] = {name: ("gated-plain", "gated-plain", "plain") for name in ("wide", "gated")}
 
 
 class Trainer:
@@ -218,15 +244,29 @@ class Trainer:
     number of threads: same bits. Under an initialised `torch.distributed` group each rank takes its share of every
     batch, and losses, gradients and batch-norm statistics are summed over the ranks.
 
+    teachers: models of the same vocabulary, of any shape, in evaluation mode. The model then learns what they expect on
+    average, which generalises better than what follows a window once (distillation; Hinton et al. 2015,
+    arXiv:1503.02531).
+
     step: steps taken. losses: of each step, in nats, on the device. validations: `(step, loss)`, as `validate` adds
     them. best_step, best_loss and best_weights (a `state_dict`): of the lowest of those.
     """
 
     def __init__(
-        self, model: ConvWaveNet, vocab: Vocabulary, train: Sequence[str], valid: Sequence[str], recipe: Recipe
+        self,
+        model: ConvWaveNet,
+        vocab: Vocabulary,
+        train: Sequence[str],
+        valid: Sequence[str],
+        recipe: Recipe,
+        teachers: Sequence[ConvWaveNet] = (),
     ):
         self.model, self.recipe = model.train(), recipe
         self.train, self.valid = Corpus(train, vocab, model), Corpus(valid, vocab, model)
+        if teachers:
+            expected = [Corpus(train, vocab, teacher).probabilities(teacher) for teacher in teachers]
+            self.train.taught = sum(expected) / len(expected)
+        self.share = recipe.taught if teachers else 0.0
         self.optimiser, self.schedule = _optimiser(model, recipe)
         self.average = None
         if recipe.average:
@@ -247,7 +287,7 @@ class Trainer:
         """One step."""
         recipe = self.recipe
         rows = self._rows()
-        batch = self.train.batch(rows[self.rank :: self.ranks])
+        batch = self.train.batch(rows[self.rank :: self.ranks], self.share)
         positions = int(self.train.outputs[rows].sum())
         self.optimiser.zero_grad()
         device = self.model.embedding.weight.device

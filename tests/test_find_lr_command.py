@@ -1,0 +1,133 @@
+"""`wavenet-conv find-lr`: one step at each rate, the rate of the lowest row, and an end where the loss explodes."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from wavenet_conv import ConvWaveNet, WaveNetConfig, find_lr_command
+from wavenet_conv.cli import main
+from wavenet_conv.find_lr_command import rates, try_rates
+from wavenet_conv.training import Recipe, Trainer, total_loss
+
+
+@pytest.fixture
+def listed(names, tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("\n".join(names[:300]))
+    return str(path)
+
+
+@pytest.fixture
+def run(listed, capsys):
+    def call(*arguments, file=listed):
+        try:
+            code = main(["find-lr", file, "--device", "cpu", *arguments])
+        except SystemExit as wrong:
+            code = wrong.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+def trainer_of(names, vocab, steps):
+    torch.manual_seed(0)
+    model = ConvWaveNet(WaveNetConfig(n_embd=4, n_hidden=8), dtype=torch.float64)
+    recipe = Recipe(steps=steps, batch=16, optimiser="sgd", schedule="constant", weight_decay=0.0)
+    return Trainer(model, vocab, names[:100], names[100:110], recipe)
+
+
+def test_each_step_has_its_rate(names, vocab):
+    found, by_hand = trainer_of(names, vocab, 30), trainer_of(names, vocab, 30)
+    rows = list(try_rates(found))
+    losses = []
+    for step in range(30):
+        batch = by_hand.train.batch(by_hand._rows())
+        loss = total_loss(by_hand.model, batch) / batch.positions
+        by_hand.model.zero_grad()
+        loss.backward()
+        for parameter in by_hand.model.parameters():
+            parameter.data -= 10 ** (-3 + 3 * step / 29) * parameter.grad
+        losses.append(float(loss.detach()))
+        by_hand.step += 1
+    assert (torch.stack(found.losses) - torch.tensor(losses, dtype=torch.float64)).abs().max() < 1e-10
+    assert len(rows) == 15 and abs(rows[2][1] - (losses[4] + losses[5]) / 2) < 1e-10
+    assert abs(rows[2][0] - 10 ** (-3 + 3 * 4.5 / 29)) < 1e-10
+
+
+def test_rates_are_the_lectures():
+    assert torch.allclose(rates(1000), 10 ** torch.linspace(-3, 0, 1000, dtype=torch.float64))
+
+
+def test_the_suggestion_is_the_rate_of_the_lowest_row(run, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
+    plot = tmp_path / "lr.png"
+    arguments = ("--steps", "60", "--batch", "32", "--seed", "3")
+    code, out, err = run(*arguments, "--plot", str(plot))
+    assert (code, err) == (0, "") and plot.read_bytes().startswith(b"\x89PNG")
+    lines = out.splitlines()
+    table = [tuple(map(float, line.split())) for line in lines[1:21]]
+    rate, loss = min(table, key=lambda row: row[1])
+    assert (
+        lines[21]
+        == f"suggestion: --lr {rate:.2g}, where the loss is lowest ({loss:.4f} nats); with one-cycle it is the peak"
+    )
+    assert 0.002 < rate < 0.5 and table[0][1] > 3 > loss
+    code, out, err = run(*arguments, "--json")
+    results = json.loads(out)
+    assert (code, err) == (0, "") and [f"{loss:.4f}" for loss in results["losses"]] == [
+        f"{row[1]:.4f}" for row in table
+    ]
+    assert results["suggestion"] == results["rates"][table.index((rate, loss))]
+    assert (results["steps"], results["batch"], results["seed"], results["optimiser"]) == (60, 32, 3, "adamw")
+
+
+def test_an_explosion_ends_it_early_and_is_normal(run, monkeypatch):
+    monkeypatch.setattr(find_lr_command, "EXPONENTS", (-3.0, 6.0))
+    code, out, err = run("--steps", "100", "--batch", "32", "--optimiser", "sgd")
+    assert (code, err) == (0, "") and "of 100 steps: the loss exploded\nsuggestion: --lr " in out
+    assert len(out.splitlines()) < 20
+
+
+def test_nan_is_an_explosion(names, vocab):
+    trainer = trainer_of(names, vocab, 40)
+    rows = []
+    for row in try_rates(trainer):
+        rows.append(row)
+        if len(rows) == 3:
+            trainer.model.head.bias.data[0] = math.nan
+    assert len(rows) == 4 and math.isnan(rows[3][1])
+
+
+def test_a_loss_that_only_falls(run, monkeypatch):
+    monkeypatch.setattr(find_lr_command, "EXPONENTS", (-4.0, -3.0))
+    code, out, _ = run("--steps", "20", "--batch", "64")
+    assert code == 0 and out.endswith("the loss had not risen yet at the highest rate, so a higher one may do too\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--steps", "0"], "--steps is 0; it must be at least 1"),
+        (["--batch", "-3"], "--batch is -3; it must be at least 1"),
+        (["--seed", "-1"], "--seed is -1; it must not be negative"),
+        (["--plot", "a.txt"], "a.txt: a plot is a .png, .svg, .pdf file"),
+        (["--preset", "none"], "invalid choice: 'none'"),
+    ],
+)
+def test_wrong_usage(run, arguments, message):
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "") and message in err
+
+
+def test_lists_that_cannot_be(run, tmp_path):
+    few = tmp_path / "few.txt"
+    few.write_text("emma\nolivia\n")
+    code, _, err = run(file=str(few))
+    assert code == 2 and f"{few}: 2 names are too few to split 80/10/10; give at least 10" in err
+    code, _, err = run(file=str(tmp_path / "none.txt"))
+    assert code == 2 and "none.txt: No such file or directory; give a text file" in err

@@ -1,0 +1,152 @@
+"""Pictures of trainings: losses, embeddings, learning rates, sweeps. matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import OutputError, ShapeError, UsageError
+from .files import write_whole
+from .vocabulary import END
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg", ".pdf")
+POINTS = 200  # of a smoothed curve
+LONGEST_MEAN = 1000  # steps; as the lecture smooths 200,000 of them
+
+Losses = Sequence[float] | Sequence[Tensor] | Tensor
+Points = Sequence[tuple[int, float]]
+
+
+def check_plot(path: str | Path) -> None:
+    """Raises `UsageError` where no plot could be written to `path`: for the start of a command, before its work."""
+    path = Path(path)
+    _format(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"--plot {path}: not a file in a folder that is there; give another path")
+    _figure(1)
+
+
+def plot_losses(
+    path: str | Path, losses: Losses, validations: Points, embedding: Tensor | None = None, characters: str = ""
+) -> None:
+    """The losses of one training, in nats, over its steps; and the embedding where it is two wide.
+
+    losses: of each step, averaged over groups as the lecture averages them. validations: `(step, loss)`. embedding:
+    `(vocab, n_embd)`, drawn as a scatter of the characters where n_embd is 2. characters: the vocabulary's, without
+    `.`. Raises `UsageError` where matplotlib is missing or `path` has another suffix than .png, .svg or .pdf,
+    `ShapeError` for an embedding of other characters, `OutputError` where the file cannot be written.
+    """
+    drawn = embedding is not None and embedding.shape[1] == 2
+    if drawn and len(embedding) != len(characters) + 1:
+        raise ShapeError(f"an embedding of {len(embedding)} tokens for {END!r} and the characters {characters!r}")
+    figure, (axes, *other) = _figure(1 + drawn)
+    curve = _curve(losses)
+    size = min(LONGEST_MEAN, max(1, len(curve) // POINTS))
+    steps = means(torch.arange(1, len(curve) + 1), size)
+    axes.plot(steps, means(curve, size), linewidth=1, label="training" + (f", means of {size:,}" if size > 1 else ""))
+    if validations:
+        axes.plot(*zip(*validations), "o", markersize=4, label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats)")
+    axes.legend()
+    if drawn:
+        _scatter(other[0], embedding.detach().cpu().float(), END + characters)
+    _write(figure, path)
+
+
+def plot_rates(path: str | Path, rates: Sequence[float], losses: Losses, suggestion: float) -> None:
+    """The loss in nats of each step of a `find-lr` against its learning rate, on a logarithmic axis.
+
+    Raises what `plot_losses` raises.
+    """
+    figure, (axes,) = _figure(1)
+    curve, size = _curve(losses), max(1, len(losses) // (POINTS // 2))
+    axes.plot(10 ** means(torch.tensor(rates).log10(), size), means(curve, size))
+    axes.axvline(suggestion, color="C1", linestyle="--", label=f"suggestion: {suggestion:.2g}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss (nats)")
+    finite = curve[curve.isfinite()]
+    if len(finite):  # the valley, not the explosion, is to be seen
+        low, first = float(finite.min()), float(finite[0])
+        axes.set_ylim(low - 0.05 * (first - low) - 0.01, first + 0.1 * (first - low) + 0.01)
+    axes.legend()
+    _write(figure, path)
+
+
+def plot_trials(path: str | Path, trials: Sequence[tuple[str, Points, Points]]) -> None:
+    """The training and the validation losses, in nats, of all trials of a sweep, the best of them on top.
+
+    trials: of each a name, its training losses and its validation losses, both `(step, loss)`. The best is the one with
+    the lowest validation loss. Raises what `plot_losses` raises.
+    """
+    figure, panels = _figure(2)
+    ranked = sorted(trials, key=lambda trial: -min((loss for _, loss in trial[2]), default=float("inf")))
+    for place, (name, *curves) in enumerate(ranked, start=1):
+        best = place == len(ranked)
+        style: dict[str, Any] = {"color": "C0" if best else "0.75", "linewidth": 2 if best else 0.8}
+        for axes, points in zip(panels, curves):
+            if points:
+                axes.plot(*zip(*points), ".-", label=f"best: {name}" if best else None, **style)
+    for axes, title in zip(panels, ("training", "validation")):
+        axes.set(title=title, xlabel="step", ylabel="loss (nats)")
+        if axes.lines:
+            axes.legend()
+    _write(figure, path)
+
+
+def means(values: Tensor, size: int) -> Tensor:
+    """The means of consecutive groups of `size` values, the last of which may be smaller: `(n,)` to `(groups,)`."""
+    return torch.stack([group.mean(dtype=torch.float64) for group in values.split(size)]) if len(values) else values
+
+
+def _curve(losses: Losses) -> Tensor:
+    if not isinstance(losses, Tensor):
+        losses = torch.stack([torch.as_tensor(loss) for loss in losses]) if len(losses) else torch.zeros(0)
+    return losses.detach().cpu().double()
+
+
+def _scatter(axes: Axes, points: Tensor, characters: str) -> None:
+    """Each character at its point, as the lecture draws its embedding."""
+    axes.scatter(points[:, 0], points[:, 1], s=200)
+    for (x, y), character in zip(points.tolist(), characters):
+        axes.text(x, y, character, ha="center", va="center", color="white", parse_math=False)
+    axes.set(title="embedding")
+    axes.grid(True, which="both", linewidth=0.3)
+
+
+def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+    """A figure with panels side by side, made without pyplot, which would keep it and choose a window system."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise UsageError(f"a plot needs {error.name}: pip install matplotlib") from error
+    figure = Figure(figsize=(7 * panels, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+def _write(figure: Figure, path: str | Path) -> None:
+    data = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks is drawn as a box
+        figure.savefig(data, format=_format(path), dpi=120)
+    try:
+        write_whole(path, data.getvalue())
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror or error}; give another file") from error
+
+
+def _format(path: str | Path) -> str:
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise UsageError(f"{path}: a plot is a {', '.join(FORMATS)} file; give a name that ends in one of them")
+    return suffix.removeprefix(".")
