@@ -195,7 +195,7 @@ def results_of(
             "max_abs_diff": max(differences, default=None),
             "tolerance": TOLERANCE,
         },
-        "rungs": [rows[job.rung.name] for job in jobs if job.rung.name in rows],
+        "rungs": [rows[rung.name] for rung in RUNGS if rung.name in rows],
     }
 
 
@@ -206,6 +206,7 @@ def settings(args: argparse.Namespace, names: list[str], jobs: list[Job]) -> dic
         "dtype": "float32",
         "names": {
             "file": Path(args.names).name,
+            "sha256": hashlib.sha256(Path(args.names).read_bytes()).hexdigest(),
             "of": len(names),
             "train": len(jobs[0].train),
             "validation": len(jobs[0].validation),
@@ -225,7 +226,7 @@ def kept_rows(args: argparse.Namespace, now: dict[str, Any]) -> dict[str, dict[s
         raise UsageError(f"--resume: {args.json} is no ladder's JSON ({error}); give another file") from error
     if then != now:
         raise UsageError(f"--resume: {args.json} is of a run with other settings; give another file")
-    return {name: row for name, row in rows.items() if name in {rung.name for rung in args.rungs}}
+    return rows
 
 
 def caveat(args: argparse.Namespace) -> str | None:
@@ -250,7 +251,7 @@ def summary(row: dict[str, Any]) -> str:
 def rows_as_they_end(jobs: list[Job], workers: int, progress: Progress) -> Iterator[dict[str, Any]]:
     """A row a rung as it ends: one after another in this process, or several at once in processes of their own."""
     tasks = [progress.add_task(job.rung.name, total=job.steps) for job in jobs]
-    if workers == 1 or len(jobs) == 1:
+    if workers == 1 or len(jobs) <= 1:
         for job, task in zip(jobs, tasks):
             yield row_of(job, lambda done, task=task: progress.update(task, completed=done))
         return

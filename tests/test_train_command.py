@@ -215,6 +215,9 @@ def test_a_breakdown_keeps_the_last_good_checkpoint(run, tmp_path, listed):
         (code, text) == (1, "") and "training broke down at step " in err and "with a learning rate up to 10000" in err
     )
     assert "try a lower one, such as --lr 3e+03" in err and out.read_bytes() == before
+    late = ["--steps", "400", "--every", "1", "--schedule", "onecycle", "--optimiser", "sgd", "--lr", "1e4"]
+    code, _, err = run(listed, "-o", out, *SMALL, *late)
+    assert code == 1 and (f"; delete {out}.training first" in err) == (tmp_path / "model.safetensors.training").exists()
 
 
 def test_a_resume_with_other_arguments_or_another_list(run, tmp_path, listed, monkeypatch):
@@ -227,7 +230,7 @@ def test_a_resume_with_other_arguments_or_another_list(run, tmp_path, listed, mo
     assert code == 2 and "of another run: lr was 0.01 and is 0.5; use the same arguments, or delete it" in err
     listed.write_text(listed.read_text() + "zoe\n")
     code, _, err = run(listed, "-o", out, *SMALL, "--resume")
-    assert code == 2 and "of another run: list_sha256 was " in err
+    assert code == 2 and "of another run: names_sha256 was " in err
     assert state.read_bytes() == kept
     state.write_bytes(kept[: len(kept) // 2])
     code, _, err = run(listed, "-o", out, *SMALL, "--resume")
@@ -264,7 +267,10 @@ def test_names_all_alike_and_characters_of_one_part_only(run, tmp_path, listed):
         (["--lr", "0"], "lr is 0.0; it must be a positive number"),
         (["--fan-ins", "2,0"], "fan_ins[1] is 0; it must be an integer of at least 1"),
         (["--preset", "slow"], "invalid choice: 'slow'"),
-        (["--fan-ins", "2;2"], "argument --fan-ins"),
+        (["--fan-ins", "2;2"], "'2;2' is not a list of integers such as 2,2,2"),
+        (["--seconds", "nan"], "--seconds is nan; it must be a number of at least 0"),
+        (["--seed", "20000000000000"], "seed is 20000000000000; it must be at least 0 and below 2**30"),
+        (["--n-embd", "1000000000000"], "this model cannot be built here"),
         (["--steps", "3", "--epochs", "1"], "not allowed with argument"),
     ],
 )

@@ -254,15 +254,39 @@ def test_the_lectures_split(lecture_list):
     assert sorted(name for part in parts for name in part) == sorted(lecture_list)
 
 
+@pytest.mark.parametrize("steps, warmup", [(1, 0.5), (3, 0.25), (9, 0.1), (2, 0.0), (1, 0.25)])
+def test_the_shortest_trainings_run(names, vocab, steps, warmup):
+    trainer = Trainer(small(), vocab, names[:50], names[50:60], Recipe(steps=steps, warmup=warmup, batch=20))
+    while not trainer.finished:
+        trainer.advance()
+    assert math.isfinite(trainer.validate())
+
+
+def test_teachers_of_another_dtype_and_in_another_mode(names, vocab):
+    teacher, recipe = small(1).double().eval(), Recipe(steps=2, batch=20)
+    trainer = Trainer(small(), vocab, names[:50], names[50:60], recipe, [teacher])
+    trainer.advance()
+    assert trainer.train.taught.dtype == torch.float32
+    with pytest.raises(WaveNetConvError, match="a teacher is in training mode; call .eval"):
+        Trainer(small(), vocab, names[:50], names[50:60], recipe, [teacher.train()])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_rank_without_names_has_nothing_to_add(dropout):
+    conv = small(vocab_size=len(VOCAB), gated=True).train()
+    batch = Corpus(NAMES, VOCAB, conv).batch(torch.arange(0))
+    assert total_loss(conv, batch, dropout) == 0 and batch.positions == 0
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"steps": 0}, "steps is 0; it must be at least 1 and below"),
         ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
         ({"lr": 0.0}, "lr is 0.0; it must be a positive number"),
         ({"lr": math.nan}, "lr is nan; it must be a positive number"),
         ({"optimiser": "adam"}, "optimiser is 'adam'; it is 'adamw' or 'sgd'"),
-        ({"weight_decay": -1.0}, "weight_decay is -1.0; it must not be negative"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0; it must be at least 0"),
     ],
 )
 def test_a_recipe_that_cannot_be(changes, message):

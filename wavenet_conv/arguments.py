@@ -35,7 +35,7 @@ def device_of(choice: str) -> torch.device:
 def check_output(output: str, *read: str) -> None:
     """Raises `UsageError` where `--output` cannot be a file, or is one of those that are read."""
     path = Path(output)
-    if path.is_dir() or not path.parent.is_dir():
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir():
         raise UsageError(f"--output {output}: not a file in a folder that is there; give another path")
     if path.exists() and any(os.path.exists(file) and os.path.samefile(path, file) for file in read):
         raise UsageError(f"--output {output}: this file is being read; give another one")

@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         resumable = getattr(options, "output", None) or options.command == "sweep"
-        resume = "; start again with the same arguments to go on" if resumable else ""
+        more = " and --resume" if options.command == "train" and not options.resume else ""
+        resume = f"; start again with the same arguments{more} to go on" if resumable else ""
         print(f"wavenet-conv: interrupted{resume}", file=sys.stderr)
         return INTERRUPTED
     return 0

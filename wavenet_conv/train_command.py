@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -21,10 +21,11 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from .arguments import check_output, device_of, training_names
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from .errors import CheckpointError, OutputError, UsageError, WaveNetConvError
+from .errors import CheckpointError, OutputError, TrainingError, UsageError, WaveNetConvError
 from .files import locked, write_whole
 from .model import ConvWaveNet, WaveNetConfig
 from .scoring import Scorer
@@ -39,10 +40,10 @@ Scorer.load take. The list is split as in the lecture: shuffled with seed 42, 80
 to test on (read only with --test, once, at the end). The weights with the lowest validation loss are kept.
 
 The run is resumable: all of its state is in OUTPUT.training after every validation, and --resume goes on from there,
-to the same bits as an undisturbed run (on the same device, with the same number of threads). Where there is nothing
-to resume, --resume starts.
+to the same bits as an undisturbed run (on the CPU, with the same number of threads). Where there is nothing to resume,
+--resume starts.
 
-Under torchrun every rank takes its share of each batch; N ranks train as one does.
+Under torchrun every rank takes its share of each batch; without dropout N ranks train as one does.
 
 Exit code 0 when done, 1 for a failed job (a training that broke down, a full disk), 2 for wrong usage, 130 for Ctrl-C.
 """
@@ -73,7 +74,7 @@ def add_parser(commands: Any) -> None:
     length = command.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="steps to take")
     length.add_argument("--epochs", type=int, metavar="N", help="times to see every name")
-    add("--seconds", type=float, metavar="S", help="stop after the validation that ends after S seconds")
+    add("--seconds", type=float, metavar="S", help="stop after the validation that ends after S seconds of training it")
     for field in fields(Recipe):
         if field.name not in ("steps", "schedule", "optimiser"):
             kind = int if isinstance(field.default, int) else float
@@ -89,7 +90,10 @@ def add_parser(commands: Any) -> None:
 
 
 def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ArgumentTypeError(f"{text!r} is not a list of integers such as 2,2,2")
+    return tuple(map(int, parts))
 
 
 def train(options: Namespace) -> None:
@@ -101,17 +105,21 @@ def train(options: Namespace) -> None:
     _check_output(options)
     given = [_loaded(path, vocab) for path in options.teacher or []]
     with _ranks(options.device) as device, locked(f"{options.output}.lock") if _first() else nullcontext():
-        say = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not _first())
+        say = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=not _first())
         _report_list(say, options.file, names, parts)
-        data = Data(options, vocab, parts, device, say)
+        digest = sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()
+        data = Data(options, digest, vocab, parts, device, say)
+        mine = _identity(data, config, recipe, [])
+        _interrupted(data, options.output, {name: mine[name] for name in mine if name != "teachers"})  # before teachers
         presets = TEACHERS.get(options.preset, ()) if recipe.taught and not given else ()
         trained = [_teacher(data, name, recipe.seed + 1 + place) for place, name in enumerate(presets)]
         run = Run(data, options.output, config, recipe, [*given, *(teacher for teacher, _ in trained)])
-        run.train()
+        run.train(options.seconds)
         if _first():
             _finish(run, sum(seconds for _, seconds in trained))
             for place in range(len(presets)):
-                os.unlink(_teacher_path(options.output, recipe.seed + 1 + place))
+                with suppress(OSError):
+                    os.unlink(_teacher_path(options.output, recipe.seed + 1 + place))
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,7 @@ class Data:
     """What the training that was asked for shares with those of its teachers."""
 
     options: Namespace
+    names_sha256: str
     vocab: Vocabulary
     parts: tuple[list[str], list[str], list[str]]
     device: torch.device
@@ -135,15 +144,28 @@ class Run:
         self.state = Path(f"{output}.training")
         self.identity = _identity(data, config, recipe, teachers)
         torch.manual_seed(recipe.seed)
-        model = ConvWaveNet(config, dtype=getattr(torch, data.options.dtype)).to(data.device)
+        try:
+            model = ConvWaveNet(config, dtype=getattr(torch, data.options.dtype)).to(data.device)
+        except (RuntimeError, TypeError, MemoryError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"this model cannot be built here ({reason}); give a smaller one: {config}") from error
         models = [teacher.model.to(model.embedding.weight) for teacher in teachers]
         self.trainer = Trainer(model, data.vocab, *data.parts[:2], recipe, models)
 
-    def train(self) -> None:
-        """Takes up an interrupted run where that is asked for, and trains to the end."""
+    def train(self, limit: float | None = None) -> None:
+        """Takes up an interrupted run where that is asked for, and trains to the end, or for `limit` seconds.
+
+        Raises `TrainingError` where it breaks down.
+        """
         self._restore()
-        options, trainer, recipe = self.data.options, self.trainer, self.recipe
-        begun = monotonic() - self.seconds
+        try:
+            self._advance(limit)
+        except TrainingError as error:
+            left = f"; delete {self.state} first" if self.state.exists() else ""
+            raise TrainingError(f"{self.output}: {error}{left}") from error
+
+    def _advance(self, limit: float | None) -> None:
+        trainer, recipe, begun = self.trainer, self.recipe, monotonic() - self.seconds
         with _progress(self.data.say, recipe) as show:
             while not trainer.finished:
                 trainer.advance()
@@ -151,7 +173,7 @@ class Run:
                     loss, self.seconds = trainer.validate(), monotonic() - begun
                     self._record()
                     show(trainer, loss)
-                    if options.seconds is not None and self.seconds >= options.seconds:
+                    if limit is not None and self.seconds >= limit:
                         break
 
     def best(self) -> ConvWaveNet:
@@ -167,22 +189,14 @@ class Run:
             self.state.unlink()
 
     def _restore(self) -> None:
-        if not self.state.exists():
+        found = _interrupted(self.data, self.output, self.identity)
+        if found is None:
             return
-        if not self.data.options.resume:
-            raise UsageError(f"{self.state}: this training was interrupted; add --resume, or delete this file")
         try:
-            with safetensors.safe_open(self.state, framework="pt") as file:
-                metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-            before, numbers = json.loads(metadata["run"]), json.loads(metadata["numbers"])
-        except Exception as error:  # safetensors raises its own error, and many others for a damaged file
-            raise UsageError(f"{self.state}: not the state of a training ({error}); delete it to start anew") from error
-        changed = [name for name in self.identity if self.identity[name] != before.get(name)]
-        if changed:
-            was = ", ".join(f"{name} was {before.get(name)!r} and is {self.identity[name]!r}" for name in changed)
-            raise UsageError(f"{self.state}: of another run: {was}; use the same arguments, or delete it to start anew")
-        self.trainer.restore(tensors, numbers)
-        self.seconds = float(numbers["seconds"])
+            self.trainer.restore(*found)
+            self.seconds = float(found[1]["seconds"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"{self.state}: not of this training ({error}); delete it to start anew") from error
         self.data.say.print(f"going on after step {self.trainer.step:,}")
 
     def _record(self) -> None:
@@ -197,6 +211,26 @@ class Run:
             raise OutputError(
                 f"{self.state}: {error.strerror or error}; mend that and start again with --resume to go on"
             ) from error
+
+
+def _interrupted(data: Data, output: str, identity: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The state that an interrupted run has left, if any; raises `UsageError` where it is not to be taken up."""
+    path = Path(f"{output}.training")
+    if not path.exists():
+        return None
+    if not data.options.resume:
+        raise UsageError(f"{path}: this training was interrupted; add --resume, or delete this file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        before, numbers = json.loads(metadata["run"]), json.loads(metadata["numbers"])
+    except Exception as error:  # safetensors raises its own error, and many others for a damaged file
+        raise UsageError(f"{path}: not the state of a training ({error}); delete it to start anew") from error
+    changed = [name for name in identity if identity[name] != before.get(name)]
+    if changed:
+        was = ", ".join(f"{name} was {before.get(name)!r} and is {identity[name]!r}" for name in changed)
+        raise UsageError(f"{path}: of another run: {was}; use the same arguments, or delete it to start anew")
+    return tensors, numbers
 
 
 def _teacher(data: Data, preset: str, seed: int) -> tuple[Checkpoint, float]:
@@ -250,13 +284,17 @@ def _configured(options: Namespace, vocab_size: int, train_names: int) -> tuple[
 
 
 def _check_output(options: Namespace) -> None:
-    check_output(options.output, options.file)
+    check_output(options.output, options.file, *(options.teacher or []))
+    if options.seconds is not None and not options.seconds >= 0:
+        raise UsageError(f"--seconds is {options.seconds}; it must be a number of at least 0")
     if options.seconds is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("--seconds: ranks do not stop at the same step; give --steps under torchrun")
     if options.plot:
         from .plots import check_plot
 
         check_plot(options.plot)
+        if os.path.realpath(options.plot) == os.path.realpath(options.output):
+            raise UsageError(f"--plot {options.plot}: this is --output; give another file")
 
 
 @contextmanager
@@ -267,6 +305,8 @@ def _ranks(device: str) -> Iterator[torch.device]:
         yield torch.device(kind)
         return
     place = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
+    if kind == "cuda":
+        torch.cuda.set_device(place)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
         yield place
@@ -283,7 +323,7 @@ def _identity(data: Data, config: WaveNetConfig, recipe: Recipe, teachers: Seque
     """All that decides about the bits of a training, as JSON has it; a run is only taken up by one with the same."""
     taught_by = [sha256(b"".join(_bytes(teacher.model))).hexdigest() for teacher in teachers]
     found = {
-        "list_sha256": sha256(Path(data.options.file).read_bytes()).hexdigest(),
+        "names_sha256": data.names_sha256,
         **asdict(config),
         **asdict(recipe),
         "teachers": taught_by,
@@ -349,13 +389,17 @@ def _finish(run: Run, before: float) -> None:
     if options.test:
         results["test_loss"] = evaluate(model, Corpus(run.data.parts[2], run.data.vocab, model))
     run.save(model, {"preset": options.preset} | results)
+    _say(results, options.json)
     if options.plot:
         from .plots import plot_losses
 
         table, losses = model.embedding.weight.detach().cpu(), torch.stack(trainer.losses).cpu()
         table = table if table.shape[1] == 2 else None
         plot_losses(options.plot, losses, trainer.validations, table, run.data.vocab.characters)
-    if options.json:
+
+
+def _say(results: dict[str, Any], as_json: bool) -> None:
+    if as_json:
         print(json.dumps(results))
     else:
         shown = (f"{name} {value:.4f}" if "loss" in name else f"{name} {value}" for name, value in results.items())
@@ -369,8 +413,9 @@ def save_trained(path: str, model: ConvWaveNet, vocab: Vocabulary, names: list[s
     Raises `OutputError` where it cannot be written.
     """
     bits = Scorer(model, vocab).bits_per_character(names).double()
-    quantiles = torch.quantile(bits, torch.linspace(0, 1, QUANTILES, dtype=torch.float64)).float()
+    places = torch.linspace(0, len(bits) - 1, QUANTILES, dtype=torch.float64).round().long()
+    quantiles = bits.sort().values[places].float()
     try:
         save_checkpoint(path, model, vocab, notes, quantiles)
     except OSError as error:
-        raise OutputError(f"{path}: {error.strerror or error}; mend that and start again") from error
+        raise OutputError(f"{path}: {error.strerror or error}; mend that and start again, with --resume") from error

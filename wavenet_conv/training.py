@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .errors import ConfigError, NamesError, TrainingError
+from .errors import ConfigError, ModeError, NamesError, TrainingError
 from .model import ConvWaveNet, GatedLevel
 from .nodes import crossing, node_positions, number, taps_of
 from .vocabulary import Vocabulary, checked_names
@@ -143,7 +143,7 @@ def _fused(conv: nn.Conv1d, x: Tensor, children: Tensor, dropout: float) -> Tens
     """The linear map of a level: x `(kinds, c_in)` to `(nodes, c_out)`."""
     taps = conv.weight.permute(2, 1, 0)
     if dropout:
-        read = F.dropout(x.index_select(0, children.flatten()).view(len(children), -1), dropout)
+        read = F.dropout(x.index_select(0, children.flatten()).view(len(children), len(taps) * x.shape[1]), dropout)
         h = read @ taps.reshape(read.shape[1], -1)
     else:
         h = sum((x @ tap).index_select(0, child) for tap, child in zip(taps, children.unbind(1)))
@@ -165,7 +165,7 @@ def evaluate(model: ConvWaveNet, corpus: Corpus) -> float:
     """The mean of -log p over all positions of a list, in nats, in evaluation mode; the mode is restored."""
     was_training = model.training
     model.eval()
-    batches = [corpus.batch(rows) for rows in torch.arange(len(corpus), device=corpus.starts.device).split(VALIDATED)]
+    batches = (corpus.batch(rows) for rows in torch.arange(len(corpus), device=corpus.starts.device).split(VALIDATED))
     total = sum(float(total_loss(model, batch)) for batch in batches)
     model.train(was_training)
     return total / len(corpus.windows)
@@ -207,11 +207,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1 and below 2**31")
         for name in ("weight_decay", "patience", "seed"):
-            if not 0 <= getattr(self, name) < 2**63:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
+            if not 0 <= getattr(self, name) < 2**30:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 2**30")
         for name in ("warmup", "dropout", "average", "taught"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
@@ -240,9 +240,9 @@ TEACHERS: dict[str, tuple[str, ...]] = {name: ("gated-plain", "gated-plain", "pl
 class Trainer:
     """One training, step by step; what it does next depends on its recipe, its names and its state, and nothing else.
 
-    model: in whatever mode and place; it is trained in place, in float32 or float64. Same recipe, names, device and
-    number of threads: same bits. Under an initialised `torch.distributed` group each rank takes its share of every
-    batch, and losses, gradients and batch-norm statistics are summed over the ranks.
+    model: in whatever mode and place; it is trained in place, in float32 or float64. On the CPU the same recipe, names
+    and number of threads give the same bits. Under an initialised `torch.distributed` group each rank takes its share
+    of every batch, and losses, gradients and batch-norm statistics are summed over the ranks; dropout draws for each.
 
     teachers: models of the same vocabulary, of any shape, in evaluation mode. The model then learns what they expect on
     average, which generalises better than what follows a window once (distillation; Hinton et al. 2015,
@@ -263,9 +263,13 @@ class Trainer:
     ):
         self.model, self.recipe = model.train(), recipe
         self.train, self.valid = Corpus(train, vocab, model), Corpus(valid, vocab, model)
+        for teacher in teachers:
+            if teacher.training:
+                raise ModeError("a teacher is in training mode; call .eval() first")
+            expected = Corpus(train, vocab, teacher).probabilities(teacher).to(model.embedding.weight)
+            self.train.taught = expected if self.train.taught is None else self.train.taught.add_(expected)
         if teachers:
-            expected = [Corpus(train, vocab, teacher).probabilities(teacher) for teacher in teachers]
-            self.train.taught = sum(expected) / len(expected)
+            self.train.taught /= len(teachers)
         self.share = recipe.taught if teachers else 0.0
         self.optimiser, self.schedule = _optimiser(model, recipe)
         self.average = None
@@ -293,13 +297,12 @@ class Trainer:
         device = self.model.embedding.weight.device
         with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=recipe.dropout > 0):
             if recipe.dropout:
-                torch.manual_seed(recipe.seed * 1_000_003 + self.step)
+                torch.manual_seed((self.rank << 50) + recipe.seed * 1_000_003 + self.step)
             loss = total_loss(self.model, batch, recipe.dropout) / positions
         loss.backward()
         loss = loss.detach()
         if self.ranks > 1:
-            for tensor in [loss, *(p.grad for p in self.model.parameters())]:
-                dist.all_reduce(tensor)
+            loss = self._summed(loss)
         self.optimiser.step()
         self.schedule.step()
         self.step += 1
@@ -337,6 +340,16 @@ class Trainer:
             self._epoch, self._order = epoch, torch.randperm(len(self.train), generator=generator)
         rows = self._order[place * self.recipe.batch :][: self.recipe.batch]
         return rows.to(self.train.starts.device)
+
+    def _summed(self, loss: Tensor) -> Tensor:
+        """Sums the gradients, in place, and the loss over all ranks."""
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        flat = torch.cat([loss.view(1), *(gradient.flatten() for gradient in gradients)])
+        dist.all_reduce(flat)
+        loss, *sums = flat.split([1, *(gradient.numel() for gradient in gradients)])
+        for gradient, part in zip(gradients, sums):
+            gradient.copy_(part.view_as(gradient))
+        return loss[0].clone()
 
     def _check(self) -> None:
         """Raises `TrainingError` at the first step whose loss is NaN or has exploded; looks at what is new only."""
@@ -413,8 +426,10 @@ def _optimiser(
     else:
         optimiser = torch.optim.SGD(groups, **options)
     if recipe.schedule == "onecycle":
+        total = recipe.steps + 1
+        warmup = recipe.warmup if recipe.warmup * total != 1 else 0.0  # it would divide by a rise of no steps
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, recipe.lr, total_steps=recipe.steps + 1, pct_start=recipe.warmup, cycle_momentum=False
+            optimiser, recipe.lr, total_steps=total, pct_start=float(warmup), cycle_momentum=False
         )
     else:
         schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
