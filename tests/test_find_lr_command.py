@@ -112,7 +112,7 @@ def test_a_loss_that_only_falls(run, monkeypatch):
     [
         (["--steps", "0"], "--steps is 0; it must be at least 1"),
         (["--batch", "-3"], "--batch is -3; it must be at least 1"),
-        (["--seed", "-1"], "--seed is -1; it must not be negative"),
+        (["--seed", "-1"], "--seed is -1; it must be at least 0"),
         (["--plot", "a.txt"], "a.txt: a plot is a .png, .svg, .pdf file"),
         (["--preset", "none"], "invalid choice: 'none'"),
     ],
