@@ -280,6 +280,7 @@ class Trainer:
         for norm in (level.norm for level in model.levels if level.norm is not None):
             norm.over_ranks = self.ranks > 1
         self.step, self.losses, self.validations = 0, [], []
+        self._epoch, self._order = -1, torch.zeros(0, dtype=torch.int64)  # the epoch of `step`, and its order of names
         self.best_step, self.best_loss, self.best_weights = 0, float("inf"), {}
 
     @property
@@ -335,7 +336,7 @@ class Trainer:
         """The names of the next step: every epoch in another random order."""
         steps = -(-len(self.train) // self.recipe.batch)
         epoch, place = divmod(self.step, steps)
-        if getattr(self, "_epoch", None) != epoch:
+        if self._epoch != epoch:
             generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self.train), generator=generator)
         rows = self._order[place * self.recipe.batch :][: self.recipe.batch]
