@@ -7,6 +7,7 @@ from .conversion import from_conv
 from .layers import BatchNorm1d, Embedding, FlattenConsecutive, GatedBlock, Linear, ReLU, Sequential, Tanh
 from .networks import NETWORKS, build, lecture_network
 from .running import context_of, loop_logits, window_logits, windows
+from .sampling import inverse_cdf, multinomial, sample_loop
 from .training import evaluate, examples, split_names, train
 
 __all__ = [
@@ -24,8 +25,11 @@ __all__ = [
     "evaluate",
     "examples",
     "from_conv",
+    "inverse_cdf",
     "lecture_network",
     "loop_logits",
+    "multinomial",
+    "sample_loop",
     "split_names",
     "train",
     "window_logits",

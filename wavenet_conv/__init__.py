@@ -5,17 +5,22 @@ from .errors import WaveNetConvError
 from .mapping import fold_batch_norm, from_tree
 from .model import ConvWaveNet, WaveNetConfig
 from .precision import exact_float32
+from .sampling import sample, sample_stream
 from .scoring import Scorer
+from .streaming import Stream
 from .vocabulary import Vocabulary
 
 __all__ = [
     "ConvWaveNet",
     "Scorer",
+    "Stream",
     "Vocabulary",
     "WaveNetConfig",
     "WaveNetConvError",
     "exact_float32",
     "fold_batch_norm",
     "from_tree",
+    "sample",
+    "sample_stream",
     "verify",
 ]

@@ -48,5 +48,13 @@ class TrainingError(WaveNetConvError, ArithmeticError):
     """A training whose loss is NaN or has exploded."""
 
 
+class SamplingError(WaveNetConvError, ArithmeticError):
+    """A model from whose logits nothing can be drawn, since they are NaN or infinite."""
+
+
+class StateError(WaveNetConvError, ValueError):
+    """A stream's state that belongs to another model or another batch."""
+
+
 class UsageError(WaveNetConvError, ValueError):
     """What was asked for cannot be begun: a file or a model that is not there, an output of another run."""

@@ -12,6 +12,7 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from . import kernels
@@ -93,10 +94,33 @@ class SharedNodes:
         the dtype of `tokens`, both `(sum(lengths + 1),)`, name after name.
         """
         below, children, rows, targets = self._below_top(tokens, lengths, Carried())
+        return self._logits(below, children), rows, targets
+
+    @torch.no_grad()
+    def window_logits(self, windows: Tensor, carried: Carried | None = None) -> Tensor:
+        """Logits after windows that need not lie in one name, int64 `(windows, context)`: `(windows, vocab)`.
+
+        Below the last level each distinct node of all windows is evaluated once; carried as `log_probs` takes it.
+        """
+        carried = Carried() if carried is None else carried
+        carried.trim()
+        ids, kinds, below = windows, self.vocab_size, self._table
+        for level, fan_in in enumerate(self.fan_ins):
+            taps = list(rearrange(ids, "windows (nodes tap) -> tap windows nodes", tap=fan_in))
+            if level < self.tabulated:
+                ids, kinds = _keys(taps, kinds), kinds**fan_in
+            elif level < len(self.fan_ins) - 1:
+                children, numbers = number([tap.flatten() for tap in taps], kinds, carried=carried)
+                nodes = self._nodes(level, below, children)
+                below = self._contributions(level + 1, nodes, len(children), carried)
+                ids, kinds, carried = numbers.view_as(taps[0]), max(carried.count, 1), Carried()
+        return self._logits(below, torch.cat(taps, 1).long())
+
+    def _logits(self, below: Below, children: Tensor) -> Tensor:
         logits = self._head.new_empty(len(children) + -len(children) % TILE, len(self._head_bias))
         for out, nodes in zip(logits.split(TILE), self._nodes(-1, below, children)):
             torch.addmm(self._head_bias, nodes, self._head, out=out)
-        return logits[: len(children), : self.vocab_size], rows, targets
+        return logits[: len(children), : self.vocab_size]
 
     @torch.no_grad()
     def log_probs(self, tokens: Tensor, lengths: Tensor, carried: Carried | None = None) -> Tensor:

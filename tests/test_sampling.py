@@ -1,0 +1,278 @@
+"""Names are the lecture loop's for the same uniform numbers, drawn as often as the model says, in any batch."""
+
+from collections import Counter
+from itertools import islice
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from conftest import random_tree
+from hypothesis import given, settings
+
+import reference
+from wavenet_conv import Scorer, Vocabulary, WaveNetConvError, from_tree, sample, sample_stream, sampling
+from wavenet_conv.checkpoint import load_checkpoint
+from wavenet_conv.sampling import BATCH, DOUBT, MANY, uniform
+
+ABC = Vocabulary("abcdefghijklmnopqrstuvwxyz")
+AB = Vocabulary("ab")
+WIDE = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=64)
+GATED = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=24, gated=True)
+
+
+def short_tree(dtype=torch.float64, **sizes):
+    """A random tree that ends a name after some five characters."""
+    tree = random_tree(**sizes, dtype=dtype)
+    tree.layers[-1].bias = tree.layers[-1].bias.clone()
+    tree.layers[-1].bias[0] += 1
+    return tree
+
+
+def lecture_names(tree, vocab, count, seed=42, **options):
+    """The lecture's loop, one name after the other, with the uniform numbers that `sample` draws with."""
+    rows = uniform(seed, torch.arange(count)[:, None], torch.arange(100)).tolist()
+    with torch.no_grad():
+        names = reference.sample_loop(
+            tree, count, reference.inverse_cdf(lambda name, position: rows[name][position]), **options
+        )
+    return [vocab.decode(name) for name in names]
+
+
+@pytest.mark.parametrize("sizes", [WIDE, GATED], ids=["wide", "gated"])
+def test_10_000_names_of_the_lectures_loop(sizes):
+    tree = short_tree(**sizes)
+    conv = from_tree(tree)
+    expected = lecture_names(tree, ABC, 10_000)
+    assert len(set(expected)) > 5000 and max(map(len, expected)) > 8
+    assert sample(conv, ABC, 10_000) == expected  # prefix by prefix
+    assert sample(conv, ABC, 10_000, batch=64) == expected  # from a stream
+    assert sample(conv, ABC, 10_000, dtype=torch.float32) == expected
+    assert sample(conv, ABC, 2000, batch=1, dtype=torch.float32) == expected[:2000]
+
+
+@pytest.mark.parametrize("fan_ins", [(3,), (8,), (3, 2), (1, 2, 1)], ids=str)
+@pytest.mark.parametrize("prefix", ["", "an", "maximilianothethird"])
+def test_other_shapes_and_prefixes(device, fan_ins, prefix):
+    tree = short_tree(fan_ins=fan_ins, n_embd=6, n_hidden=16)
+    start = ABC.encode([prefix], context=1)[0][0, 1:].tolist()
+    expected = lecture_names(tree, ABC, 200, seed=7, prefix=start, max_length=25)
+    assert all(name.startswith(prefix) for name in expected)
+    conv = from_tree(tree)
+    for options in ({"batch": 1}, {"batch": 9}, {"batch": MANY}, {"batch": 9, "dtype": torch.float32}):
+        options |= {"prefix": prefix, "seed": 7, "max_length": 25, "device": device}
+        assert sample(conv, ABC, 200, **options) == expected
+        assert list(islice(sample_stream(conv, ABC, **options), 200)) == expected
+
+
+def distribution(tree, choose, max_length, start=()):
+    """The exact probability of every name over `a` and `b` whose characters are drawn from `choose(logits)`."""
+    context, chances, open_ends = reference.context_of(tree), {}, {tuple(start): 1.0}
+    while open_ends:
+        longer = {}
+        for name, chance in open_ends.items():
+            if len(name) == max_length:
+                chances[name] = chance
+                continue
+            with torch.no_grad():
+                probs = choose(tree(torch.tensor([([0] * context + list(name))[-context:]]))[0].double())
+            chances[name] = chance * probs[0].item()
+            longer |= {(*name, token): chance * probs[token].item() for token in (1, 2)}
+        open_ends = longer
+    return {"".join("ab"[token - 1] for token in name): chance for name, chance in chances.items() if chance}
+
+
+def naive(temperature=1.0, top_k=3, top_p=1.0):
+    """The options in as many words: one distribution, the unwanted characters taken out of it one by one."""
+
+    def choose(logits):
+        probs = torch.softmax(logits / temperature, 0)
+        ranked = sorted(range(3), key=lambda token: -probs[token])
+        kept = [t for rank, t in enumerate(ranked) if rank < top_k and sum(probs[ranked[:rank]]) < top_p]
+        return torch.tensor([probs[token] if token in kept else 0.0 for token in range(3)]) / probs[kept].sum()
+
+    return choose
+
+
+@pytest.mark.parametrize("batch", [48, None], ids=["stream", "prefixes"])
+@pytest.mark.parametrize("gated", [False, True], ids=["tanh", "gated"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.5}, {"temperature": 2.5}, {"top_k": 2}, {"top_p": 0.6}, {"top_k": 2, "top_p": 0.9}],
+    ids=str,
+)
+def test_names_are_as_frequent_as_the_model_says(gated, options, batch):
+    """Pearson's chi-square over whole names of up to four characters; rare ones are taken together."""
+    tree = random_tree((2, 2), n_embd=4, n_hidden=8, vocab_size=3, gated=gated, seed=3)
+    chances, count = distribution(tree, naive(**options), 4), 6000 if batch else 40_000
+    assert abs(sum(chances.values()) - 1) < 1e-9
+    found = Counter(sample(from_tree(tree), AB, count, max_length=4, batch=batch, dtype=torch.float32, **options))
+    assert not set(found) - set(chances)
+    common = [name for name, chance in chances.items() if chance * count >= 10]
+    assert len(common) > 3
+    pairs = [(found[name], chances[name] * count) for name in common]
+    pairs.append((count - sum(seen for seen, _ in pairs), count - sum(expected for _, expected in pairs)))
+    statistic = sum((seen - expected) ** 2 / max(expected, 1) for seen, expected in pairs)
+    # The mean is len(common) and the variance twice that: passed by chance in all but one of a hundred thousand seeds.
+    assert statistic < len(common) + 6 * (2 * len(common)) ** 0.5
+    wrong = sum((seen - count / len(pairs)) ** 2 / (count / len(pairs)) for seen, _ in pairs)
+    assert wrong > len(common) + 6 * (2 * len(common)) ** 0.5  # and it would see another distribution
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(1, 40) | st.sampled_from([MANY - 1, MANY, MANY + 1, BATCH]),
+    st.integers(0, 2**63 - 1),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "temperature": st.floats(0.2, 3) | st.just(0),
+            "top_k": st.integers(1, 30),
+            "top_p": st.floats(0.05, 1),
+            "prefix": st.text("abc", max_size=10),
+            "max_length": st.integers(10, 30),
+        },
+    ),
+    st.booleans(),
+)
+def test_the_batch_decides_nothing(batch, seed, options, gated):
+    """The names of a float32 stream, of shared float32 prefixes and of float64 are the same ones."""
+    conv = CONVS[gated]
+    expected = sample(conv, ABC, MANY + 50, seed=seed, dtype=torch.float64, **options)
+    assert sample(conv, ABC, MANY + 50, seed=seed, batch=MANY, **options) == expected
+    assert sample(conv, ABC, 60, seed=seed, batch=batch, **options) == expected[:60]
+
+
+CONVS = {gated: from_tree(short_tree(torch.float32, n_embd=6, n_hidden=16, gated=gated)) for gated in (False, True)}
+
+
+def test_a_float32_draw_that_is_in_doubt_is_decided_in_float64(monkeypatch):
+    conv, decided, exactly = CONVS[False], [], sampling._Sampler.exactly
+    expected = sample(conv, ABC, 2000, dtype=torch.float64)
+    monkeypatch.setattr(
+        sampling._Sampler, "exactly", lambda self, windows, u: [decided.append(len(u)), exactly(self, windows, u)][1]
+    )
+    for batch, n in ((BATCH, 2000), (8, 600)):
+        decided.clear()
+        assert sample(conv, ABC, n, batch=batch) == expected[:n]
+        assert 0 < sum(decided) < 0.01 * sum(len(name) + 1 for name in expected[:n])
+        with monkeypatch.context() as patch:  # wherever the doubt begins
+            patch.setattr(sampling, "DOUBT", 0.1)
+            assert sample(conv, ABC, n, batch=batch) == expected[:n]
+    monkeypatch.setattr(sampling._Sampler, "exactly", lambda self, windows, u: torch.ones(len(u), dtype=torch.int64))
+    assert sample(conv, ABC, 2000) != expected
+
+
+def test_rounding_is_far_smaller_than_the_doubt(names, vocab):
+    """What float32 moves logits and summed distributions by: of the default model, and of one with larger logits."""
+    for conv in (load_checkpoint("default").model, from_tree(random_tree())):
+        scores = [Scorer(conv, ABC, dtype=dtype).logits(names[::10])[0] for dtype in (torch.float32, torch.float64)]
+        sums = [sampling._Draw(1.0, None, None).cumulative(logits)[0] for logits in scores]
+        assert (scores[0] - scores[1]).abs().max() < DOUBT / 5
+        assert (sums[0] - sums[1]).abs().max() < DOUBT / 5
+
+
+def test_uniform_numbers():
+    """SplitMix64's mixing function in Python's integers."""
+
+    def mixed(z):
+        z = (z + 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+
+    assert mixed(0) == 0xE220A8397B1DCDAF  # the first output of SplitMix64 with seed 0
+    for seed, name, position in ((0, 0, 0), (42, 1, 2), (2**63 - 1, 2**40, 99)):
+        expected = (mixed((mixed((mixed(seed) + name) % 2**64) + position) % 2**64) >> 11) / 2**53
+        assert uniform(seed, torch.tensor(name), torch.tensor(position)).item() == expected
+    numbers = uniform(42, torch.arange(2000)[:, None], torch.arange(50))
+    assert numbers.dtype == torch.float64 and numbers.unique().numel() == 100_000
+    assert 0 <= numbers.min() and numbers.max() < 1
+    counts = torch.histc(numbers, 100, 0, 1)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 99 + 6 * 198**0.5
+    assert abs(torch.corrcoef(torch.stack([numbers[:-1].flatten(), numbers[1:].flatten()]))[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("batch", [1, 9, BATCH])
+def test_the_likeliest_at_temperature_0(batch):
+    conv = load_checkpoint("default").model
+    name = []
+    while True:
+        window = ([0] * 8 + name)[-8:]
+        token = int(conv(torch.tensor([window]))[0, 0].argmax())
+        if not token:
+            break
+        name.append(token)
+    names = sample(conv, ABC, MANY, temperature=0, batch=batch)
+    assert set(names) == {ABC.decode(name)}
+    assert sample(conv, ABC, MANY, top_k=1, batch=batch) == names
+    assert sample(conv, ABC, MANY, top_p=1e-9, batch=batch) == names
+    assert sample(conv, ABC, 20, top_k=100, top_p=1.0, batch=batch) == sample(conv, ABC, 20, batch=batch)
+
+
+@pytest.mark.parametrize("batch", [1, 9, BATCH])
+def test_a_model_that_never_ends_a_name(batch):
+    tree = random_tree(n_embd=6, n_hidden=16)
+    with torch.no_grad():
+        tree.layers[-1].bias[0] = -torch.inf
+    names = sample(from_tree(tree), ABC, MANY, max_length=11, batch=batch)
+    assert {len(name) for name in names} == {11} and len(set(names)) > 100
+    assert set(sample(from_tree(tree), ABC, MANY, prefix="abcdefghijk", max_length=11, batch=batch)) == {"abcdefghijk"}
+
+
+@pytest.mark.parametrize("batch", [1, 9, BATCH])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers(batch, value):
+    conv = from_tree(random_tree(n_embd=6, n_hidden=16, dtype=torch.float32))
+    conv.embedding.weight.data[5] = value  # an e, which comes soon
+    conv.head.bias.data[5] += 3
+    with pytest.raises(WaveNetConvError, match=r"the logits after '[.a-z]{7}e' are NaN or infinite"):
+        sample(conv, ABC, MANY, batch=batch)
+
+
+def test_options_that_are_wrong():
+    conv = CONVS[False]
+    for options, message in (
+        ({"temperature": -1}, "temperature is -1; it must be a number of at least 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_p": 0}, "top_p is 0; it must be above 0 and at most 1"),
+        ({"top_p": 1.01}, "top_p is 1.01"),
+        ({"max_length": 0}, "max_length is 0"),
+        ({"batch": 0}, "batch is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"prefix": "ann", "max_length": 2}, "the prefix 'ann' has 3 characters and max_length is 2"),
+        ({"prefix": "an7a"}, "'an7a'.*character '7' at position 2 is not in the vocabulary"),
+        ({"prefix": "a.b"}, "character '.' at position 1"),
+    ):
+        with pytest.raises(WaveNetConvError, match=message):
+            sample_stream(conv, ABC, 3, **options)  # at the call, before any name is drawn
+    for n in (-1, 1.5, None):
+        with pytest.raises(WaveNetConvError, match="n is"):
+            sample(conv, ABC, n)
+    with pytest.raises(WaveNetConvError, match="the vocabulary has 3 tokens and the model 27"):
+        sample(conv, AB, 3)
+
+
+def test_few_names_none_and_the_model_as_it_was():
+    conv = from_tree(short_tree(n_embd=6, n_hidden=16)).train()
+    before = {key: tensor.clone() for key, tensor in conv.state_dict().items()}
+    assert sample(conv, ABC, 0) == [] == sample(conv, ABC, 0, batch=1)
+    assert len(sample(conv, ABC, 1)) == 1
+    assert conv.training and all(torch.equal(conv.state_dict()[key], tensor) for key, tensor in before.items())
+    state = torch.random.get_rng_state()
+    assert sample(conv, ABC, 30, seed=1) != sample(conv, ABC, 30, seed=2)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_other_vocabularies_and_long_contexts():
+    for characters in ("é-ß😀z", "\0a", "".join(chr(0x4E00 + i) for i in range(300))):
+        vocab = Vocabulary(characters)
+        tree = short_tree(n_embd=6, n_hidden=16, vocab_size=len(vocab))
+        expected = lecture_names(tree, vocab, 40, max_length=20)
+        assert sample(from_tree(tree), vocab, 40, max_length=20) == expected
+        assert sample(from_tree(tree), vocab, MANY, max_length=20)[:40] == expected
+    tree = short_tree(fan_ins=(2,) * 8, n_embd=6, n_hidden=16)
+    assert sample(from_tree(tree), ABC, MANY)[:20] == lecture_names(tree, ABC, 20)

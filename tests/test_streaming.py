@@ -1,0 +1,245 @@
+"""A stream that is fed a name gives the tree's logits at every position of it."""
+
+import io
+import random
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from conftest import random_tree
+from hypothesis import given, settings
+from test_equivalence import clamp_for_tanh, to_exact  # noqa: F401
+
+import reference
+from wavenet_conv import ConvWaveNet, Stream, Vocabulary, WaveNetConfig, WaveNetConvError, from_tree
+from wavenet_conv.streaming import FEW_ROWS
+
+WIDE = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=128)
+GATED = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=32, gated=True)
+SHAPES = [
+    *[dict(fan_ins=fan_ins, n_embd=6, n_hidden=16) for fan_ins in ((8,), (3, 2), (1, 4, 1, 2), (2, 2, 2, 2, 2))],
+    dict(fan_ins=(2, 3), n_embd=5, n_hidden=(7, 9)),
+    dict(fan_ins=(1,), n_embd=4, n_hidden=3),
+]
+SHAPES += [shape | {"gated": True} for shape in SHAPES]
+ABC = Vocabulary("abcdefghijklmnopqrstuvwxyz")
+
+
+def streamed(stream, tokens):
+    """Logits after `tokens`, `(batch, time)`, read step by step: `(batch, time, vocab)`."""
+    return torch.stack([stream.step(token) for token in tokens.t().contiguous()], 1)
+
+
+def check(tree, names, vocab, tolerance, batch):
+    stream = Stream(from_tree(tree), batch)
+    for start in range(0, len(names) - batch + 1, batch):
+        tokens, lengths = vocab.encode(names[start : start + batch], context=stream.context)
+        tokens = tokens.to(stream.device)
+        stream.reset()
+        got = streamed(stream, tokens[:, stream.context - 1 :])
+        with torch.no_grad():
+            expected = reference.window_logits(tree, tokens)
+        inside = torch.arange(got.shape[1]) <= lengths[:, None]
+        assert got.dtype == expected.dtype
+        assert (got - expected)[inside.to(got.device)].abs().max() < tolerance
+
+
+@pytest.mark.parametrize("sizes", [WIDE, GATED], ids=["wide", "gated"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_every_position_of_every_name(names, vocab, device, sizes, dtype, tolerance):
+    check(random_tree(**sizes, dtype=dtype, device=device), names, vocab, tolerance, batch=len(names) // 4)
+
+
+def test_the_lectures_list(lecture_list):
+    vocab = Vocabulary.from_names(lecture_list)
+    for sizes in (WIDE, GATED):
+        check(random_tree(**sizes), lecture_list, vocab, 1e-12, batch=len(lecture_list) // 3)
+
+
+@pytest.mark.parametrize("sizes", [WIDE, GATED, *SHAPES], ids=str)
+@pytest.mark.parametrize("batch", [1, 3, FEW_ROWS + 1])
+def test_any_shape_of_model_and_batch(names, vocab, sizes, batch):
+    """One and three rows run in NumPy on the CPU, more in PyTorch."""
+    check(random_tree(**sizes), names[:: 600 if batch > 1 else 1500], vocab, 1e-12, batch)
+
+
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+@pytest.mark.parametrize("batch", [1, FEW_ROWS + 1])
+def test_to_the_bit_where_arithmetic_is_exact(names, vocab, clamp_for_tanh, monkeypatch, sizes, batch):  # noqa: F811
+    monkeypatch.setattr(np, "tanh", lambda x, out: np.clip(x, -1, 1, out=out))
+    tree = to_exact(random_tree(**sizes))
+    stream = Stream(from_tree(tree), batch)
+    tokens, lengths = vocab.encode(names[:: len(names) // batch][:batch], context=stream.context)
+    with torch.no_grad():
+        expected = reference.window_logits(tree, tokens)
+    assert torch.equal(streamed(stream, tokens[:, stream.context - 1 :]), expected)
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_rows_that_are_started_anew(data):
+    """Any rows, at any step, again and again: the others do not notice."""
+    sizes = data.draw(st.sampled_from([GATED, *SHAPES]))
+    batch = data.draw(st.sampled_from([1, 2, FEW_ROWS + 1]))
+    tree = random_tree(**sizes, vocab_size=5)
+    stream = Stream(from_tree(tree), batch)
+    read = [[0] * stream.context for _ in range(batch)]
+    for _ in range(12):
+        tokens = data.draw(st.lists(st.integers(0, 4), min_size=batch, max_size=batch))
+        logits = stream.step(torch.tensor(tokens))
+        for row, token in zip(read, tokens):
+            row.append(token)
+        with torch.no_grad():
+            expected = tree(torch.tensor([row[-stream.context :] for row in read]))
+        assert (logits - expected).abs().max() < 1e-12
+        rows = data.draw(st.lists(st.integers(0, batch - 1), max_size=batch))
+        stream.reset(rows if data.draw(st.booleans()) else torch.tensor(rows, dtype=torch.int64))
+        for row in rows:
+            read[row] = [0] * stream.context
+
+
+@pytest.mark.parametrize("sizes", [WIDE, GATED, *SHAPES], ids=str)
+def test_prefixes_of_any_lengths(sizes, device):
+    prefixes = ["an", "", "maximiliano-the-second".replace("-", ""), "z", "emma"]
+    tree = random_tree(**sizes, device=device)
+    stream = Stream(from_tree(tree), len(prefixes))
+    stream.step(torch.arange(5, device=device))  # is forgotten
+    got = stream.push(*ABC.encode(prefixes, context=stream.context))
+    assert (got - stream.push(*ABC.encode(prefixes, context=1))).abs().max() < 1e-12
+    with torch.no_grad():
+        for prefix, logits in zip(prefixes, got):
+            tokens = ABC.encode([prefix], context=stream.context)[0].to(device)
+            assert (logits - reference.window_logits(tree, tokens)[0, -1]).abs().max() < 1e-12
+        following = torch.tensor([1, 2, 3, 4, 5], device=device)
+        got = stream.step(following)
+        for prefix, token, logits in zip(prefixes, following.tolist(), got):
+            tokens = ABC.encode([prefix + ABC.characters[token - 1]], context=stream.context)[0].to(device)
+            assert (logits - reference.window_logits(tree, tokens)[0, -1]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("batch", [2, FEW_ROWS + 1])
+@pytest.mark.parametrize("sizes", [WIDE, GATED], ids=["wide", "gated"])
+def test_a_state_is_saved_and_taken_up(batch, sizes, device):
+    conv = from_tree(random_tree(**sizes, dtype=torch.float32))
+    stream = Stream(conv, batch)
+    tokens = torch.randint(0, 27, (batch, 20), generator=torch.Generator().manual_seed(0))
+    streamed(stream, tokens[:, :7])
+    stream.reset([1])
+    file = io.BytesIO()
+    torch.save(stream.state(), file)
+    expected = streamed(stream, tokens[:, 7:])
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    for again in (stream, Stream(conv, batch)):
+        again.load_state(state)
+        assert (streamed(again, tokens[:, 7:]) - expected).abs().max() < 1e-5
+    moved = Stream(conv, batch, device=device)
+    moved.load_state(state)
+    assert (streamed(moved, tokens[:, 7:].to(device)).cpu() - expected).abs().max() < 1e-5
+    moved.load_state(state)
+    moved.reset([0])  # as old as it was
+    stream.load_state(state)
+    stream.reset([0])
+    assert (streamed(moved, tokens[:, 7:].to(device)).cpu() - streamed(stream, tokens[:, 7:])).abs().max() < 1e-5
+
+
+def test_states_that_do_not_fit():
+    conv = from_tree(random_tree(n_embd=6, n_hidden=16, dtype=torch.float32))
+    stream = Stream(conv, 3)
+    stream.step(torch.tensor([1, 2, 3]))
+    state = stream.state()
+    other = from_tree(random_tree(n_embd=6, n_hidden=16, dtype=torch.float32, seed=1))
+    for stranger, message in (
+        (Stream(other, 3).state(), "of another model or dtype"),
+        (Stream(conv, 3, dtype=torch.float64).state(), "of another model or dtype"),
+        (Stream(conv, 4).state(), "of 4 rows"),
+        ({}, "of another model"),
+        ({key: state[key] for key in state if key != "keys"}, "of another model"),
+        (state | {"keys": state["keys"][:2]}, "'keys' of this state is .* the state is damaged"),
+        (state | {"level 1": state["level 1"].double()}, "'level 1' of this state is torch.float64"),
+        ([state], "a state is a dict of tensors"),
+    ):
+        with pytest.raises(WaveNetConvError, match=message):
+            stream.load_state(stranger)
+    assert all(torch.equal(part, state[key]) for key, part in stream.state().items())
+
+
+def test_the_model_is_copied_and_its_mode_does_not_matter():
+    conv = from_tree(random_tree(n_embd=6, n_hidden=16)).train()
+    tokens = torch.tensor([[0, 5, 13, 13, 1]])
+    stream = Stream(conv)
+    expected = streamed(Stream(conv), tokens)
+    conv.head.bias.data += 1
+    assert conv.training and torch.equal(streamed(stream, tokens), expected) and not expected.requires_grad
+    first = stream.step(torch.tensor([3]))
+    kept = first.clone()
+    stream.step(torch.tensor([4]))
+    assert torch.equal(first, kept)  # what was returned is not overwritten
+    assert "_kept" in vars(conv) and not [name for name, _ in conv.named_buffers() if "running" not in name]
+
+
+@pytest.mark.parametrize("spoil", ["swap the taps", "one step off", "no bias", "the newest is forgotten"])
+@pytest.mark.parametrize("batch", [1, FEW_ROWS + 1])
+def test_a_stream_that_is_wrong_is_seen(names, vocab, monkeypatch, spoil, batch):
+    build = Stream._prepare
+
+    def wrong(stream, *args):
+        build(stream, *args)
+        level = stream._levels[-1]
+        if spoil == "swap the taps":
+            level.older[0], level.newest = level.newest, level.older[0]
+        elif spoil == "one step off":
+            level.back = [back - 1 for back in level.back]
+        elif spoil == "no bias":
+            level.matrix[-1] = 0
+        else:
+            level.older[0] = level.newest
+
+    monkeypatch.setattr(Stream, "_prepare", wrong)
+    with pytest.raises(AssertionError):
+        check(random_tree(**WIDE), sorted(names, key=len)[-batch:], vocab, 1e-3, batch)
+
+
+def test_what_cannot_be_read():
+    conv = from_tree(random_tree(n_embd=6, n_hidden=16))
+    for batch in (1, FEW_ROWS + 1):
+        stream = Stream(conv, batch)
+        before = stream.state()
+        good = torch.zeros(batch, dtype=torch.int64)
+        for tokens, message in (
+            (good[:-1], "step takes tokens int64"),
+            (good[None], "step takes tokens int64"),
+            (good.float(), "step takes tokens int64 .* not torch.float32"),
+            ([0] * batch, "step takes tokens int64"),
+        ):
+            with pytest.raises(WaveNetConvError, match=message):
+                stream.step(tokens)
+        for token in (27, -1, 10**6):
+            with pytest.raises(IndexError, match=rf"token {token} at \[{batch - 1}\] is outside the vocabulary of 27"):
+                stream.step(good.index_fill(0, torch.tensor([batch - 1]), token))
+        with pytest.raises(WaveNetConvError, match=f"row {batch} is not among the {batch} rows"):
+            stream.reset([batch])
+        tokens, lengths = ABC.encode(["emma"] * batch, context=8)
+        with pytest.raises(WaveNetConvError, match="are not those of"):
+            stream.push(tokens[1:], lengths)
+        with pytest.raises(WaveNetConvError, match="have no room"):
+            stream.push(tokens[:, 8:], lengths)
+        with pytest.raises(IndexError, match="token 30"):
+            stream.push(tokens.clamp(max=0) + 30, lengths)
+        assert all(torch.equal(part, before[key]) for key, part in stream.state().items())
+    for batch in (0, -1, 1.5, None):
+        with pytest.raises(WaveNetConvError, match="batch is"):
+            Stream(conv, batch)
+
+
+def test_a_model_without_any_bias_and_a_large_vocabulary():
+    for config in (
+        WaveNetConfig(n_embd=6, n_hidden=20, batch_norm=False, bias=False),
+        WaveNetConfig(vocab_size=301, n_embd=6, n_hidden=20),
+    ):
+        conv = ConvWaveNet(config, dtype=torch.float64).eval()
+        random.seed(0)
+        tokens = torch.tensor([[0] * 8 + random.choices(range(config.vocab_size), k=20)])
+        with torch.no_grad():
+            assert (streamed(Stream(conv), tokens[:, 7:]) - conv(tokens)).abs().max() < 1e-12

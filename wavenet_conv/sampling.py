@@ -1,0 +1,295 @@
+"""Names drawn from a model: few of them character by character from a stream, many of them prefix by prefix.
+
+The two ways, and any batch, draw the same names. Knows nothing of files and commands.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, SamplingError
+from .model import ConvWaveNet
+from .nodes import Carried, SharedNodes, number
+from .precision import exact_float32
+from .streaming import Stream
+from .vocabulary import END, Vocabulary
+
+BATCH = 2**17  # names that are drawn together
+MANY = 512  # names side by side from which on prefixes are worth sharing
+SHORT = 128  # a window of more tokens is not worth keeping for each prefix
+STREAMED = 1024  # rows of a stream
+MAX_LENGTH = 100  # characters
+DOUBT = 5e-5  # of a probability or a logit: far more than float32's rounding moves it
+
+
+def sample(model: ConvWaveNet, vocab: Vocabulary, n: int, **options) -> list[str]:
+    """`n` names drawn from the model, as `sample_stream` draws them; takes its options."""
+    if not isinstance(n, int) or n < 0:
+        raise ConfigError(f"n is {n!r}; it must be an integer of at least 0")
+    return list(sample_stream(model, vocab, n, **options))
+
+
+def sample_stream(
+    model: ConvWaveNet,
+    vocab: Vocabulary,
+    n: int | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    prefix: str = "",
+    max_length: int = MAX_LENGTH,
+    seed: int = 42,
+    batch: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[str]:
+    """Names drawn from the model one after the other: `n` of them, or without end.
+
+    The same seed gives the same names whatever the batch, the device and the number of threads: a name's characters
+    are drawn by uniform numbers that depend on the seed, the name's number and the position alone (`uniform`), by
+    inverse CDF, and float32 decides only where rounding cannot have changed the outcome. A draw within DOUBT of
+    another outcome is repeated in float64. So these are the names that the explicit tree in float64, drawn from one
+    call a character, gives for these numbers.
+
+    temperature: divides the logits; at 0 the likeliest character is taken. top_k: only the k likeliest characters are
+    drawn. top_p: only the likeliest ones that together reach a probability of p, at this temperature; with top_k those
+    that both keep. Equally likely ones stay together. prefix: how every name begins, of any length. max_length: most
+    characters in a name, the prefix included; a name is cut there. batch: names that are drawn side by side, which
+    decides about speed and memory only. device and dtype: where and in what to compute (as the model is).
+    Raises `ConfigError` naming an option that is wrong, `NamesError` for a prefix with a character that is not in the
+    vocabulary; the iterator raises `SamplingError` where logits are NaN, saying after what.
+    """
+    draw = _Draw(temperature, top_k, top_p)
+    if len(vocab) != model.config.vocab_size:
+        raise ConfigError(
+            f"the vocabulary has {len(vocab)} tokens and the model {model.config.vocab_size}; "
+            f"use the vocabulary that the model was trained with"
+        )
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ConfigError(f"seed is {seed!r}; it must be an integer from 0 to 2**63 - 1")
+    for what, value in (("max_length", max_length), ("batch", BATCH if batch is None else batch)):
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{what} is {value!r}; it must be an integer of at least 1")
+    start = vocab.encode([prefix], context=1)[0][0, 1:].tolist()
+    if len(start) > max_length:
+        raise ConfigError(f"the prefix {prefix[:40]!r} has {len(start)} characters and max_length is {max_length}")
+    model = copy.deepcopy(model).to(device=device, dtype=dtype).eval()
+    sampler = _Sampler(model, vocab, draw, start, max_length, seed)
+    side_by_side = min(BATCH if batch is None else batch, BATCH if n is None else max(n, 1))
+    if side_by_side < MANY or model.context > SHORT:
+        return sampler.by_stream(n, min(side_by_side, STREAMED))
+    return sampler.by_prefix(n, side_by_side)
+
+
+def uniform(seed: int, names: Tensor, positions: Tensor) -> Tensor:
+    """The number in [0, 1) by which each name's character at each position is drawn: float64, of multiples of 2**-53.
+
+    names and positions: int64, broadcast. Three rounds of SplitMix64's mixing function, so that any of them is had
+    without the others. Source: Steele, Lea and Flood 2014, Fast Splittable Pseudorandom Number Generators, figure 17.
+    """
+    mixed = _mixed(torch.tensor(seed, device=names.device))
+    mixed = _mixed(_mixed(mixed + names) + positions)
+    return _shifted(mixed, 11).double() * 2.0**-53
+
+
+def _mixed(z: Tensor) -> Tensor:
+    """Of int64, taken for unsigned; products are modulo 2**64."""
+    z = z + (0x9E3779B97F4A7C15 - 2**64)
+    z = (z ^ _shifted(z, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    z = (z ^ _shifted(z, 27)) * (0x94D049BB133111EB - 2**64)
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    return (z >> bits) & (2 ** (64 - bits) - 1)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """How a character is drawn from logits."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < float("inf"):
+            raise ConfigError(
+                f"temperature is {self.temperature!r}; it must be a number of at least 0 (0: the likeliest)"
+            )
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ConfigError(f"top_k is {self.top_k!r}; it must be an integer of at least 1, or left out")
+        if self.top_p is not None and not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
+            raise ConfigError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1, or left out")
+
+    def doubt(self, dtype: torch.dtype) -> float:
+        """How far from another outcome a number must be for one to be sure of it."""
+        return 0.0 if dtype == torch.float64 else DOUBT * max(1.0, 1 / (self.temperature or 1.0))
+
+    def cumulative(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The distribution that is drawn from, summed up, and where it is in doubt which characters are kept.
+
+        logits `(n, vocab)` to `(n, vocab)`, the last column 1, NaN where there is no distribution; and bool `(n,)`, or
+        None where all are kept.
+        """
+        x = logits if self.temperature in (0, 1) else logits / self.temperature
+        top_k = 1 if self.temperature == 0 else self.top_k or x.shape[1]
+        doubtful = None
+        if top_k < x.shape[1] or self.top_p not in (None, 1):
+            x, doubtful = self._kept(x, min(top_k, x.shape[1]), 2.0 if self.top_p in (None, 1) else self.top_p)
+        summed = torch.softmax(x, 1).cumsum(1)
+        return summed.div_(summed[:, -1:].clone()), doubtful
+
+    def _kept(self, x: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+        doubt, falling = self.doubt(x.dtype), x.sort(1, descending=True).values
+        before = torch.softmax(falling, 1).cumsum(1)[:, :-1]  # what the likelier ones reach, of all but the likeliest
+        doubtful = ((before - top_p).abs() < doubt).any(1)
+        kept = (1 + (before < top_p).sum(1, keepdim=True)).clamp_(max=top_k)
+        least = falling.gather(1, kept - 1)
+        behind = falling.gather(1, kept.clamp(max=x.shape[1] - 1))
+        doubtful |= ((least - behind < doubt) & (kept < x.shape[1]))[:, 0]
+        return x.masked_fill(x < least, -torch.inf), doubtful
+
+
+class _Sampler:
+    """Two ways to draw the same names.
+
+    A way gives, position by position, the distribution in the model's dtype; where a number is too near to another
+    outcome in it, `exactly` decides.
+    """
+
+    def __init__(
+        self, model: ConvWaveNet, vocab: Vocabulary, draw: _Draw, start: list[int], max_length: int, seed: int
+    ):
+        self.model, self.draw, self.seed = model, draw, seed
+        self.start, self.max_length = start, max_length  # tokens that every name begins with
+        self.device, self.dtype = model.embedding.weight.device, model.embedding.weight.dtype
+        self.doubt, self.alphabet = draw.doubt(self.dtype), END + vocab.characters
+        self._blocks: dict[tuple[int, int], np.ndarray] = {}
+
+    def by_prefix(self, n: int | None, batch: int) -> Iterator[str]:
+        """Names chunk after chunk; in a chunk, those that have begun alike share what the model says of it."""
+        nodes, carried = SharedNodes(self.model), Carried()
+        for first in count(step=batch) if n is None else range(0, n, batch):
+            last = first + batch if n is None else min(first + batch, n)
+            with torch.no_grad(), exact_float32():
+                text = self._text(torch.arange(first, last, device=self.device), nodes, carried)
+            yield from text.split(END)[:-1]
+
+    def _text(self, names: Tensor, nodes: SharedNodes, carried: Carried) -> str:
+        """The names with these numbers, each with its end."""
+        begun = torch.tensor([0] * nodes.context + self.start, device=self.device)
+        windows = begun[None, -nodes.context :]  # of each distinct prefix of the names that go on
+        tokens = begun.new_zeros(len(names), self.max_length + 1)
+        tokens[:, : len(self.start)] = begun[nodes.context :]
+        going, prefixes = torch.arange(len(names), device=self.device), torch.zeros_like(names)
+        for position in range(len(self.start), self.max_length):
+            summed, doubtful = self.draw.cumulative(nodes.window_logits(windows, carried))
+            self._check(summed, windows)
+            if doubtful is not None and doubtful.any():
+                summed[doubtful] = self._exact_cumulative(windows[doubtful]).to(self.dtype)
+            numbers = uniform(self.seed, names[going], torch.tensor(position, device=self.device))
+            low, high = torch.searchsorted(summed[prefixes], self._bounds(numbers), right=True).unbind(1)
+            unsure = (low != high).nonzero()[:, 0]
+            if len(unsure):
+                low = low.index_copy(0, unsure, self.exactly(windows[prefixes[unsure]], numbers[unsure]))
+            tokens[going, position] = low
+            on = low.nonzero()[:, 0]
+            if not len(on):
+                break
+            going = going[on]
+            longer, prefixes = number([prefixes[on], low[on]], max(len(windows), nodes.vocab_size))
+            windows = torch.cat([windows[longer[:, 0], 1:], longer[:, 1:]], 1)
+        lengths = (tokens != 0).sum(1, keepdim=True)
+        codes = torch.tensor([ord(character) for character in self.alphabet], device=self.device)[tokens]
+        own = torch.arange(tokens.shape[1], device=self.device) <= lengths
+        return codes[own].to(torch.int32).cpu().numpy().tobytes().decode("utf-32-le", "surrogatepass")
+
+    def by_stream(self, n: int | None, rows: int) -> Iterator[str]:
+        """Names side by side, a character of each a step; the row of a finished one begins the next at once."""
+        stream, upcoming = Stream(self.model, rows), iter(count() if n is None else range(n))
+        names: list[int | None] = [next(upcoming, None) for _ in range(rows)]
+        drawn: list[list[int]] = [[] for _ in range(rows)]  # tokens of each row's name
+        finished: dict[int, list[int]] = {}
+        following, tokens = 0, torch.zeros(rows, dtype=torch.int64)  # the name that is to be given next; read next
+        while n is None or following < n:
+            with exact_float32() if self.device.type == "cuda" else nullcontext():
+                summed, doubtful = self.draw.cumulative(stream.next_logits(tokens.to(self.device)))
+            summed = summed.cpu().numpy()
+            doubtful = np.zeros(rows, dtype=bool) if doubtful is None else doubtful.cpu().numpy()
+            fresh = []
+            for row, name in enumerate(names):
+                if name is None:
+                    continue
+                own = drawn[row]
+                token = self._token(summed[row], bool(doubtful[row]), name, own)
+                tokens[row] = token
+                if token:
+                    own.append(token)
+                if not token or len(own) == self.max_length:
+                    finished[name], drawn[row], names[row] = own, [], next(upcoming, None)
+                    fresh.append(row)
+            if fresh:
+                stream.reset(fresh)
+                tokens[fresh] = 0
+            while following in finished:
+                yield "".join(self.alphabet[token] for token in finished.pop(following))
+                following += 1
+
+    def _token(self, summed: np.ndarray, doubtful: bool, name: int, before: list[int]) -> int:
+        """The token of a name after those before it."""
+        position = len(before)
+        if position < len(self.start):
+            return self.start[position]
+        low, high = summed.searchsorted(self._bounds_of(name // 64, position // 16)[name % 64, position % 16], "right")
+        if low == high and not doubtful and summed[-1] == 1:
+            return int(low)
+        context = self.model.context
+        window = torch.tensor([([0] * context + before)[-context:]], device=self.device)
+        return int(self.exactly(window, uniform(self.seed, torch.tensor([name]), torch.tensor([position]))))
+
+    def exactly(self, windows: Tensor, numbers: Tensor) -> Tensor:
+        """The tokens that follow windows `(n, context)` for these numbers, in float64."""
+        summed = self._exact_cumulative(windows)
+        return torch.searchsorted(summed, numbers.to(summed.device)[:, None], right=True)[:, 0]
+
+    @torch.no_grad()
+    def _exact_cumulative(self, windows: Tensor) -> Tensor:
+        summed, _ = self.draw.cumulative(self._exact(windows)[:, 0])
+        self._check(summed, windows)
+        return summed
+
+    @cached_property
+    def _exact(self) -> ConvWaveNet:
+        return copy.deepcopy(self.model).double()
+
+    def _check(self, summed: Tensor, windows: Tensor) -> None:
+        wrong = (summed[:, -1] != 1).nonzero()
+        if len(wrong):
+            window = "".join(self.alphabet[token] for token in windows[wrong[0, 0]].tolist())
+            raise SamplingError(f"the logits after {window!r} are NaN or infinite; the model's weights are damaged")
+
+    def _bounds(self, numbers: Tensor) -> Tensor:
+        """What is to fall on one token, for that to be the outcome: numbers float64 `(...)` to `(..., 2)`."""
+        return torch.stack([numbers - self.doubt, numbers + self.doubt], -1).to(self.dtype)
+
+    def _bounds_of(self, names: int, positions: int) -> np.ndarray:
+        """`(64, 16, 2)`, of 64 names and 16 positions: made one by one they would take longer than the model."""
+        if (names, positions) not in self._blocks:
+            if len(self._blocks) > 2 * STREAMED:
+                self._blocks.clear()
+            numbers = uniform(
+                self.seed, torch.arange(names * 64, names * 64 + 64)[:, None], torch.arange(16) + positions * 16
+            )
+            self._blocks[names, positions] = self._bounds(numbers).numpy()
+        return self._blocks[names, positions]
