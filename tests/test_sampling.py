@@ -167,8 +167,8 @@ def test_rounding_is_far_smaller_than_the_doubt(names, vocab):
     for conv in (load_checkpoint("default").model, from_tree(random_tree())):
         scores = [Scorer(conv, ABC, dtype=dtype).logits(names[::10])[0] for dtype in (torch.float32, torch.float64)]
         sums = [sampling._Draw(1.0, None, None).cumulative(logits)[0] for logits in scores]
-        assert (scores[0] - scores[1]).abs().max() < DOUBT / 5
-        assert (sums[0] - sums[1]).abs().max() < DOUBT / 5
+        assert (scores[0] - scores[1]).abs().max() < DOUBT / 4  # of logits up to 20
+        assert (sums[0] - sums[1]).abs().max() < DOUBT / 8
 
 
 def test_uniform_numbers():

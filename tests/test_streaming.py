@@ -33,7 +33,8 @@ def streamed(stream, tokens):
 
 def check(tree, names, vocab, tolerance, batch):
     stream = Stream(from_tree(tree), batch)
-    for start in range(0, len(names) - batch + 1, batch):
+    for start in range(0, len(names), batch):
+        start = min(start, len(names) - batch)
         tokens, lengths = vocab.encode(names[start : start + batch], context=stream.context)
         tokens = tokens.to(stream.device)
         stream.reset()
@@ -48,13 +49,13 @@ def check(tree, names, vocab, tolerance, batch):
 @pytest.mark.parametrize("sizes", [WIDE, GATED], ids=["wide", "gated"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_every_position_of_every_name(names, vocab, device, sizes, dtype, tolerance):
-    check(random_tree(**sizes, dtype=dtype, device=device), names, vocab, tolerance, batch=len(names) // 4)
+    names = sorted(names[:: 1 if dtype == torch.float64 and sizes is WIDE else 8], key=len)
+    check(random_tree(**sizes, dtype=dtype, device=device), names, vocab, tolerance, batch=128)
 
 
 def test_the_lectures_list(lecture_list):
     vocab = Vocabulary.from_names(lecture_list)
-    for sizes in (WIDE, GATED):
-        check(random_tree(**sizes), lecture_list, vocab, 1e-12, batch=len(lecture_list) // 3)
+    check(random_tree(**WIDE), sorted(lecture_list, key=len), vocab, 1e-12, batch=128)
 
 
 @pytest.mark.parametrize("sizes", [WIDE, GATED, *SHAPES], ids=str)

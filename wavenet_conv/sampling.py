@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -28,7 +27,7 @@ MANY = 512  # names side by side from which on prefixes are worth sharing
 SHORT = 128  # a window of more tokens is not worth keeping for each prefix
 STREAMED = 1024  # rows of a stream
 MAX_LENGTH = 100  # characters
-DOUBT = 5e-5  # of a probability or a logit: far more than float32's rounding moves it
+DOUBT = 2e-5  # of a probability or a logit: far more than float32's rounding moves it
 
 
 def sample(model: ConvWaveNet, vocab: Vocabulary, n: int, **options) -> list[str]:
@@ -97,9 +96,15 @@ def uniform(seed: int, names: Tensor, positions: Tensor) -> Tensor:
     names and positions: int64, broadcast. Three rounds of SplitMix64's mixing function, so that any of them is had
     without the others. Source: Steele, Lea and Flood 2014, Fast Splittable Pseudorandom Number Generators, figure 17.
     """
-    mixed = _mixed(torch.tensor(seed, device=names.device))
-    mixed = _mixed(_mixed(mixed + names) + positions)
-    return _shifted(mixed, 11).double() * 2.0**-53
+    return _number(_mixed_names(seed, names), positions)
+
+
+def _mixed_names(seed: int, names: Tensor) -> Tensor:
+    return _mixed(_mixed(torch.tensor(seed, device=names.device)) + names)
+
+
+def _number(mixed: Tensor, positions: Tensor) -> Tensor:
+    return _shifted(_mixed(mixed + positions), 11).double() * 2.0**-53
 
 
 def _mixed(z: Tensor) -> Tensor:
@@ -139,16 +144,15 @@ class _Draw:
     def cumulative(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """The distribution that is drawn from, summed up, and where it is in doubt which characters are kept.
 
-        logits `(n, vocab)` to `(n, vocab)`, the last column 1, NaN where there is no distribution; and bool `(n,)`, or
-        None where all are kept.
+        logits `(n, vocab)` to `(n, vocab)`, NaN where there is no distribution; and bool `(n,)`, or None where all are
+        kept.
         """
         x = logits if self.temperature in (0, 1) else logits / self.temperature
         top_k = 1 if self.temperature == 0 else self.top_k or x.shape[1]
         doubtful = None
         if top_k < x.shape[1] or self.top_p not in (None, 1):
             x, doubtful = self._kept(x, min(top_k, x.shape[1]), 2.0 if self.top_p in (None, 1) else self.top_p)
-        summed = torch.softmax(x, 1).cumsum(1)
-        return summed.div_(summed[:, -1:].clone()), doubtful
+        return torch.softmax(x, 1).cumsum(1), doubtful
 
     def _kept(self, x: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
         doubt, falling = self.doubt(x.dtype), x.sort(1, descending=True).values
@@ -188,32 +192,33 @@ class _Sampler:
 
     def _text(self, names: Tensor, nodes: SharedNodes, carried: Carried) -> str:
         """The names with these numbers, each with its end."""
-        begun = torch.tensor([0] * nodes.context + self.start, device=self.device)
-        windows = begun[None, -nodes.context :]  # of each distinct prefix of the names that go on
-        tokens = begun.new_zeros(len(names), self.max_length + 1)
-        tokens[:, : len(self.start)] = begun[nodes.context :]
-        going, prefixes = torch.arange(len(names), device=self.device), torch.zeros_like(names)
+        windows = torch.tensor([([0] * nodes.context + self.start)[-nodes.context :]], device=self.device)
+        prefixes, going = torch.zeros_like(names), torch.arange(len(names), device=self.device)
+        mixed, columns = _mixed_names(self.seed, names), [torch.full_like(names, token) for token in self.start]
         for position in range(len(self.start), self.max_length):
+            # Of each distinct prefix of the names that go on: its window, what may follow it, summed.
             summed, doubtful = self.draw.cumulative(nodes.window_logits(windows, carried))
             self._check(summed, windows)
             if doubtful is not None and doubtful.any():
                 summed[doubtful] = self._exact_cumulative(windows[doubtful]).to(self.dtype)
-            numbers = uniform(self.seed, names[going], torch.tensor(position, device=self.device))
-            low, high = torch.searchsorted(summed[prefixes], self._bounds(numbers), right=True).unbind(1)
+            numbers = _number(mixed, torch.tensor(position, device=self.device))
+            low, high = torch.searchsorted(summed.index_select(0, prefixes), self._bounds(numbers), right=True).unbind(
+                1
+            )
             unsure = (low != high).nonzero()[:, 0]
-            if len(unsure):
-                low = low.index_copy(0, unsure, self.exactly(windows[prefixes[unsure]], numbers[unsure]))
-            tokens[going, position] = low
+            low = low.index_copy(0, unsure, self.exactly(windows[prefixes[unsure]], numbers[unsure]))
+            low.clamp_(max=nodes.vocab_size - 1)
+            columns.append(torch.zeros_like(names).index_copy_(0, going, low))
             on = low.nonzero()[:, 0]
             if not len(on):
                 break
-            going = going[on]
+            going, mixed = going[on], mixed[on]
             longer, prefixes = number([prefixes[on], low[on]], max(len(windows), nodes.vocab_size))
             windows = torch.cat([windows[longer[:, 0], 1:], longer[:, 1:]], 1)
-        lengths = (tokens != 0).sum(1, keepdim=True)
-        codes = torch.tensor([ord(character) for character in self.alphabet], device=self.device)[tokens]
-        own = torch.arange(tokens.shape[1], device=self.device) <= lengths
-        return codes[own].to(torch.int32).cpu().numpy().tobytes().decode("utf-32-le", "surrogatepass")
+        tokens = torch.stack([*columns, torch.zeros_like(names)], 1)
+        own = torch.arange(tokens.shape[1], device=self.device) <= (tokens != 0).sum(1, keepdim=True)
+        codes = torch.tensor([ord(character) for character in self.alphabet], dtype=torch.int32, device=self.device)
+        return codes[tokens[own]].cpu().numpy().tobytes().decode("utf-32-le", "surrogatepass")
 
     def by_stream(self, n: int | None, rows: int) -> Iterator[str]:
         """Names side by side, a character of each a step; the row of a finished one begins the next at once."""
@@ -222,18 +227,18 @@ class _Sampler:
         drawn: list[list[int]] = [[] for _ in range(rows)]  # tokens of each row's name
         finished: dict[int, list[int]] = {}
         following, tokens = 0, torch.zeros(rows, dtype=torch.int64)  # the name that is to be given next; read next
+        read, on_host = tokens.numpy(), self.device.type == "cpu"
+        tokens = stream.array(tokens) if on_host else tokens
         while n is None or following < n:
-            with exact_float32() if self.device.type == "cuda" else nullcontext():
-                summed, doubtful = self.draw.cumulative(stream.next_logits(tokens.to(self.device)))
-            summed = summed.cpu().numpy()
-            doubtful = np.zeros(rows, dtype=bool) if doubtful is None else doubtful.cpu().numpy()
+            summed, doubtful = self.draw.cumulative(stream.next_logits(tokens if on_host else tokens.to(self.device)))
+            summed, doubtful = summed.cpu().numpy(), None if doubtful is None else doubtful.tolist()
             fresh = []
             for row, name in enumerate(names):
                 if name is None:
                     continue
                 own = drawn[row]
-                token = self._token(summed[row], bool(doubtful[row]), name, own)
-                tokens[row] = token
+                token = self._token(summed[row], doubtful is not None and doubtful[row], name, own)
+                read[row] = token
                 if token:
                     own.append(token)
                 if not token or len(own) == self.max_length:
@@ -241,7 +246,7 @@ class _Sampler:
                     fresh.append(row)
             if fresh:
                 stream.reset(fresh)
-                tokens[fresh] = 0
+                read[fresh] = 0
             while following in finished:
                 yield "".join(self.alphabet[token] for token in finished.pop(following))
                 following += 1
@@ -252,8 +257,8 @@ class _Sampler:
         if position < len(self.start):
             return self.start[position]
         low, high = summed.searchsorted(self._bounds_of(name // 64, position // 16)[name % 64, position % 16], "right")
-        if low == high and not doubtful and summed[-1] == 1:
-            return int(low)
+        if low == high and not doubtful and summed[-1] > 0.5:  # and no NaN
+            return min(int(low), len(summed) - 1)
         context = self.model.context
         window = torch.tensor([([0] * context + before)[-context:]], device=self.device)
         return int(self.exactly(window, uniform(self.seed, torch.tensor([name]), torch.tensor([position]))))
@@ -261,7 +266,8 @@ class _Sampler:
     def exactly(self, windows: Tensor, numbers: Tensor) -> Tensor:
         """The tokens that follow windows `(n, context)` for these numbers, in float64."""
         summed = self._exact_cumulative(windows)
-        return torch.searchsorted(summed, numbers.to(summed.device)[:, None], right=True)[:, 0]
+        tokens = torch.searchsorted(summed, numbers.to(summed.device)[:, None], right=True)[:, 0]
+        return tokens.clamp_(max=summed.shape[1] - 1)  # where rounding has left the last sum below the number
 
     @torch.no_grad()
     def _exact_cumulative(self, windows: Tensor) -> Tensor:
@@ -274,7 +280,7 @@ class _Sampler:
         return copy.deepcopy(self.model).double()
 
     def _check(self, summed: Tensor, windows: Tensor) -> None:
-        wrong = (summed[:, -1] != 1).nonzero()
+        wrong = summed[:, -1].isnan().nonzero()
         if len(wrong):
             window = "".join(self.alphabet[token] for token in windows[wrong[0, 0]].tolist())
             raise SamplingError(f"the logits after {window!r} are NaN or infinite; the model's weights are damaged")

@@ -63,23 +63,30 @@ class Stream:
         self._exact = exact_float32 if like.is_cuda else nullcontext
         self._few = not like.is_cuda and batch <= FEW_ROWS
         self._ops = _NumPy if self._few else _PyTorch
+        self.array = self._ops.array
         self._digest = torch.frombuffer(bytearray(_digest(weights)), dtype=torch.uint8)
-        self._clock, self._ages = 0, np.zeros(batch, dtype=np.int64)  # steps taken, and since each row's start
-        self._keys = self._ops.array(torch.zeros(batch, dtype=torch.int64, device=self.device))  # of newest nodes
+        self._clock, self._starts = 0, np.zeros(batch, dtype=np.int64)  # steps taken, and at each row's start
+        self._keys = self.array(torch.zeros(batch, dtype=torch.int64, device=self.device))  # of newest nodes
         with self._exact():
             self._prepare(SharedNodes(weights), model.dilations)
             self._advance(self._keys.copy() if self._few else self._keys.clone(), start=True)
 
     def _prepare(self, nodes: SharedNodes, dilations: Sequence[int]) -> None:
         """Everything that a step reads and writes, in `_ops`' arrays."""
-        first, like, array = nodes.tabulated, nodes._head, self._ops.array
+        first, like, array = nodes.tabulated, nodes._head, self.array
         self._kinds = self.vocab_size ** prod(nodes.fan_ins[:first])  # nodes in the table
+        shifted = torch.arange(self._kinds, device=self.device) * self.vocab_size % self._kinds
+        self._shifted, self._shift = (
+            array(shifted),
+            array(torch.empty(self.batch, dtype=torch.int64, device=self.device)),
+        )
         contributions, values = nodes._table
         self._table = array(_side_by_side(contributions[:, : self._kinds]))
         shapes = list(zip(nodes._taps, nodes._bias, nodes.fan_ins, dilations))[first:]
         self._levels = [_Level(*shape, self.batch, array) for shape in shapes]
         self._head = array(_with_bias(nodes._head, nodes._head_bias)[:, : self.vocab_size].contiguous())
-        self._logits = array(like.new_empty(self.batch, self.vocab_size))
+        self._logits = like.new_empty(self.batch, self.vocab_size)
+        self._logits_array = array(self._logits)
         self._values = self._hidden = None
         if nodes._gates is not None:
             gates = nodes._gates
@@ -106,13 +113,13 @@ class Stream:
             raise ShapeError(f"tokens are on {tokens.device} and the stream on {self.device}; move them with .to(...)")
         if not self._few or not all(0 <= token < self.vocab_size for token in tokens.tolist()):
             check_tokens(tokens, self.vocab_size)
-        return self.next_logits(tokens).clone()
+        return self.next_logits(self.array(tokens)).clone()
 
-    def next_logits(self, tokens: Tensor) -> Tensor:
-        """`step` without its checks, for tokens that are known to be good; the next step overwrites the logits."""
+    def next_logits(self, tokens: Array) -> Tensor:
+        """`step` without its checks, for tokens as `array` has made them; the next step overwrites the logits."""
         with self._exact():
-            logits = self._advance(self._ops.array(tokens))
-        return torch.as_tensor(logits)
+            self._advance(tokens)
+        return self._logits
 
     def push(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Starts every row anew with a prefix of its own; returns the logits of what follows it, `(batch, vocab)`.
@@ -152,16 +159,16 @@ class Stream:
                 raise ShapeError(f"row {row} is not among the {self.batch} rows, 0 to {self.batch - 1}")
         if not rows:
             return
-        oldest = int(self._ages[rows].max())  # what stands before a row's start is `.` already
+        oldest = self._clock - int(self._starts[rows].min())  # what stands before a row's start is `.` already
         for level in self._levels:
-            written = [(self._clock - age) % level.size for age in range(1, min(oldest, level.size) + 1)]
-            level.children[np.ix_(written, rows)] = level.pad
+            for age in range(1, min(oldest, level.size) + 1):
+                level.slots[(self._clock - age) % level.size][rows] = level.pad
         self._keys[rows] = 0
-        self._ages[rows] = 0
+        self._starts[rows] = self._clock
 
     def state(self) -> dict[str, Tensor]:
         """A copy of all that the rows have read, as plain tensors: what `load_state` takes."""
-        counts = {"clock": torch.tensor(self._clock), "ages": torch.from_numpy(self._ages.copy())}
+        counts = {"clock": torch.tensor(self._clock), "starts": torch.from_numpy(self._starts.copy())}
         rings = {f"level {index}": torch.as_tensor(level.children).clone() for index, level in enumerate(self._levels)}
         return {"model": self._digest.clone(), **counts, "keys": torch.as_tensor(self._keys).clone(), **rings}
 
@@ -175,8 +182,8 @@ class Stream:
         own = self.state()
         if not torch.equal(state.get("model", torch.zeros(0)).cpu(), own["model"]) or state.keys() != own.keys():
             raise StateError("this state is of another model or dtype; load it into a stream of that one")
-        if len(state["ages"]) != self.batch:
-            raise StateError(f"this state is of {len(state['ages'])} rows; load it into a stream of that batch")
+        if len(state["starts"]) != self.batch:
+            raise StateError(f"this state is of {len(state['starts'])} rows; load it into a stream of that batch")
         for part, tensor in own.items():
             found = state[part]
             if found.shape != tensor.shape or found.dtype != tensor.dtype:
@@ -184,20 +191,18 @@ class Stream:
                     f"{part!r} of this state is {found.dtype} of shape {tuple(found.shape)}, here it is "
                     f"{tensor.dtype} of shape {tuple(tensor.shape)}; the state is damaged"
                 )
-        self._clock, self._ages = int(state["clock"]), state["ages"].cpu().numpy().copy()
+        self._clock, self._starts = int(state["clock"]), state["starts"].cpu().numpy().copy()
         torch.as_tensor(self._keys).copy_(state["keys"])
         for index, level in enumerate(self._levels):
             torch.as_tensor(level.children).copy_(state[f"level {index}"])
 
-    def _advance(self, tokens: Array, start: bool = False) -> Array:
-        """One step; the logits are those of the next step after that.
+    def _advance(self, tokens: Array, start: bool = False) -> None:
+        """One step, which leaves its logits in `_logits`.
 
         start: every level's ring is filled with what its newest child contributes, which is what `.` alone gives.
         """
         ops, keys, child, value = self._ops, self._keys, None, None
-        ops.multiply(keys, self.vocab_size, out=keys)
-        ops.add(keys, tokens, out=keys)
-        ops.remainder(keys, self._kinds, out=keys)
+        ops.add(ops.take(self._shifted, keys, out=self._shift), tokens, out=keys)
         if self._values is not None:
             value = ops.take(self._values, keys, out=self._value)
         for level in self._levels:
@@ -214,8 +219,7 @@ class Stream:
         if self._hidden is not None:
             child = ops.relu(ops.product(ops.relu(value), self._hidden, out=self._top))
         self._clock += 1
-        self._ages += 1
-        return ops.product(child, self._head, out=self._logits)
+        ops.product(child, self._head, out=self._logits_array)
 
 
 class _Level:
@@ -277,11 +281,11 @@ class _NumPy:
     """The operations of a step on the CPU with few rows, and the arrays that they take: views of tensors."""
 
     array = staticmethod(Tensor.numpy)
-    add, multiply, remainder, product = np.add, np.multiply, np.remainder, np.matmul
+    add, multiply, product = np.add, np.multiply, np.dot
 
     @staticmethod
     def take(table: np.ndarray, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
-        return np.take(table, rows, axis=0, out=out, mode="clip")  # other modes take the detour over a new array
+        return table.take(rows, 0, out, "clip")  # other modes make a new array first
 
     @staticmethod
     def tanh(x: np.ndarray) -> np.ndarray:
@@ -295,7 +299,7 @@ class _NumPy:
 class _PyTorch:
     """The same operations elsewhere."""
 
-    add, multiply, remainder, product = torch.add, torch.mul, torch.remainder, torch.mm
+    add, multiply, product = torch.add, torch.mul, torch.mm
     tanh, relu = staticmethod(tanh_), torch.relu_
 
     @staticmethod
