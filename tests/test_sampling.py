@@ -229,6 +229,12 @@ def test_logits_that_are_no_numbers(batch, value):
         sample(conv, ABC, MANY, batch=batch)
 
 
+def test_logits_that_only_float32_cannot_hold():
+    expected = sample(CONVS[False], ABC, MANY, temperature=1e-42, batch=8)
+    assert sample(CONVS[False], ABC, MANY, temperature=1e-42) == expected
+    assert expected == sample(CONVS[False], ABC, MANY, temperature=0)
+
+
 def test_options_that_are_wrong():
     conv = CONVS[False]
     for options, message in (

@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from . import find_lr_command, sweep_command, train_command
+from . import find_lr_command, sample_command, sweep_command, train_command
 from .errors import UsageError, WaveNetConvError
 from .lists import LECTURE_URL, download_lecture_names
 from .score_command import CHUNK_LINES, ClosedPipe, score
@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             find_lr_command.find_lr(options)
         elif options.command == "sweep":
             sweep_command.sweep(options)
+        elif options.command == "sample":
+            sample_command.sample(options)
         else:
             socket.setdefaulttimeout(CONNECTION_TIMEOUT)
             print(download_lecture_names(LECTURE_URL))
@@ -79,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     train_command.add_parser(commands)
     find_lr_command.add_parser(commands)
     sweep_command.add_parser(commands)
+    sample_command.add_parser(commands)
     command = commands.add_parser(
         "score",
         help="score a list of names with a trained model",

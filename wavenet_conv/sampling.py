@@ -22,7 +22,8 @@ from .precision import exact_float32
 from .streaming import Stream
 from .vocabulary import END, Vocabulary
 
-BATCH = 2**17  # names that are drawn together
+BATCH = 2**17  # names that are drawn together,
+CHARACTERS = 2**24  # where they may come to no more than this
 MANY = 512  # names side by side from which on prefixes are worth sharing
 SHORT = 128  # a window of more tokens is not worth keeping for each prefix
 STREAMED = 1024  # rows of a stream
@@ -84,7 +85,7 @@ def sample_stream(
         raise ConfigError(f"the prefix {prefix[:40]!r} has {len(start)} characters and max_length is {max_length}")
     model = copy.deepcopy(model).to(device=device, dtype=dtype).eval()
     sampler = _Sampler(model, vocab, draw, start, max_length, seed)
-    side_by_side = min(BATCH if batch is None else batch, BATCH if n is None else max(n, 1))
+    side_by_side = min(BATCH if batch is None else batch, max(1, CHARACTERS // max_length), n or BATCH)
     if side_by_side < MANY or model.context > SHORT:
         return sampler.by_stream(n, min(side_by_side, STREAMED))
     return sampler.by_prefix(n, side_by_side)
@@ -198,8 +199,9 @@ class _Sampler:
         for position in range(len(self.start), self.max_length):
             # Of each distinct prefix of the names that go on: its window, what may follow it, summed.
             summed, doubtful = self.draw.cumulative(nodes.window_logits(windows, carried))
-            self._check(summed, windows)
-            if doubtful is not None and doubtful.any():
+            nan = summed[:, -1].isnan()
+            doubtful = nan if doubtful is None else doubtful | nan
+            if doubtful.any():
                 summed[doubtful] = self._exact_cumulative(windows[doubtful]).to(self.dtype)
             numbers = _number(mixed, torch.tensor(position, device=self.device))
             low, high = torch.searchsorted(summed.index_select(0, prefixes), self._bounds(numbers), right=True).unbind(
@@ -272,18 +274,15 @@ class _Sampler:
     @torch.no_grad()
     def _exact_cumulative(self, windows: Tensor) -> Tensor:
         summed, _ = self.draw.cumulative(self._exact(windows)[:, 0])
-        self._check(summed, windows)
+        wrong = summed[:, -1].isnan().nonzero()
+        if len(wrong):
+            window = "".join(self.alphabet[token] for token in windows[wrong[0, 0]].tolist())
+            raise SamplingError(f"the logits after {window!r} are NaN or infinite; the model's weights are damaged")
         return summed
 
     @cached_property
     def _exact(self) -> ConvWaveNet:
         return copy.deepcopy(self.model).double()
-
-    def _check(self, summed: Tensor, windows: Tensor) -> None:
-        wrong = summed[:, -1].isnan().nonzero()
-        if len(wrong):
-            window = "".join(self.alphabet[token] for token in windows[wrong[0, 0]].tolist())
-            raise SamplingError(f"the logits after {window!r} are NaN or infinite; the model's weights are damaged")
 
     def _bounds(self, numbers: Tensor) -> Tensor:
         """What is to fall on one token, for that to be the outcome: numbers float64 `(...)` to `(..., 2)`."""
