@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from itertools import accumulate, islice, takewhile
+from itertools import islice
 from math import log
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from .errors import ConfigError, ShapeError
 from .model import ConvWaveNet
 from .nodes import Carried, SharedNodes
 from .precision import exact_float32
-from .vocabulary import Vocabulary, check_tokens, checked_names
+from .vocabulary import Vocabulary, check_tokens, checked_names, lengths_of
 
 Names = Iterable[str] | tuple[Tensor, Tensor]
 
@@ -155,8 +155,8 @@ class Scorer:
         if _encoded(names):
             yield self._repacked(*names)
             return
-        for part in _chunks(names, chunk, self.context):
-            tokens, lengths, known = self.vocab.pack(part, context=self.context)
+        for part, lengths in _chunks(names, chunk, self.context):
+            tokens, lengths, known = self.vocab.pack(part, context=self.context, lengths=lengths)
             if unknown == "error" and not known.all():
                 raise self.vocab.refusal(part)
             yield tokens, lengths, known
@@ -185,16 +185,14 @@ def _offsets(lengths: list[Tensor]) -> Tensor:
     return outputs.cumsum(0)
 
 
-def _chunks(names: Iterable[str], chunk: int, context: int) -> Iterator[list[str]]:
-    """At most `chunk` names at a time, fewer where they are long: at most CHUNK_TOKENS, or one single name."""
+def _chunks(names: Iterable[str], chunk: int, context: int) -> Iterator[tuple[list[str], Tensor]]:
+    """Parts of the names and their lengths, int64: at most `chunk` names at a time, and CHUNK_TOKENS, or one name."""
     if isinstance(names, str) or not isinstance(names, Iterable):
         checked_names(names)  # raises
     names = iter(names)
-    while part := checked_names(islice(names, chunk)):
-        while sum(map(len, part)) + context * len(part) > CHUNK_TOKENS and len(part) > 1:
-            ends = accumulate(len(name) + context for name in part)
-            fitting = max(1, sum(1 for _ in takewhile(lambda end: end <= CHUNK_TOKENS, ends)))
-            yield part[:fitting]
-            part = part[fitting:]
-        if part:
-            yield part
+    while part := list(islice(names, chunk)):
+        ends = torch.cumsum((lengths := lengths_of(part)) + context, 0)
+        while part:
+            fitting = max(1, int(torch.searchsorted(ends, CHUNK_TOKENS, right=True)))
+            yield part[:fitting], lengths[:fitting]
+            part, lengths, ends = part[fitting:], lengths[fitting:], ends[fitting:] - ends[fitting - 1]

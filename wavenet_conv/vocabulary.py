@@ -60,7 +60,7 @@ class Vocabulary:
         names = checked_names(names)
         if not isinstance(context, int) or context < 1:
             raise ShapeError(f"context is {context!r}; it must be an integer of at least 1, such as conv.context")
-        lengths = _lengths(names)
+        lengths = lengths_of(names)
         longest = int(lengths.max()) if names else 0
         tokens = torch.zeros(len(names), context + longest, dtype=torch.int64)
         if longest:
@@ -71,23 +71,26 @@ class Vocabulary:
             tokens[:, context:][inside] = found
         return tokens, lengths
 
-    def pack(self, names: Iterable[str], *, context: int) -> tuple[Tensor, Tensor, Tensor]:
+    def pack(
+        self, names: Iterable[str], *, context: int, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The sequences of `names` end to end, without padding behind any: what a batch of unlike lengths wants.
 
         Returns `(tokens, lengths, known)`, all on the CPU. tokens: `(time,)`, `context` zeros before each name and
         after the last, uint8 for ASCII and int64 else. lengths: int64 `(names,)`. known: bool `(names,)`, false for a
-        name with a character that is not in the vocabulary, which is packed as an empty name.
+        name with a character that is not in the vocabulary, which is packed as an empty name. Whoever has the list and
+        its lengths as `lengths_of` gives them may pass these: counting takes as long as joining.
         """
-        names = checked_names(names)
+        if lengths is None:
+            lengths = lengths_of(names := checked_names(names))
         tokens = self._tokens(_joined(names, context))
-        lengths = _lengths(names)
         known = torch.ones(len(names), dtype=torch.bool)
         # The zeros between names are known, so every other zero is an unknown character, or a `.` inside a name.
         if len(tokens) - int(tokens.count_nonzero()) > context * (len(names) + 1):
             characters = set(self.characters)
             known = torch.tensor([characters.issuperset(name) for name in names])
             names = [name if ok else "" for name, ok in zip(names, known.tolist())]
-            tokens, lengths = self._tokens(_joined(names, context)), _lengths(names)
+            tokens, lengths = self._tokens(_joined(names, context)), lengths_of(names)
         return tokens, lengths, known
 
     def _tokens(self, text: str) -> Tensor:
@@ -97,7 +100,7 @@ class Vocabulary:
             for token, character in enumerate(self.characters, start=1):
                 if character.isascii():
                     table[ord(character)] = token
-            return torch.frombuffer(bytearray(text.encode("ascii").translate(table)), dtype=torch.uint8)
+            return torch.frombuffer(bytearray(text, "ascii").translate(table), dtype=torch.uint8)
         codes = torch.frombuffer(bytearray(text.encode("utf-32-le", errors="surrogatepass")), dtype=torch.int32)
         place = torch.searchsorted(self._codes, codes).clamp_(max=len(self._codes) - 1)
         return torch.where(self._codes[place] == codes, place + 1, 0)
@@ -159,13 +162,22 @@ def checked_names(names: Iterable[str]) -> list[str]:
     return names
 
 
-def _lengths(names: Sequence[str]) -> Tensor:
-    return torch.from_numpy(np.fromiter(map(len, names), np.int64, len(names)))  # PyTorch takes five times as long
+def lengths_of(names: Sequence[str]) -> Tensor:
+    """How many characters each of a list of names has, int64 `(names,)`; raises `NamesError` for what has no length."""
+    try:
+        return torch.from_numpy(np.fromiter(map(len, names), np.int64, len(names)))  # PyTorch takes five times as long
+    except TypeError:
+        checked_names(names)  # raises
+        raise
 
 
 def _joined(names: Sequence[str], context: int) -> str:
     padding = END * context
-    return f"{padding}{padding.join(names)}{padding}" if names else padding
+    try:
+        return f"{padding}{padding.join(names)}{padding}" if names else padding
+    except TypeError:  # looking at each name's type before would take longer than joining them
+        checked_names(names)  # raises
+        raise
 
 
 def _where(names: Sequence[str], index: int, position: int, complaint: str) -> str:
