@@ -277,9 +277,11 @@ def node_positions(lengths: Tensor, context: int, span: int) -> Tensor:
 
     A name of L characters has `context + L` tokens of its own and `L + context + 1 - span` such nodes.
     """
-    nodes = lengths + (context + 1 - span)
-    names = torch.arange(len(lengths), device=lengths.device)
-    return torch.arange(int(nodes.sum()), device=lengths.device) + (span - 1) * names.repeat_interleave(nodes)
+    ends = torch.cumsum(lengths + (context + 1 - span), 0)
+    steps = torch.ones(int(ends[-1]) if len(ends) else 0, dtype=torch.int64, device=lengths.device)
+    steps[:1] = 0
+    steps.scatter_(0, ends[:-1], span)  # from a name's last node to the first of the next
+    return torch.cumsum(steps, 0, out=steps)
 
 
 def crossing(lengths: Tensor, context: int, span: int) -> Tensor:
