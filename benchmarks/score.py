@@ -827,8 +827,8 @@ def growth_table(results: dict[str, Any]) -> tuple[str, Table, str]:
             f"{row['share_of_floor']:.0%}",
         )
     remark = (
-        f"Windows evaluated: of all positions; they are shared inside a chunk of {CHUNK_NAMES:,} names, "
-        "the nodes below them in the whole stream, up to a bound. "
+        f"Windows evaluated: of all positions; those near a name's start and the nodes below are shared in the whole "
+        f"stream, up to a bound, other windows at most inside a chunk of {CHUNK_NAMES:,} names. "
         f"Names sampled from the default model, cut at {LONGEST} characters, repeats removed."
     )
     return "Growth with the number of distinct names, Scorer.score with the default model", table, remark

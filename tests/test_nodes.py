@@ -1,5 +1,7 @@
 """Distinct nodes: numbered right by every way of numbering, and each worth what the slid pass says."""
 
+import random
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -7,7 +9,7 @@ from conftest import random_tree
 from hypothesis import given, settings
 
 from wavenet_conv import Scorer, Vocabulary, from_tree, nodes
-from wavenet_conv.nodes import Carried, SharedNodes, crossing, node_positions, number
+from wavenet_conv.nodes import Carried, Numbers, SharedNodes, crossing, node_positions, number, number_windows
 
 
 @settings(max_examples=60)
@@ -29,18 +31,39 @@ def test_numbers_are_identities(rows, kinds, direct):
 
 
 def test_numbering_goes_on_from_chunk_to_chunk():
-    """A carried table gives the tuples of a second chunk the numbers that the first gave them."""
-    carried, generator = Carried(), torch.Generator().manual_seed(0)
+    """A carried table gives the tuples of a later chunk the numbers that an earlier one gave them."""
+    carried, generator = Numbers(), torch.Generator().manual_seed(0)
     known: dict[tuple[int, ...], int] = {}
     for _ in range(3):
         taps = [torch.randint(12, (100,), generator=generator) for _ in range(2)]
         children, numbers = number(taps, 12, carried=carried)
         found = [tuple(child) for child in children.tolist()]
         assert not set(found) & set(known)
-        known |= dict(zip(found, range(carried.count, carried.count + len(found))))
+        known |= dict(zip(found, range(len(known), carried.count)))
         assert [known[pair] for pair in zip(*(tap.tolist() for tap in taps))] == numbers.tolist()
-        carried.count += len(children)
     assert len(known) == carried.count > 100
+
+
+@settings(max_examples=60)
+@given(
+    chunks=st.lists(st.lists(st.tuples(*[st.integers(0, 5)] * 3), min_size=1, max_size=60), min_size=1, max_size=4),
+    fan_in=st.integers(1, 3),
+    few=st.integers(1, 7),
+    dtype=st.sampled_from([torch.uint8, torch.int32, torch.int64]),
+)
+def test_windows_are_numbered_from_chunk_to_chunk(chunks, fan_in, few, dtype):
+    """Early ones keep their numbers while the nodes below grow in number; the others are numbered behind them."""
+    carried, known, kinds = Carried(), {}, 1
+    for rows in chunks:
+        rows = [row[:fan_in] for row in rows]
+        kinds = max(kinds, 1 + max(map(max, rows)))
+        before = carried.windows.count
+        taps = [torch.tensor(tap, dtype=dtype) for tap in zip(*rows)]
+        children, numbers = number_windows(taps, kinds, few, carried)
+        known |= dict(enumerate(map(tuple, children.tolist()), start=before))
+        assert [known[number] for number in numbers.tolist()] == rows
+        early = [row for row in known.values() if fan_in > 1 and row[-2] < few and not any(row[:-2])]
+        assert len(set(early)) == len(early) == carried.windows.count  # each once, (0, ..., 0) always among them
 
 
 @settings(max_examples=60)
@@ -110,8 +133,13 @@ def test_where_nearly_every_node_is_distinct_none_is_looked_for():
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("room", [nodes.CARRIED, 100_000], ids=["kept", "forgotten"])
 def test_chunks_of_a_stream_share_their_nodes(names, vocab, monkeypatch, room, gated):
-    """With room for all, no 4-gram of the list is evaluated for a second chunk; without, the values are the same."""
+    """With room for all, no 4-gram and no early window is evaluated for a second chunk; without, values are the same.
+
+    A window is early where its first 4-gram has at most one character; the first chunk has names that start with each.
+    Once nearly all others are distinct they are not numbered any more.
+    """
     monkeypatch.setattr(nodes, "CARRIED", room)
+    names = random.Random(0).sample(names, len(names))
     scorer = Scorer(from_tree(random_tree(n_embd=6, n_hidden=16, gated=gated)), vocab)
     evaluated, of = [], SharedNodes.number
 
@@ -122,11 +150,56 @@ def test_chunks_of_a_stream_share_their_nodes(names, vocab, monkeypatch, room, g
 
     monkeypatch.setattr(SharedNodes, "number", counting)
     scores = torch.cat(list(scorer.stream(names, chunk=4000)))
-    in_chunks, chunks = sum(level[0] for level in evaluated), len(evaluated)
+    in_chunks = torch.tensor(evaluated).sum(0).tolist()
+    assert len(evaluated) == -(-len(names) // 4000) > 4
+    expected, early, share = 0, set(), 0.0
+    for start in range(0, len(names), 4000):
+        padded = ["." * 8 + name for name in names[start : start + 4000]]
+        windows = [name[i : i + 8] for name in padded for i in range(len(name) - 7)]
+        others = [window for window in windows if window[:3] != "..."]
+        early |= set(windows) - set(others)
+        others = others if share >= nodes.NEARLY_ALL else set(others)
+        share = len(others) / sum(window[:3] != "..." for window in windows)
+        expected += len(others)
     evaluated.clear()
     assert torch.equal(scorer.score(names), scores) and torch.equal(scorer.score(names[:4000]), scores[:4000])
-    assert chunks == -(-len(names) // 4000) > 4
-    assert (in_chunks == evaluated[0][0]) == (room == nodes.CARRIED == 2**26)
+    kept = room == nodes.CARRIED == 2**26
+    assert (in_chunks[0] == evaluated[0][0]) == (in_chunks[1] == expected + len(early)) == kept
+
+
+def test_windows_may_be_forgotten_alone(names, vocab, monkeypatch):
+    scorer, carried, names = Scorer(from_tree(random_tree(n_embd=6, n_hidden=16)), vocab), Carried(), names[:5000]
+    packed, lengths, _ = vocab.pack(names, context=8)
+    values = scorer.nodes.log_probs(packed, lengths, carried)
+    before, after = (carried.nodes.count, carried.windows.count), (carried.nodes.count, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(nodes, "CARRIED", carried.contributions[:, : before[0]].numel())
+        carried.trim()
+        assert (carried.nodes.count, carried.windows.count) == before
+        carried.log_probs = carried.log_probs.repeat(1, 10)  # as of a larger vocabulary
+        carried.trim()
+        assert (carried.nodes.count, carried.windows.count) == after != before
+    carried.log_probs = None
+    assert torch.equal(scorer.nodes.log_probs(packed, lengths, carried), values)
+    scores = scorer.score(names)
+    monkeypatch.setattr(Carried, "trim", lambda carried: setattr(carried, "windows", Numbers()))
+    assert torch.equal(torch.cat(list(scorer.stream(names, chunk=700))), scores)
+
+
+def test_other_names_between_two_calls(vocab):
+    """Nearly every node of the second is distinct and none is numbered; the third goes on where the first ended."""
+    conv, order = from_tree(random_tree((4, 4), n_embd=6, n_hidden=16)), random.Random(0)
+    scorer, fresh = Scorer(conv, vocab, remember=True), Scorer(conv, vocab)
+    like = ["".join(order.choices("abc", k=order.randint(4, 9))) for _ in range(1500)]
+    unlike = ["".join(order.choices(vocab.characters, k=90)) for _ in range(40)]
+    for names in (like, unlike, like[::-1], unlike):
+        assert torch.equal(scorer.score(names), fresh.score(names))
+
+
+@pytest.mark.parametrize("fan_ins", [(2, 2, 2, 2), (3, 2, 2), (2, 5, 3), (1, 4, 2), (3,), (2, 4, 1)])
+def test_chunks_give_the_scores_of_one_call(names, vocab, fan_ins):
+    scorer = Scorer(from_tree(random_tree(fan_ins, n_embd=6, n_hidden=16)), vocab)
+    assert torch.equal(torch.cat(list(scorer.stream(names[::2], chunk=3000))), scorer.score(names[::2]))
 
 
 def test_the_fast_tanh_is_tanh():

@@ -24,36 +24,63 @@ TABULATED = 4096  # a level with no more possible nodes than this is evaluated o
 DIRECT = 2**24  # keys up to here are numbered by a table with an entry for each, others by sorting
 NEARLY_ALL = 0.8  # distinct share of a level above which numbering the next one costs more than it saves
 COLUMNS = 16  # no matrix product has fewer columns, and the head's are filled up to a multiple of this
-CARRIED = 2**26  # numbers among the contributions that a chunk leaves to the next one: 256 MiB of float32
+CARRIED = 2**26  # contributions, and as many log-probabilities, that a chunk leaves to the next: 256 MiB of float32
 
 
 # A level's nodes as its parents read them: contributions and, in a gated model, values; see `Carried`.
 Below = tuple[Tensor, Tensor | None]
 
 
-class Carried:
-    """What one chunk of a stream leaves to the next: nodes of the first level above the tables, and room to write in.
+class Numbers:
+    """The numbers of keys, 0, 1, ... as they are met. table: int32 `(possible keys,)`, -1 for one not met."""
 
-    numbers: int32 `(possible nodes,)`, the number of the node with each key, -1 where none has been met.
-    contributions: `(fan_in, room, channels)`; those of the first `count` nodes are evaluated. values: of a gated model,
-    beside them, `(room, 2 * n_embd)`. log_probs: scratch.
+    def __init__(self) -> None:
+        self.count = 0
+        self.table: Tensor | None = None
+
+    def number(self, keys: Tensor, space: int) -> tuple[Tensor, Tensor]:
+        """The keys that are new, int64, ascending as their numbers do, and the number of each key, int32.
+
+        keys: int32 or int64 `(positions,)`, from 0 to `space - 1`; the space may grow from call to call.
+        """
+        if self.table is None or len(self.table) < space:
+            old, self.table = self.table, torch.full((space,), -1, dtype=torch.int32, device=keys.device)
+            if old is not None:
+                self.table[: len(old)] = old
+        numbers = self.table.index_select(0, keys)
+        missing = (numbers < 0).nonzero()[:, 0]
+        wanted = keys.index_select(0, missing).long()
+        new = torch.zeros(space, dtype=torch.bool, device=keys.device).index_fill_(0, wanted, True).nonzero()[:, 0]
+        first, self.count = self.count, self.count + len(new)
+        self.table[new] = torch.arange(first, self.count, dtype=torch.int32, device=keys.device)
+        return new, numbers.scatter_(0, missing, self.table.index_select(0, wanted))
+
+
+class Carried:
+    """What one chunk of a stream leaves to the next: nodes of the first level above the tables, windows, room to write.
+
+    nodes: their numbers; contributions: `(fan_in, room, channels)`, what they contribute to their parents; values: of a
+    gated model, beside them, `(room, 2 * n_embd)`. windows: the numbers of windows near a name's start, see
+    `number_windows`; log_probs: `(room, columns)`, of what follows those, and behind them the other windows of the
+    chunk. distinct: the share of different ones among these others in the chunk where that was last counted.
     """
 
     def __init__(self) -> None:
-        self.numbers: Tensor | None = None
         self.contributions: Tensor | None = None
         self.values: Tensor | None = None
         self.log_probs: Tensor | None = None
-        self.count = 0
+        self.forget()
 
     def trim(self) -> None:
-        """Before a chunk: forgets the nodes where they are too many to keep, or were numbered without a table."""
-        if self.numbers is None or self.contributions[:, : self.count].numel() > CARRIED:
+        """Before a chunk: forgets what is too much to keep, and nodes that were numbered without a table."""
+        if self.nodes.table is None or self.contributions[:, : self.nodes.count].numel() > CARRIED:
             self.forget()
+        elif self.windows.count and self.log_probs[: self.windows.count].numel() > CARRIED:
+            self.windows = Numbers()
 
     def forget(self) -> None:
-        """Forgets all nodes and keeps the room."""
-        self.numbers, self.count = None, 0
+        """Forgets all nodes and windows, whose children are such nodes, and keeps the room."""
+        self.nodes, self.windows, self.distinct = Numbers(), Numbers(), 0.0
 
 
 class SharedNodes:
@@ -129,43 +156,50 @@ class SharedNodes:
         tokens and lengths as `logits` takes them; carried: one for all chunks of a stream, so that nodes which one has
         evaluated serve the next (nothing is kept without). Where the Triton kernel runs, every distinct pair of a
         window and what follows it is evaluated by that; else, and for a gated model, this is the log-softmax of the
-        logits, of which one entry a row is kept.
+        logits, of which one entry is picked for each output.
         """
         if self._head.is_cuda and self._gates is None:
             kernels.warn_once_without_triton()
         carried = Carried() if carried is None else carried
-        below, children, rows, targets = self._below_top(tokens, lengths, carried)
-        if self._gates is None and kernels.usable(self._head.device, self._head.dtype, self.vocab_size):
+        by_kernel = self._gates is None and kernels.usable(self._head.device, self._head.dtype, self.vocab_size)
+        carried.trim()
+        first = carried.windows.count
+        below, children, rows, targets = self._below_top(tokens, lengths, carried, not by_kernel)
+        if by_kernel:
             pairs, numbers = number([rows, targets], max(len(children), self.vocab_size))
             head, bias = self._head[:, : self.vocab_size].contiguous(), self._head_bias[: self.vocab_size]
             windows, following = children[pairs[:, 0]], pairs[:, 1].contiguous()
             return kernels.last_level(below[0], windows, following, head, bias)[numbers]
-        out = carried.log_probs = _room(carried.log_probs, 0, self._head, len(children) + TILE, len(self._head_bias))
-        for tile, nodes in zip(out.split(TILE), self._nodes(-1, below, children)):
+        room = first + len(children) + TILE  # every tile is written whole
+        out = carried.log_probs = _room(carried.log_probs, first, self._head, room, len(self._head_bias))
+        for tile, nodes in zip(out[first:].split(TILE), self._nodes(-1, below, children)):
             torch.log_softmax(torch.addmm(self._head_bias, nodes, self._head), 1, out=tile)
         return out.flatten().index_select(0, rows * len(self._head_bias) + targets)
 
-    def _below_top(self, tokens: Tensor, lengths: Tensor, carried: Carried) -> tuple[Below, Tensor, Tensor, Tensor]:
+    def _below_top(
+        self, tokens: Tensor, lengths: Tensor, carried: Carried, windows: bool = False
+    ) -> tuple[Below, Tensor, Tensor, Tensor]:
         """What contributes to the last level, its distinct nodes' children, and each output's node and next token."""
-        levels, rows, starts = self.number(tokens, lengths, carried)
-        below = self._table
+        levels, rows, starts = self.number(tokens, lengths, carried, windows)
+        below, start = self._table, max(carried.nodes.count - len(levels[0]), 0)
         for level, children in enumerate(levels[:-1], start=self.tabulated + 1):
             nodes = self._nodes(level - 1, below, children)
-            below = self._contributions(level, nodes, len(children), carried)
-            carried = Carried()  # the levels above are numbered anew for each chunk
+            below = self._contributions(level, nodes, len(children), carried, start)
+            carried, start = Carried(), 0  # the levels above are numbered anew for each chunk
         return below, levels[-1], rows, tokens.index_select(0, starts + self.context)
 
     def number(
-        self, tokens: Tensor, lengths: Tensor, carried: Carried | None = None
+        self, tokens: Tensor, lengths: Tensor, carried: Carried | None = None, windows: bool = False
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Numbers the distinct nodes of every level above the tabulated ones.
 
         Returns for each such level the numbers of its distinct nodes' children, int64 `(distinct, fan_in)`, only of
         new ones where `carried` has the others, and for the last level each output's node, int64, and where it starts.
-        The choice whether to number at all is made here, from what the level below has shown.
+        windows: whether `carried` may have nodes of the last level, too; their numbers then go on from there. The
+        choice whether to number at all is made here, from what the level below has shown.
         """
         carried = Carried() if carried is None else carried
-        carried.trim()
+        below: Numbers | None = carried.nodes
         ids, kinds, span = tokens, self.vocab_size, 1  # ids: a node's number at every position where one starts
         for fan_in in self.fan_ins[: self.tabulated]:
             ids = _keys(taps_of(ids, fan_in, span), kinds)
@@ -174,8 +208,8 @@ class SharedNodes:
         for fan_in in self.fan_ins[self.tabulated : -1]:
             taps, span = taps_of(ids, fan_in, span), span * fan_in
             if share < NEARLY_ALL:
-                children, ids = number(taps, kinds, crossing(lengths, self.context, span), carried)
-                kinds = max(carried.count + len(children), 1)
+                children, ids = number(taps, kinds, crossing(lengths, self.context, span), below)
+                kinds = max(len(children), 0 if below is None else below.count, 1)
             else:
                 starts = node_positions(lengths, self.context, span)
                 children, numbers = every([tap.index_select(0, starts) for tap in taps])
@@ -184,10 +218,16 @@ class SharedNodes:
             nodes = int(lengths.sum()) + len(lengths) * (self.context + 1 - span)
             share = len(children) / max(nodes, 1)
             levels.append(children)
-            carried = Carried()  # the levels above are numbered anew for each chunk
+            below = None  # the levels above are numbered anew for each chunk
         starts = node_positions(lengths, self.context, self.context)
         taps = [tap.index_select(0, starts) for tap in taps_of(ids, self.fan_ins[-1], span)]
-        children, rows = number(taps, kinds) if share < NEARLY_ALL else every(taps)
+        if not windows or len(levels) != 1 or carried.nodes.table is None:
+            carried = Carried()  # the same children may have other numbers in the next chunk
+        if share < NEARLY_ALL:
+            children, rows = number_windows(taps, kinds, self.vocab_size, carried)
+        else:
+            children, rows = every(taps)
+            rows += carried.windows.count
         return [*levels, children], rows.long(), starts
 
     def _nodes(self, level: int, below: Below, children: Tensor) -> Iterator[Tensor]:
@@ -205,15 +245,16 @@ class SharedNodes:
                 rightmost = tile[fan_in - 1 :: fan_in] - (fan_in - 1) * room
                 yield self._gates.nodes(level, summed, values.index_select(0, rightmost))
 
-    def _contributions(self, level: int, tiles: Iterable[Tensor], count: int, carried: Carried) -> Below:
+    def _contributions(
+        self, level: int, tiles: Iterable[Tensor], count: int, carried: Carried, start: int = 0
+    ) -> Below:
         """What nodes contribute to their parents in `level`: `(fan_in, room, channels)`, the bias in tap 0.
 
-        The `count` nodes of the tiles come behind those that `carried` has. Those of a gated model are kept too.
+        The `count` nodes of the tiles come behind the `start` that `carried` has. Those of a gated model are kept too.
         """
-        taps, start = self._taps[level], carried.count
-        channels, carried.count = taps.shape[1], carried.count + count
+        taps, channels = self._taps[level], self._taps[level].shape[1]
         # Every tile is written whole: the next one, or the next chunk, overwrites what the last was filled up with.
-        room = carried.count + TILE
+        room = start + count + TILE
         out = carried.contributions = _room(carried.contributions, start, taps, len(taps), room, taps.shape[2])
         if self._gates is not None:
             carried.values = _room(carried.values, start, taps, room, 2 * channels)
@@ -291,7 +332,7 @@ def crossing(lengths: Tensor, context: int, span: int) -> Tensor:
 
 
 def number(
-    taps: list[Tensor], kinds: int, outside: Tensor | None = None, carried: Carried | None = None
+    taps: list[Tensor], kinds: int, outside: Tensor | None = None, carried: Numbers | None = None
 ) -> tuple[Tensor, Tensor]:
     """Numbers distinct tuples of children: a node's identity is its children's.
 
@@ -308,16 +349,39 @@ def number(
     keys = _keys(taps, kinds)
     if outside is not None and len(outside):
         keys = keys.index_fill(0, outside, int(keys[0]))
-    carried = Carried() if carried is None else carried
-    if carried.numbers is None and space > min(DIRECT, 32 * len(keys)):
-        distinct, numbers = keys.unique(return_inverse=True)
-        return _digits(distinct, kinds, len(taps)), numbers
-    if carried.numbers is None:
-        carried.numbers = torch.full((space,), -1, dtype=torch.int32, device=keys.device)
-    present = torch.zeros(space, dtype=torch.bool, device=keys.device).index_fill_(0, keys.long(), True)
-    new = (present & (carried.numbers < 0)).nonzero()[:, 0]
-    carried.numbers[new] = torch.arange(carried.count, carried.count + len(new), dtype=torch.int32, device=keys.device)
-    return _digits(new, kinds, len(taps)), carried.numbers.index_select(0, keys)
+    carried = Numbers() if carried is None else carried
+    if carried.table is None and space > min(DIRECT, 32 * len(keys)):
+        new, numbers = keys.unique(return_inverse=True)
+    else:
+        new, numbers = carried.number(keys, space)
+    return _digits(new, kinds, len(taps)), numbers
+
+
+def number_windows(taps: list[Tensor], kinds: int, few: int, carried: Carried) -> tuple[Tensor, Tensor]:
+    """As `number`, for windows: those near a name's start by a table, which goes on from chunk to chunk.
+
+    The node of nothing but padding has number 0, and those with one character behind padding come next. So a window
+    whose children before the last two are 0, and the last but one below `few`, has seen few characters. In a list of
+    short names most windows are such and few of those are distinct; the others nearly all are. They get the numbers
+    behind, anew in every chunk, and where nearly all of them were distinct in an earlier chunk they are all called so.
+    """
+    if len(taps) == 1 or few * kinds > DIRECT:
+        children, rows = number(taps, kinds)
+        return children, rows + carried.windows.count
+    others = taps[-2] >= few
+    for tap in taps[:-2]:
+        others |= tap != 0
+    others = others.nonzero()[:, 0]
+    keys = _keys([taps[-1], taps[-2]], few).index_fill_(0, others, 0)
+    new, rows = carried.windows.number(keys, few * kinds)
+    children = F.pad(torch.stack([new % few, new // few], 1), (len(taps) - 2, 0))
+    if len(others):
+        taps = [tap.index_select(0, others) for tap in taps]
+        more, numbers = number(taps, kinds) if carried.distinct < NEARLY_ALL else every(taps)
+        carried.distinct = len(more) / len(others)
+        rows.scatter_(0, others, (numbers + carried.windows.count).int())
+        children = torch.cat([children, more])
+    return children, rows
 
 
 def every(taps: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -86,8 +86,8 @@ class Scorer:
     def stream(self, names: Names, *, chunk: int = CHUNK_NAMES, unknown: str = "error") -> Iterator[Tensor]:
         """The scores of `names`, an iterable of any length, in order, at most `chunk` at a time.
 
-        Windows are shared inside a chunk and the nodes below them in the whole stream; memory is bounded by the chunk.
-        A chunk also ends early where its names are long.
+        Nodes below windows, and windows near a name's start, are shared in the whole stream, other windows at most
+        inside a chunk; memory is bounded by the chunk. A chunk also ends early where its names are long.
         """
         for log_probs, lengths, known in self._log_probs(names, chunk, unknown):
             # Adds one after the other, which `sum` does not.
