@@ -47,13 +47,17 @@ class Numbers:
             old, self.table = self.table, torch.full((space,), -1, dtype=torch.int32, device=keys.device)
             if old is not None:
                 self.table[: len(old)] = old
-        numbers = self.table.index_select(0, keys)
-        missing = (numbers < 0).nonzero()[:, 0]
-        wanted = keys.index_select(0, missing).long()
+        wanted, numbers, missing = keys, None, None
+        if self.count:
+            numbers = self.table.index_select(0, keys)
+            missing = (numbers < 0).nonzero()[:, 0]
+            wanted = keys.index_select(0, missing)
+        wanted = wanted.long()
         new = torch.zeros(space, dtype=torch.bool, device=keys.device).index_fill_(0, wanted, True).nonzero()[:, 0]
         first, self.count = self.count, self.count + len(new)
-        self.table[new] = torch.arange(first, self.count, dtype=torch.int32, device=keys.device)
-        return new, numbers.scatter_(0, missing, self.table.index_select(0, wanted))
+        self.table.scatter_(0, new, torch.arange(first, self.count, dtype=torch.int32, device=keys.device))
+        found = self.table.index_select(0, wanted)
+        return new, found if numbers is None else numbers.scatter_(0, missing, found)
 
 
 class Carried:
