@@ -141,10 +141,10 @@ class SharedNodes:
             if level < self.tabulated:
                 ids, kinds = _keys(taps, kinds), kinds**fan_in
             elif level < len(self.fan_ins) - 1:
-                children, numbers = number([tap.flatten() for tap in taps], kinds, carried=carried)
-                nodes = self._nodes(level, below, children)
-                below = self._contributions(level + 1, nodes, len(children), carried)
-                ids, kinds, carried = numbers.view_as(taps[0]), max(carried.count, 1), Carried()
+                children, numbers = number([tap.flatten() for tap in taps], kinds, carried=carried.nodes)
+                nodes, start = self._nodes(level, below, children), max(carried.nodes.count - len(children), 0)
+                below = self._contributions(level + 1, nodes, len(children), carried, start)
+                ids, kinds, carried = numbers.view_as(taps[0]), max(start + len(children), 1), Carried()
         return self._logits(below, torch.cat(taps, 1).long())
 
     def _logits(self, below: Below, children: Tensor) -> Tensor:
