@@ -188,14 +188,15 @@ def test_a_stream_that_is_wrong_is_seen(names, vocab, monkeypatch, spoil, batch)
     def wrong(stream, *args):
         build(stream, *args)
         level = stream._levels[-1]
+        [(older, back)] = level.older
         if spoil == "swap the taps":
-            level.older[0], level.newest = level.newest, level.older[0]
+            level.older, level.newest = [(level.newest, back)], older
         elif spoil == "one step off":
-            level.back = [back - 1 for back in level.back]
+            level.older = [(older, back - 1)]
         elif spoil == "no bias":
             level.matrix[-1] = 0
         else:
-            level.older[0] = level.newest
+            level.older = [(level.newest, back)]
 
     monkeypatch.setattr(Stream, "_prepare", wrong)
     with pytest.raises(AssertionError):

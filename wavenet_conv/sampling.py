@@ -229,37 +229,45 @@ class _Sampler:
         drawn: list[list[int]] = [[] for _ in range(rows)]  # tokens of each row's name
         finished: dict[int, list[int]] = {}
         following, tokens = 0, torch.zeros(rows, dtype=torch.int64)  # the name that is to be given next; read next
-        read, on_host = tokens.numpy(), self.device.type == "cpu"
+        read, on_host, first = tokens.numpy(), self.device.type == "cpu", None
         tokens = stream.array(tokens) if on_host else tokens
         while n is None or following < n:
-            summed, doubtful = self.draw.cumulative(stream.next_logits(tokens if on_host else tokens.to(self.device)))
-            summed, doubtful = summed.cpu().numpy(), None if doubtful is None else doubtful.tolist()
-            fresh = []
-            for row, name in enumerate(names):
-                if name is None:
-                    continue
-                own = drawn[row]
-                token = self._token(summed[row], doubtful is not None and doubtful[row], name, own)
+            summed = self._summed(stream.next_logits(tokens if on_host else tokens.to(self.device)))
+            first = summed[0] if first is None else first  # of any name's first character
+            fresh = set()
+            for row in range(rows):
+                here, token = summed[row], 0
+                while names[row] is not None:
+                    own = drawn[row]
+                    token = self._token(here, names[row], own)
+                    if token:
+                        own.append(token)
+                        if len(own) < self.max_length:
+                            break
+                    finished[names[row]], drawn[row], names[row] = own, [], next(upcoming, None)
+                    fresh.add(row)
+                    here, token = first, 0
                 read[row] = token
-                if token:
-                    own.append(token)
-                if not token or len(own) == self.max_length:
-                    finished[name], drawn[row], names[row] = own, [], next(upcoming, None)
-                    fresh.append(row)
             if fresh:
-                stream.reset(fresh)
-                read[fresh] = 0
+                stream.restart(list(fresh))
             while following in finished:
-                yield "".join(self.alphabet[token] for token in finished.pop(following))
+                yield "".join([self.alphabet[token] for token in finished.pop(following)])
                 following += 1
 
-    def _token(self, summed: np.ndarray, doubtful: bool, name: int, before: list[int]) -> int:
+    def _summed(self, logits: Tensor) -> np.ndarray:
+        """The summed distributions, NaN where which characters are kept is in doubt."""
+        summed, doubtful = self.draw.cumulative(logits)
+        if doubtful is not None:
+            summed[doubtful] = torch.nan
+        return summed.cpu().numpy()
+
+    def _token(self, summed: np.ndarray, name: int, before: list[int]) -> int:
         """The token of a name after those before it."""
         position = len(before)
         if position < len(self.start):
             return self.start[position]
         low, high = summed.searchsorted(self._bounds_of(name // 64, position // 16)[name % 64, position % 16], "right")
-        if low == high and not doubtful and summed[-1] > 0.5:  # and no NaN
+        if low == high and summed[-1] > 0.5:  # and not NaN
             return min(int(low), len(summed) - 1)
         context = self.model.context
         window = torch.tensor([([0] * context + before)[-context:]], device=self.device)

@@ -117,8 +117,11 @@ class Stream:
 
     def next_logits(self, tokens: Array) -> Tensor:
         """`step` without its checks, for tokens as `array` has made them; the next step overwrites the logits."""
-        with self._exact():
+        if self._few:
             self._advance(tokens)
+        else:
+            with self._exact():
+                self._advance(tokens)
         return self._logits
 
     def push(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -157,14 +160,19 @@ class Stream:
         for row in rows:
             if not 0 <= row < self.batch:
                 raise ShapeError(f"row {row} is not among the {self.batch} rows, 0 to {self.batch - 1}")
-        if not rows:
-            return
-        oldest = self._clock - int(self._starts[rows].min())  # what stands before a row's start is `.` already
+        if rows:
+            self.restart(sorted(set(rows)))
+
+    def restart(self, rows: list[int]) -> None:
+        """`reset` without its checks, for one or more rows that are there, each of them once."""
+        own = slice(None) if len(rows) == self.batch else rows
+        oldest = self._clock - int(self._starts[own].min())  # what stands before a row's start is `.` already
         for level in self._levels:
-            for age in range(1, min(oldest, level.size) + 1):
-                level.slots[(self._clock - age) % level.size][rows] = level.pad
-        self._keys[rows] = 0
-        self._starts[rows] = self._clock
+            newest = self._clock % level.size - 1
+            for age in range(min(oldest, level.size)):
+                level.slots[newest - age][own] = level.pad
+        self._keys[own] = 0
+        self._starts[own] = self._clock
 
     def state(self) -> dict[str, Tensor]:
         """A copy of all that the rows have read, as plain tensors: what `load_state` takes."""
@@ -206,14 +214,15 @@ class Stream:
         if self._values is not None:
             value = ops.take(self._values, keys, out=self._value)
         for level in self._levels:
-            slot = level.slots[self._clock % level.size]
+            now = self._clock % level.size
+            slot = level.slots[now]
             if child is None:
                 ops.take(self._table, keys, out=slot)
             else:
                 ops.product(child, level.matrix, out=slot)
             if start:
                 level.children[...], level.pad = slot, slot[0] + 0
-            child = level.node(ops, self._clock)
+            child = level.node(ops, now)
             if level.gate is not None:
                 child, value = level.gate.node(ops, value)
         if self._hidden is not None:
@@ -238,18 +247,18 @@ class _Level:
         self.pad = self.children[0, 0]
         self.slots = list(self.children)
         columns = [slice(tap * channels, (tap + 1) * channels) for tap in range(fan_in)]
-        *self.older, self.newest = [[slot[:, own] for slot in self.slots] for own in columns]
-        self.back = [(fan_in - 1 - tap) * dilation for tap in range(fan_in - 1)]  # steps since the older were children
+        *older, self.newest = [[slot[:, own] for slot in self.slots] for own in columns]
+        self.older = [(entries, (fan_in - 1 - tap) * dilation) for tap, entries in enumerate(older)]  # and how far back
         self.out = array(_with_ones(taps.new_empty(batch, channels)))
         self.sum = self.out[:, :channels]
 
-    def node(self, ops: type[_NumPy] | type[_PyTorch], clock: int) -> Array:
-        """The newest node with a one behind it, `(batch, channels + 1)`."""
-        total = self.newest[clock % self.size]
+    def node(self, ops: type[_NumPy] | type[_PyTorch], now: int) -> Array:
+        """The newest node with a one behind it, `(batch, channels + 1)`. now: the entry of its newest child."""
+        total = self.newest[now]
         if not self.older:
             ops.add(total, 0, out=self.sum)
-        for older, back in zip(self.older, self.back):
-            total = ops.add(total, older[(clock - back) % self.size], out=self.sum)
+        for older, back in self.older:
+            total = ops.add(total, older[now - back], out=self.sum)  # what is before the first entry is the last one
         ops.tanh(self.sum)
         return self.out
 
