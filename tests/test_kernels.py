@@ -39,6 +39,16 @@ def device(request):
     return request.param
 
 
+def numpy_rounds_rows_alike():
+    """Whether equal rows of a matrix product, which the interpreter leaves to NumPy, have equal bits here."""
+    row, matrix = torch.randn(1, 32), torch.randn(32, 32)
+    product = torch.from_numpy(row.expand(64, -1).contiguous().numpy() @ matrix.numpy())
+    return torch.equal(product, product[:1].expand(64, -1))
+
+
+NOT_ALIKE = "needs a NumPy that rounds equal rows alike, as OpenBLAS does on some machines only"
+
+
 def problem(n, fan_in=2, channels=128, vocab=27, kinds=50, scale=1.0, seed=0, device="cpu"):
     """Arguments of `last_level`: preactivations of size `scale`, logits of size about 2."""
     generator = torch.Generator().manual_seed(seed)
@@ -131,6 +141,8 @@ def test_large_logits(device):
 
 
 def test_a_row_has_the_same_bits_wherever_it_stands(device):
+    if INTERPRETED and not numpy_rounds_rows_alike():
+        pytest.skip(NOT_ALIKE)
     contributions, children, targets, head, head_bias = problem(300, fan_in=3, kinds=40, device=device)
     whole = last_level(contributions, children, targets, head, head_bias)
     generator = torch.Generator().manual_seed(1)
@@ -205,10 +217,11 @@ def test_under_the_interpreter():
     """Every test above that takes a device, on the CPU. One thread: NumPy then has one order of sums for every row."""
     pytest.importorskip("numpy", reason="needs NumPy for Triton's interpreter: run `pip install numpy`")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-k", "cpu", __file__]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     summary = done.stdout.strip().splitlines()[-1]
-    assert done.returncode == 0 and "passed" in summary and "skipped" not in summary, done.stdout + done.stderr
+    assert done.returncode == 0 and "passed" in summary, done.stdout + done.stderr
+    assert ("1 skipped" if NOT_ALIKE in done.stdout else "passed in") in summary, done.stdout
 
 
 COMPILE = """

@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from benchmarks import ladder, score, slide, train
+from benchmarks import ladder, sample, score, slide, train
 from wavenet_conv.checkpoint import load_checkpoint
 
 README = (ROOT / "README.md").read_text()
@@ -33,8 +33,8 @@ RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.name)
 def test_the_tables_are_those_of_the_committed_runs(file, capsys):
-    benchmark = {"slide": slide, "score": score, "train": train, "ladder": ladder}[file.name.partition("-")[0]]
-    benchmark.print_tables(json.loads(file.read_text()))
+    benchmarks = {"slide": slide, "score": score, "train": train, "ladder": ladder, "sample": sample}
+    benchmarks[file.name.partition("-")[0]].print_tables(json.loads(file.read_text()))
     printed = capsys.readouterr().out
     assert printed.count("\n|") > 10
     for line in printed.splitlines():

@@ -20,11 +20,11 @@ WIDE = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=64)
 GATED = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=24, gated=True)
 
 
-def short_tree(dtype=torch.float64, **sizes):
-    """A random tree that ends a name after some five characters."""
+def short_tree(dtype=torch.float64, end=1.0, **sizes):
+    """A random tree that ends a name after some five characters, or sooner where `end` is larger."""
     tree = random_tree(**sizes, dtype=dtype)
     tree.layers[-1].bias = tree.layers[-1].bias.clone()
-    tree.layers[-1].bias[0] += 1
+    tree.layers[-1].bias[0] += end
     return tree
 
 
@@ -43,10 +43,10 @@ def lecture_names(tree, vocab, count, seed=42, **options):
 
 @pytest.mark.parametrize("sizes", [WIDE, GATED], ids=["wide", "gated"])
 def test_10_000_names_of_the_lectures_loop(sizes):
-    tree = short_tree(**sizes)
+    tree = short_tree(**sizes, end=1.5)
     conv = from_tree(tree)
     expected = lecture_names(tree, ABC, 10_000)
-    assert len(set(expected)) > 5000 and max(map(len, expected)) > 8
+    assert len(set(expected)) > 3000 and max(map(len, expected)) > 8
     assert sample(conv, ABC, 10_000) == expected  # prefix by prefix
     assert sample(conv, ABC, 10_000, batch=64) == expected  # from a stream
     assert sample(conv, ABC, 10_000, dtype=torch.float32) == expected
