@@ -232,6 +232,43 @@ def test_logits_that_are_no_numbers(batch, value):
         sample(conv, ABC, MANY, batch=batch)
 
 
+@pytest.mark.parametrize("options", [{"max_length": 1}, {"prefix": "a", "max_length": 1}, {"end": 1e4}], ids=str)
+@pytest.mark.parametrize("batch", [2, 9, BATCH])
+def test_names_that_end_at_once_without_end(options, batch):
+    """Each is given as it is drawn: no row goes on to the next for ever."""
+    options = dict(options)
+    conv = from_tree(short_tree(n_embd=6, n_hidden=16, end=options.pop("end", 0)))
+    first = list(islice(sample_stream(conv, ABC, batch=batch, **options), 1000))
+    assert first == sample(conv, ABC, 1000, **options) and {len(name) for name in first} <= {0, 1}
+
+
+@pytest.mark.parametrize("tied", [range(27), (3, 7, 20)], ids=["all", "three"])
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"top_k": 1}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_equally_likely_characters_stay_together(tied, options, dtype):
+    """Their logits differ in the last bits, by the shape of the product in which they were computed."""
+    conv = from_tree(random_tree(n_embd=6, n_hidden=16))
+    for part in (conv.head.weight.data, conv.head.bias.data):
+        part[list(tied)] = part[tied[0]].clone()
+    conv.head.bias.data[list(tied)] += 4
+    options = options | {"max_length": 12, "dtype": dtype}
+    names = sample(conv, ABC, MANY, **options)
+    assert sample(conv, ABC, 100, batch=9, **options) == names[:100]
+    assert sample(conv, ABC, 30, batch=1, **options) == names[:30]
+    alike = {("." + ABC.characters)[token] for token in tied} - {"."}
+    assert len(alike & set("".join(names))) == len(alike) or "top_p" in options
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_is_drawn_from_in_float32(dtype):
+    conv = from_tree(short_tree(torch.float32, n_embd=6, n_hidden=16))
+    conv.head.bias.data[26] = -1e4
+    conv = conv.to(dtype)
+    names = sample(conv, ABC, MANY)
+    assert names == sample(conv, ABC, MANY, dtype=torch.float64) and "z" not in "".join(names)
+    assert sample(conv, ABC, 50, batch=1) == sample(conv, ABC, 50, batch=9) == names[:50]
+
+
 def test_logits_that_only_float32_cannot_hold():
     likeliest = sample(CONVS[False], ABC, MANY, temperature=0)
     assert sample(CONVS[False], ABC, MANY, temperature=1e-42) == likeliest
@@ -241,7 +278,9 @@ def test_logits_that_only_float32_cannot_hold():
 def test_options_that_are_wrong():
     conv = CONVS[False]
     for options, message in (
-        ({"temperature": -1}, "temperature is -1; it must be a number of at least 0"),
+        ({"temperature": -1}, "temperature is -1; it must be 0, or a number from 1e-100"),
+        ({"temperature": 1e-320}, "temperature is 1e-320"),
+        ({"temperature": 10**400}, "temperature is 1000"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
@@ -258,9 +297,11 @@ def test_options_that_are_wrong():
     ):
         with pytest.raises(WaveNetConvError, match=message):
             sample_stream(conv, ABC, 3, **options)  # at the call, before any name is drawn
-    for n in (-1, 1.5, None):
+    for n in (-1, 1.5, "x"):
         with pytest.raises(WaveNetConvError, match="n is"):
-            sample(conv, ABC, n)
+            sample_stream(conv, ABC, n)
+    with pytest.raises(WaveNetConvError, match="n is None; give the number of names"):
+        sample(conv, ABC, None)
     with pytest.raises(WaveNetConvError, match="the vocabulary has 3 tokens and the model 27"):
         sample(conv, AB, 3)
 

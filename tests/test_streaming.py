@@ -1,6 +1,8 @@
 """A stream that is fed a name gives the tree's logits at every position of it."""
 
+import copy
 import io
+import pickle
 import random
 
 import hypothesis.strategies as st
@@ -95,7 +97,8 @@ def test_rows_that_are_started_anew(data):
             expected = tree(torch.tensor([row[-stream.context :] for row in read]))
         assert (logits - expected).abs().max() < 1e-12
         rows = data.draw(st.lists(st.integers(0, batch - 1), max_size=batch))
-        stream.reset(rows if data.draw(st.booleans()) else torch.tensor(rows, dtype=torch.int64))
+        mask = torch.tensor([row in rows for row in range(batch)])
+        stream.reset(data.draw(st.sampled_from([rows, torch.tensor(rows, dtype=torch.int64), mask])))
         for row in rows:
             read[row] = [0] * stream.context
 
@@ -157,6 +160,7 @@ def test_states_that_do_not_fit():
         (Stream(conv, 4).state(), "of 4 rows"),
         ({}, "of another model"),
         ({key: state[key] for key in state if key != "keys"}, "of another model"),
+        (state | {"keys": state["keys"] + 10**6}, "are out of range; the state is damaged"),
         (state | {"keys": state["keys"][:2]}, "'keys' of this state is .* the state is damaged"),
         (state | {"level 1": state["level 1"].double()}, "'level 1' of this state is torch.float64"),
         ([state], "a state is a dict of tensors"),
@@ -225,14 +229,29 @@ def test_what_cannot_be_read():
         tokens, lengths = ABC.encode(["emma"] * batch, context=8)
         with pytest.raises(WaveNetConvError, match="are not those of"):
             stream.push(tokens[1:], lengths)
-        with pytest.raises(WaveNetConvError, match="have no room"):
-            stream.push(tokens[:, 8:], lengths)
+        for wrong in (tokens[:, 8:], torch.cat([tokens, tokens.clamp(max=0)], 1)):
+            with pytest.raises(WaveNetConvError, match="do not hold"):
+                stream.push(wrong, lengths)
+        with pytest.raises(WaveNetConvError, match="are not those of"):
+            stream.push(["emma"], lengths)
+        for rows in (torch.zeros(batch), 0, torch.zeros(batch + 1, dtype=torch.bool), [[0]]):
+            with pytest.raises(WaveNetConvError, match="rows is .* give a list of rows"):
+                stream.reset(rows)
+        for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(WaveNetConvError, match="not copied or pickled; make another"):
+                copied(stream)
         with pytest.raises(IndexError, match="token 30"):
-            stream.push(tokens.clamp(max=0) + 30, lengths)
+            stream.push(torch.where(tokens > 0, 30, 0), lengths)
         assert all(torch.equal(part, before[key]) for key, part in stream.state().items())
     for batch in (0, -1, 1.5, None):
         with pytest.raises(WaveNetConvError, match="batch is"):
             Stream(conv, batch)
+
+
+def test_other_precisions(names, vocab):
+    """Half precision runs too, as exact as it is."""
+    for dtype, tolerance in ((torch.bfloat16, 0.5), (torch.float16, 0.05)):
+        check(random_tree(n_embd=6, n_hidden=16, dtype=dtype), names[:2], vocab, tolerance, 1)
 
 
 def test_a_model_without_any_bias_and_a_large_vocabulary():

@@ -26,8 +26,6 @@ from .scoring import Scorer
 CHUNK_SECONDS = 0.1  # names drawn for this long are scored and written together; what is written does not depend on it
 CHUNK_CHARACTERS = 2**20  # a chunk of longer names ends here, so that memory stays bounded
 FIRST = 1024  # names that do not wait for a whole batch
-BATCH = 2**17  # names that are drawn together
-BATCH_TOKENS = 2**24  # what they may come to, so that memory stays bounded where --max-length is large
 GIVE_UP = 100_000  # draws one after another without a name to write
 
 DESCRIPTION = f"""\
@@ -117,9 +115,8 @@ def _drawn(checkpoint: Checkpoint, options: Namespace, device: torch.device) -> 
     The first ones are drawn apart, so that they need not wait for a large batch, in which they are drawn again.
     """
     few = min(options.count, FIRST)
-    fitting = max(1, BATCH_TOKENS // max(options.max_length + 1, len(checkpoint.vocab)))
 
-    def stream(n: int | None, batch: int) -> Iterator[str]:
+    def stream(n: int | None) -> Iterator[str]:
         return sample_stream(
             checkpoint.model,
             checkpoint.vocab,
@@ -130,13 +127,13 @@ def _drawn(checkpoint: Checkpoint, options: Namespace, device: torch.device) -> 
             prefix=options.prefix,
             max_length=options.max_length,
             seed=options.seed,
-            batch=min(batch if options.batch is None else options.batch, fitting),
+            batch=options.batch,
             device=device,
         )
 
     try:
-        yield from stream(few, few)
-        yield from islice(stream(None if options.novel or options.unique else options.count, BATCH), few, None)
+        yield from stream(few)
+        yield from islice(stream(None if options.novel or options.unique else options.count), few, None)
     except ConfigError as error:
         raise UsageError(str(error)) from error
     except NamesError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -28,13 +29,16 @@ MANY = 512  # names side by side from which on prefixes are worth sharing
 SHORT = 128  # a window of more tokens is not worth keeping for each prefix
 STREAMED = 1024  # rows of a stream
 MAX_LENGTH = 100  # characters
+ROWS_TOKENS = 2**17  # tokens of context in all rows of a stream: some hundred MiB
+WINDOWS = 4096  # that are repeated in float64 together
+TIED = 1e-9  # logits no further apart are equal: far more than float64's rounding moves them
 DOUBT = 2e-5  # of a probability or a logit: far more than float32's rounding moves it
 
 
 def sample(model: ConvWaveNet, vocab: Vocabulary, n: int, **options) -> list[str]:
     """`n` names drawn from the model, as `sample_stream` draws them; takes its options."""
-    if not isinstance(n, int) or n < 0:
-        raise ConfigError(f"n is {n!r}; it must be an integer of at least 0")
+    if n is None:
+        raise ConfigError("n is None; give the number of names, or take sample_stream, which goes on without end")
     return list(sample_stream(model, vocab, n, **options))
 
 
@@ -63,9 +67,10 @@ def sample_stream(
 
     temperature: divides the logits; at 0 the likeliest character is taken. top_k: only the k likeliest characters are
     drawn. top_p: only the likeliest ones that together reach a probability of p, at this temperature; with top_k those
-    that both keep. Equally likely ones stay together. prefix: how every name begins, of any length. max_length: most
-    characters in a name, the prefix included; a name is cut there. batch: names that are drawn side by side, which
-    decides about speed and memory only. device and dtype: where and in what to compute (as the model is).
+    that both keep. Equally likely ones (logits 1e-9 apart) stay together. prefix: how every name begins, of any length.
+    max_length: most characters in a name, the prefix included; a name is cut there. batch: names that are drawn side by
+    side, which decides about speed and memory only. device and dtype: where and in what to compute (as the model is,
+    but at least in float32). Rounding is taken to be that of logits up to a thousand.
     Raises `ConfigError` naming an option that is wrong, `NamesError` for a prefix with a character that is not in the
     vocabulary; the iterator raises `SamplingError` where logits are NaN, saying after what.
     """
@@ -77,17 +82,25 @@ def sample_stream(
         )
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ConfigError(f"seed is {seed!r}; it must be an integer from 0 to 2**63 - 1")
+    if n is not None and (not isinstance(n, int) or n < 0):
+        raise ConfigError(f"n is {n!r}; it must be an integer of at least 0, or None for names without end")
     for what, value in (("max_length", max_length), ("batch", BATCH if batch is None else batch)):
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"{what} is {value!r}; it must be an integer of at least 1")
     start = vocab.encode([prefix], context=1)[0][0, 1:].tolist()
     if len(start) > max_length:
-        raise ConfigError(f"the prefix {prefix[:40]!r} has {len(start)} characters and max_length is {max_length}")
+        raise ConfigError(
+            f"the prefix {prefix[:40]!r} has {len(start)} characters and max_length is {max_length}; "
+            f"give a max_length of at least {len(start)}"
+        )
     model = copy.deepcopy(model).to(device=device, dtype=dtype).eval()
+    if model.embedding.weight.dtype.itemsize < 4:
+        model = model.float()  # half precision rounds by far more than DOUBT
     sampler = _Sampler(model, vocab, draw, start, max_length, seed)
-    side_by_side = min(BATCH if batch is None else batch, max(1, CHARACTERS // max_length), n or BATCH)
+    fitting = max(1, CHARACTERS // max(max_length + 1, len(vocab)))
+    side_by_side = min(BATCH if batch is None else batch, fitting, n or BATCH)
     if side_by_side < MANY or model.context > SHORT:
-        return sampler.by_stream(n, min(side_by_side, STREAMED))
+        return sampler.by_stream(n, min(side_by_side, STREAMED, max(1, ROWS_TOKENS // model.context)))
     return sampler.by_prefix(n, side_by_side)
 
 
@@ -129,10 +142,9 @@ class _Draw:
     top_p: float | None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < float("inf"):
-            raise ConfigError(
-                f"temperature is {self.temperature!r}; it must be a number of at least 0 (0: the likeliest)"
-            )
+        given = self.temperature
+        if not isinstance(given, (int, float)) or not (given == 0 or 1e-100 <= given <= 1e100):
+            raise ConfigError(f"temperature is {given!r}; it must be 0, or a number from 1e-100 to 1e100")
         if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
             raise ConfigError(f"top_k is {self.top_k!r}; it must be an integer of at least 1, or left out")
         if self.top_p is not None and not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
@@ -159,11 +171,11 @@ class _Draw:
         doubt, falling = self.doubt(x.dtype), x.sort(1, descending=True).values
         before = torch.softmax(falling, 1).cumsum(1)[:, :-1]  # what the likelier ones reach, of all but the likeliest
         doubtful = ((before - top_p).abs() < doubt).any(1)
-        kept = (1 + (before < top_p).sum(1, keepdim=True)).clamp_(max=top_k)
+        kept = (1 + (before < top_p - TIED).sum(1, keepdim=True)).clamp_(max=top_k)
         least = falling.gather(1, kept - 1)
         behind = falling.gather(1, kept.clamp(max=x.shape[1] - 1))
         doubtful |= ((least - behind < doubt) & (kept < x.shape[1]))[:, 0]
-        return x.masked_fill(x < least, -torch.inf), doubtful
+        return x.masked_fill(x < least - TIED * max(1.0, 1 / (self.temperature or 1.0)), -torch.inf), doubtful
 
 
 class _Sampler:
@@ -187,7 +199,7 @@ class _Sampler:
         nodes, carried = SharedNodes(self.model), Carried()
         for first in count(step=batch) if n is None else range(0, n, batch):
             last = first + batch if n is None else min(first + batch, n)
-            with torch.no_grad(), exact_float32():
+            with torch.no_grad(), exact_float32() if self.device.type == "cuda" else nullcontext():
                 text = self._text(torch.arange(first, last, device=self.device), nodes, carried)
             yield from text.split(END)[:-1]
 
@@ -234,22 +246,23 @@ class _Sampler:
         while n is None or following < n:
             summed = self._summed(stream.next_logits(tokens if on_host else tokens.to(self.device)))
             first = summed[0] if first is None else first  # of any name's first character
-            fresh = set()
-            for row in range(rows):
-                here, token = summed[row], 0
-                while names[row] is not None:
-                    own = drawn[row]
-                    token = self._token(here, names[row], own)
-                    if token:
-                        own.append(token)
-                        if len(own) < self.max_length:
-                            break
-                    finished[names[row]], drawn[row], names[row] = own, [], next(upcoming, None)
-                    fresh.add(row)
-                    here, token = first, 0
+            fresh = []
+            for row, name in enumerate(names):
+                if name is None:
+                    continue
+                token = self._token(summed[row], name, drawn[row])
+                drawn[row] += [token] if token else []
+                if not token or len(drawn[row]) == self.max_length:
+                    finished[name], drawn[row] = drawn[row], []
+                    names[row] = name = next(upcoming, None)
+                    fresh.append(row)
+                    # What any name begins with is known; one that ends with it is left to the next step, so that no
+                    # row ever draws names without end.
+                    token = 0 if name is None or self.max_length == 1 else self._token(first, name, [])
+                    drawn[row] += [token] if token else []
                 read[row] = token
             if fresh:
-                stream.restart(list(fresh))
+                stream.restart(fresh)
             while following in finished:
                 yield "".join([self.alphabet[token] for token in finished.pop(following)])
                 following += 1
@@ -281,11 +294,12 @@ class _Sampler:
 
     @torch.no_grad()
     def _exact_cumulative(self, windows: Tensor) -> Tensor:
-        summed, _ = self.draw.cumulative(self._exact(windows)[:, 0])
+        logits = torch.cat([self._exact(part)[:, 0] for part in windows.split(WINDOWS)])
+        summed, _ = self.draw.cumulative(logits)
         wrong = summed[:, -1].isnan().nonzero()
         if len(wrong):
             window = "".join(self.alphabet[token] for token in windows[wrong[0, 0]].tolist())
-            raise SamplingError(f"the logits after {window!r} are NaN or infinite; the model's weights are damaged")
+            raise SamplingError(f"the logits after {window!r} are NaN or infinite; train the model again")
         return summed
 
     @cached_property

@@ -61,7 +61,7 @@ class Stream:
         self.batch, self.context, self.vocab_size = batch, model.context, model.config.vocab_size
         self.device, self.dtype = like.device, like.dtype
         self._exact = exact_float32 if like.is_cuda else nullcontext
-        self._few = not like.is_cuda and batch <= FEW_ROWS
+        self._few = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64) and batch <= FEW_ROWS
         self._ops = _NumPy if self._few else _PyTorch
         self.array = self._ops.array
         self._digest = torch.frombuffer(bytearray(_digest(weights)), dtype=torch.uint8)
@@ -130,18 +130,19 @@ class Stream:
         tokens and lengths: as `vocab.encode(prefixes, context=stream.context)` makes them; one `.` before a prefix is
         enough. Raises `ShapeError` for other shapes, `TokenError` as `step` does; then no row has read anything.
         """
-        if tokens.ndim != 2 or len(tokens) != self.batch or lengths.shape != (self.batch,):
+        shapes = [tuple(part.shape) if isinstance(part, Tensor) else repr(part)[:40] for part in (tokens, lengths)]
+        if shapes[0][:1] != (self.batch,) or shapes[1] != (self.batch,) or len(shapes[0]) != 2:
             raise ShapeError(
-                f"tokens of shape {tuple(tokens.shape)} and lengths of shape {tuple(lengths.shape)} are not those of "
-                f"{self.batch} prefixes, one for each row"
+                f"tokens {shapes[0]} and lengths {shapes[1]} are not those of {self.batch} prefixes, one for each row; "
+                f"make them with vocab.encode(prefixes, context=stream.context)"
             )
         tokens, lengths = tokens.cpu(), lengths.cpu()
         longest = int(lengths.max())
         before = tokens.shape[1] - longest  # zeros before each prefix
-        if before < 1 or int(lengths.min()) < 0:
+        if before < 1 or int(lengths.min()) < 0 or tokens[:, :before].any():
             raise ShapeError(
-                f"tokens of shape {tuple(tokens.shape)} have no room for `.` and prefixes of up to {longest} "
-                f"characters; make them with vocab.encode(prefixes, context=stream.context)"
+                f"tokens {shapes[0]} do not hold `.` and then prefixes of up to {longest} characters; make them with "
+                f"vocab.encode(prefixes, context=stream.context)"
             )
         check_tokens(tokens, self.vocab_size)
         # All prefixes end at the same step: a row that has read nothing but `.` may read more of them.
@@ -154,9 +155,14 @@ class Stream:
     def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
         """Starts these rows anew, or all of them; the others go on as they were.
 
-        Raises `ShapeError` naming a row that is not there.
+        rows: numbers, or bool `(batch,)`. Raises `ShapeError` for anything else, naming a row that is not there.
         """
-        rows = list(range(self.batch)) if rows is None else torch.as_tensor(rows, dtype=torch.int64).tolist()
+        chosen = torch.arange(self.batch) if rows is None else torch.as_tensor(rows)
+        if chosen.dtype == torch.bool and chosen.shape == (self.batch,):
+            chosen = chosen.nonzero()[:, 0]
+        if chosen.ndim != 1 or (len(chosen) and (chosen.is_floating_point() or chosen.dtype == torch.bool)):
+            raise ShapeError(f"rows is {rows!r}; give a list of rows, or a bool for each of the {self.batch} rows")
+        rows = chosen.tolist()
         for row in rows:
             if not 0 <= row < self.batch:
                 raise ShapeError(f"row {row} is not among the {self.batch} rows, 0 to {self.batch - 1}")
@@ -173,6 +179,9 @@ class Stream:
                 level.slots[newest - age][own] = level.pad
         self._keys[own] = 0
         self._starts[own] = self._clock
+
+    def __reduce_ex__(self, protocol: int) -> None:
+        raise StateError("a Stream is not copied or pickled; make another of the same model and give it the state()")
 
     def state(self) -> dict[str, Tensor]:
         """A copy of all that the rows have read, as plain tensors: what `load_state` takes."""
@@ -197,8 +206,11 @@ class Stream:
             if found.shape != tensor.shape or found.dtype != tensor.dtype:
                 raise StateError(
                     f"{part!r} of this state is {found.dtype} of shape {tuple(found.shape)}, here it is "
-                    f"{tensor.dtype} of shape {tuple(tensor.shape)}; the state is damaged"
+                    f"{tensor.dtype} of shape {tuple(tensor.shape)}; the state is damaged, make another"
                 )
+        keys, starts = state["keys"], state["starts"]
+        if keys.min() < 0 or keys.max() >= self._kinds or starts.max() > state["clock"]:
+            raise StateError("'keys' or 'starts' of this state are out of range; the state is damaged, make another")
         self._clock, self._starts = int(state["clock"]), state["starts"].cpu().numpy().copy()
         torch.as_tensor(self._keys).copy_(state["keys"])
         for index, level in enumerate(self._levels):
@@ -244,7 +256,7 @@ class _Level:
         channels, self.size, self.gate = taps.shape[2], (fan_in - 1) * dilation + 1, None
         self.matrix = array(_with_bias(_side_by_side(taps), F.pad(bias, (0, (fan_in - 1) * channels))))
         self.children = array(taps.new_empty(self.size, batch, fan_in * channels))
-        self.pad = self.children[0, 0]
+        self.pad: Array | None = None
         self.slots = list(self.children)
         columns = [slice(tap * channels, (tap + 1) * channels) for tap in range(fan_in)]
         *older, self.newest = [[slot[:, own] for slot in self.slots] for own in columns]
