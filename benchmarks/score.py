@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import reference
 from benchmarks import harness
 from benchmarks.counting import CountingNodes, distinct_nodes, multiply_adds
-from benchmarks.harness import UsageError, quartiles, time_calls
+from benchmarks.harness import quartiles, time_calls
 from benchmarks.slide import (
     NAME_BATCHES,
     WINDOW_BATCHES,
@@ -39,11 +39,11 @@ from benchmarks.slide import (
     sequences_by_length,
     table_of,
 )
-from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, WaveNetConvError, exact_float32, fold_batch_norm
+from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, WaveNetConvError, exact_float32
 from wavenet_conv.checkpoint import Checkpoint, load_checkpoint
 from wavenet_conv.lists import read_names
+from wavenet_conv.sampling import sample_stream
 from wavenet_conv.scoring import CHUNK_NAMES, Scorer
-from wavenet_conv.vocabulary import END
 
 try:
     from pytorch_tcn import TCN
@@ -55,7 +55,7 @@ TOLERANCE = 2e-5  # of a name's log-likelihood, in nats
 METHODS = ("loop", "windows", "windows_folded", "slid", "shared")
 PEER = "pytorch-tcn"
 NOT_INSTALLED = f"not installed: pip install {PEER}"
-SAMPLED_ROWS = 65_536  # names that are drawn together
+SAMPLED = 2**17  # names that are drawn before repeats are taken out
 LONGEST = 20  # characters; a sampled name is cut there
 FEW = 1_000_000  # growth sizes up to here are timed several times, in turn; larger ones once
 
@@ -76,7 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         vocab = Vocabulary.from_names(names)
         harness.check_writable(args.json)
         trained = load_checkpoint("default")
-        check_sampling(trained)
     except WaveNetConvError as error:
         print(f"benchmarks.score: {error}", file=sys.stderr)
         return 2
@@ -116,12 +115,6 @@ def seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to 2**63 - 1")
     return int(text)
-
-
-def check_sampling(trained: Checkpoint) -> None:
-    """Refuses a default model whose windows do not fit one integer, which `sampled` needs; raises `UsageError`."""
-    if len(trained.vocab) ** trained.model.context >= 2**63:
-        raise UsageError("the default model's context is too long to sample names from; bring back the shipped one")
 
 
 def run(
@@ -349,7 +342,7 @@ def differences_of(
 
 def trained_difference(trained: Checkpoint, seed: int, device: torch.device) -> float:
     """The scorer's largest difference with the default model's trained weights, on names that are sampled from it."""
-    names = sample(trained, 2_000, seed, device)
+    names = distinct_names(trained, 2_000, seed, device)
     scores = Scorer(trained.model, trained.vocab, device=device, dtype=torch.float32).score(names)
     tree = reference.from_conv(trained.model).to(device=device)
     return worst(scores, exact_scores(tree, names, trained.vocab).tolist())
@@ -623,7 +616,7 @@ def growth_rows(
 ) -> list[dict[str, Any]]:
     """The time a name with the default model, for the first 1,000, 10,000, ... of `--count` distinct names from it."""
     task = progress.add_task("sampling", total=args.count)
-    names = sample(trained, args.count, args.seed, device, tick=lambda n: progress.update(task, completed=n))
+    names = distinct_names(trained, args.count, args.seed, device, tick=lambda n: progress.update(task, completed=n))
     scorer = Scorer(trained.model, trained.vocab, device=device, dtype=torch.float32)
     sizes = sorted({size for size in (10**power for power in range(3, 19)) if size < len(names)} | {len(names)})
     firsts = {size: names[:size] for size in sizes}
@@ -666,7 +659,7 @@ def growth_rows(
     return rows
 
 
-def sample(
+def distinct_names(
     trained: Checkpoint,
     count: int,
     seed: int,
@@ -677,55 +670,14 @@ def sample(
 
     The first n of them do not depend on `count`. `tick` is called with how many there are.
     """
-    tree = reference.from_conv(fold_batch_norm(trained.model)).to(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
+    drawn = sample_stream(trained.model, trained.vocab, max_length=LONGEST, seed=seed, device=device)
     names: dict[str, None] = {}
     while len(names) < count:
-        names.update(dict.fromkeys(sampled(tree, trained.vocab, generator, device)))
+        names.update(dict.fromkeys(islice(drawn, SAMPLED)))
         names.pop("", None)
         if tick is not None:
             tick(min(count, len(names)))
     return list(islice(names, count))
-
-
-def sampled(
-    tree: reference.Sequential, vocab: Vocabulary, generator: torch.Generator, device: torch.device
-) -> list[str]:
-    """`SAMPLED_ROWS` names of at most `LONGEST` characters, repeats among them."""
-    kinds, context = len(vocab), reference.context_of(tree)
-    tokens = torch.zeros(SAMPLED_ROWS, LONGEST + 1, dtype=torch.int64, device=device)
-    rows = torch.arange(SAMPLED_ROWS, device=device)
-    keys = torch.zeros_like(rows)  # of each unfinished name, its window as one integer
-    for place in range(LONGEST):
-        distinct, which = keys.unique(return_inverse=True)
-        drawn = torch.multinomial(chances(tree, distinct, kinds)[which], 1, generator=generator)[:, 0]
-        unfinished = drawn > 0
-        rows, drawn = rows[unfinished], drawn[unfinished]
-        if not len(rows):
-            break
-        keys = keys[unfinished] % kinds ** (context - 1) * kinds + drawn
-        tokens[rows, place] = drawn
-    alphabet, tokens = END + vocab.characters, tokens.cpu()
-    own = torch.arange(LONGEST + 1) <= (tokens > 0).sum(1, keepdim=True)  # the name and one `.` behind it
-    return "".join([alphabet[token] for token in tokens[own].tolist()]).split(END)[:-1]
-
-
-def chances(tree: reference.Sequential, windows: Tensor, kinds: int) -> Tensor:
-    """Probabilities `(windows, vocab)` of what follows each window, given as an integer in base `kinds`.
-
-    The parts that the last level fuses are run once for each different one.
-    """
-    top = max(i for i, layer in enumerate(tree.layers) if isinstance(layer, reference.FlattenConsecutive))
-    below, above = reference.Sequential(tree.layers[:top]), reference.Sequential(tree.layers[top:])
-    span = reference.context_of(tree) // tree.layers[top].n
-    parts, which = digits(windows, kinds**span, tree.layers[top].n).unique(return_inverse=True)
-    nodes = torch.cat([below(batch).flatten(1) for batch in digits(parts, kinds, span).split(4096)])
-    return torch.cat([above(nodes[batch]).softmax(1) for batch in which.split(4096)])
-
-
-def digits(numbers: Tensor, base: int, count: int) -> Tensor:
-    """Numbers `(n,)` in another base, most significant digit first: `(n, count)`."""
-    return numbers[:, None] // base ** torch.arange(count - 1, -1, -1, device=numbers.device) % base
 
 
 # Tables
