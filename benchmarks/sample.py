@@ -254,8 +254,8 @@ def equality(args: argparse.Namespace, device: torch.device, trained: Checkpoint
 
 
 def batches_of(batches: dict[str, tuple[int, ...]], args: argparse.Namespace, device: torch.device) -> tuple[int, ...]:
-    """The batches of names that a method is tried at; with `--quick` without the two largest."""
-    return batches[device.type][: -2 if args.quick else None]
+    """The batches of names that a method is tried at; with `--quick` the first two."""
+    return batches[device.type][: 2 if args.quick else None]
 
 
 def tokens_of(name: str, trained: Checkpoint) -> list[int]:

@@ -21,7 +21,7 @@ def test_every_position_of_every_name(names, vocab, device, dtype, sizes, every)
     names = names[::every]
     tree = random_tree(**sizes, dtype=dtype, device=device)
     conv = from_tree(tree)
-    for slid, compared in ((conv, names), (fold_batch_norm(conv), names[::5])):
+    for slid, compared in ((conv, names), (fold_batch_norm(conv), names[::10])):
         report = verify(tree, slid, compared, vocab)
         # 1e-12 and 1e-5: a sum of 256 products rounds to about 1e-14 and 1e-6 of its size.
         assert report.equal, report
@@ -140,8 +140,8 @@ def test_any_tree_any_names(problem):
     sizes, names, vocab = problem
     tree = random_tree(**sizes)
     conv = from_tree(tree)
-    for slid, compared in ((conv, names), (fold_batch_norm(conv), names[::5])):
-        report = verify(tree, slid, compared, vocab)
+    for slid in (conv, fold_batch_norm(conv)):
+        report = verify(tree, slid, names, vocab)
         assert report.equal, report
         assert report.positions == sum(len(name) + 1 for name in names)
     tokens, lengths = vocab.encode(names, context=conv.context)

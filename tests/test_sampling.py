@@ -41,15 +41,15 @@ def lecture_names(tree, vocab, count, seed=42, **options):
     return ["".join(alphabet[token] for token in name) for name in names]
 
 
-@pytest.mark.parametrize("sizes", [WIDE, GATED], ids=["wide", "gated"])
-def test_10_000_names_of_the_lectures_loop(sizes):
+@pytest.mark.parametrize(("sizes", "count"), [(WIDE, 10_000), (GATED, 3000)], ids=["wide", "gated"])
+def test_10_000_names_of_the_lectures_loop(sizes, count):
     tree = short_tree(**sizes, end=1.5)
     conv = from_tree(tree)
-    expected = lecture_names(tree, ABC, 10_000)
-    assert len(set(expected)) > 3000 and max(map(len, expected)) > 8
-    assert sample(conv, ABC, 10_000) == expected  # prefix by prefix
-    assert sample(conv, ABC, 10_000, batch=64) == expected  # from a stream
-    assert sample(conv, ABC, 10_000, dtype=torch.float32) == expected
+    expected = lecture_names(tree, ABC, count)
+    assert len(set(expected)) > count // 4 and max(map(len, expected)) > 8
+    assert sample(conv, ABC, count) == expected  # prefix by prefix
+    assert sample(conv, ABC, count, batch=64) == expected  # from a stream
+    assert sample(conv, ABC, count, dtype=torch.float32) == expected
     assert sample(conv, ABC, 2000, batch=1, dtype=torch.float32) == expected[:2000]
 
 
