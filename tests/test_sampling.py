@@ -34,9 +34,11 @@ def lecture_names(tree, vocab, count, seed=42, **options):
     draw = reference.inverse_cdf(lambda name, position: rows[name][position])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a second one makes a loop of small operations three times as slow
-    with torch.no_grad():
-        names = reference.sample_loop(tree, count, draw, **options)
-    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            names = reference.sample_loop(tree, count, draw, **options)
+    finally:
+        torch.set_num_threads(threads)
     alphabet = "." + vocab.characters
     return ["".join(alphabet[token] for token in name) for name in names]
 
@@ -163,6 +165,19 @@ def test_a_float32_draw_that_is_in_doubt_is_decided_in_float64(monkeypatch):
             assert sample(conv, ABC, n, batch=batch) == expected[:n]
     monkeypatch.setattr(sampling._Sampler, "exactly", lambda self, windows, u: torch.ones(len(u), dtype=torch.int64))
     assert sample(conv, ABC, 2000) != expected
+
+
+@pytest.mark.parametrize("batch", [1, 9, BATCH])
+def test_the_number_of_threads_decides_nothing(batch):
+    conv, threads = load_checkpoint("default").model, torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(sample(conv, ABC, MANY, batch=batch))
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
 
 
 def test_rounding_is_far_smaller_than_the_doubt(names, vocab):

@@ -63,7 +63,7 @@ def sample_stream(
     are drawn by uniform numbers that depend on the seed, the name's number and the position alone (`uniform`), by
     inverse CDF, and float32 decides only where rounding cannot have changed the outcome. A draw within DOUBT of
     another outcome is repeated in float64. So these are the names that the explicit tree in float64, drawn from one
-    call a character, gives for these numbers.
+    call a character, gives for these numbers. (Of devices only the CPU has been run.)
 
     temperature: divides the logits; at 0 the likeliest character is taken. top_k: only the k likeliest characters are
     drawn. top_p: only the likeliest ones that together reach a probability of p, at this temperature; with top_k those
@@ -216,9 +216,8 @@ class _Sampler:
             if doubtful.any():
                 summed[doubtful] = self._exact_cumulative(windows[doubtful]).to(self.dtype)
             numbers = _number(mixed, torch.tensor(position, device=self.device))
-            low, high = torch.searchsorted(summed.index_select(0, prefixes), self._bounds(numbers), right=True).unbind(
-                1
-            )
+            of_names = summed.index_select(0, prefixes)
+            low, high = torch.searchsorted(of_names, self._bounds(numbers), right=True).unbind(1)
             unsure = (low != high).nonzero()[:, 0]
             low = low.index_copy(0, unsure, self.exactly(windows[prefixes[unsure]], numbers[unsure]))
             low.clamp_(max=nodes.vocab_size - 1)

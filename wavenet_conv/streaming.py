@@ -76,10 +76,7 @@ class Stream:
         first, like, array = nodes.tabulated, nodes._head, self.array
         self._kinds = self.vocab_size ** prod(nodes.fan_ins[:first])  # nodes in the table
         shifted = torch.arange(self._kinds, device=self.device) * self.vocab_size % self._kinds
-        self._shifted, self._shift = (
-            array(shifted),
-            array(torch.empty(self.batch, dtype=torch.int64, device=self.device)),
-        )
+        self._shifted, self._shift = array(shifted), array(shifted.new_empty(self.batch))
         contributions, values = nodes._table
         self._table = array(_side_by_side(contributions[:, : self._kinds]))
         shapes = list(zip(nodes._taps, nodes._bias, nodes.fan_ins, dilations))[first:]
