@@ -6,18 +6,21 @@ from itertools import islice
 import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import random_tree
+from conftest import needs_numba, random_tree
 from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from wavenet_conv import Scorer, Vocabulary, WaveNetConvError, from_tree, sample, sample_stream, sampling
 from wavenet_conv.checkpoint import load_checkpoint
-from wavenet_conv.sampling import BATCH, DOUBT, MANY, uniform
+from wavenet_conv.sampling import BATCH, DOUBT, MANY, loops, uniform
 
 ABC = Vocabulary("abcdefghijklmnopqrstuvwxyz")
 AB = Vocabulary("ab")
 WIDE = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=64)
 GATED = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=24, gated=True)
+COMPILED = pytest.param({"compiled": True}, marks=needs_numba)
+WAYS = [{"batch": 9}, {}, COMPILED]  # from a stream, prefix by prefix, and one by one in compiled loops
 
 
 def short_tree(dtype=torch.float64, end=1.0, **sizes):
@@ -52,7 +55,10 @@ def test_10_000_names_of_the_lectures_loop(sizes, count):
     assert sample(conv, ABC, count) == expected  # prefix by prefix
     assert sample(conv, ABC, count, batch=64) == expected  # from a stream
     assert sample(conv, ABC, count, dtype=torch.float32) == expected
-    assert sample(conv, ABC, 2000, batch=1, dtype=torch.float32) == expected[:2000]
+    assert sample(conv, ABC, 100, batch=1, dtype=torch.float32) == expected[:100]
+    if loops is not None:
+        assert sample(conv, ABC, count, compiled=True) == expected
+        assert sample(conv, ABC, count, compiled=True, dtype=torch.float32) == expected
 
 
 @pytest.mark.parametrize("fan_ins", [(3,), (8,), (3, 2), (1, 2, 1)], ids=str)
@@ -63,8 +69,9 @@ def test_other_shapes_and_prefixes(device, fan_ins, prefix):
     expected = lecture_names(tree, ABC, 200, seed=7, prefix=start, max_length=25)
     assert all(name.startswith(prefix) for name in expected)
     conv = from_tree(tree)
-    for options in ({"batch": 1}, {"batch": 9}, {"batch": MANY}, {"batch": 9, "dtype": torch.float32}):
-        options |= {"prefix": prefix, "seed": 7, "max_length": 25, "device": device}
+    ways = [{"batch": 1}, {"batch": 9}, {"batch": MANY}, {"batch": 9, "dtype": torch.float32}]
+    for options in ways + [{"compiled": True}] * (loops is not None and device.type == "cpu"):
+        options = options | {"prefix": prefix, "seed": 7, "max_length": 25, "device": device}
         assert sample(conv, ABC, 200, **options) == expected
         assert list(islice(sample_stream(conv, ABC, **options), 200)) == expected
 
@@ -98,19 +105,21 @@ def naive(temperature=1.0, top_k=3, top_p=1.0):
     return choose
 
 
-@pytest.mark.parametrize("batch", [48, None], ids=["stream", "prefixes"])
+@pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("gated", [False, True], ids=["tanh", "gated"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"temperature": 0.5}, {"temperature": 2.5}, {"top_k": 2}, {"top_p": 0.6}, {"top_k": 2, "top_p": 0.9}],
     ids=str,
 )
-def test_names_are_as_frequent_as_the_model_says(gated, options, batch):
+def test_names_are_as_frequent_as_the_model_says(gated, options, way):
     """Pearson's chi-square over whole names of up to four characters; rare ones are taken together."""
+    if "compiled" in way and set(options) & {"top_k", "top_p"}:
+        pytest.skip("compiled loops draw from all characters")
     tree = random_tree((2, 2), n_embd=4, n_hidden=8, vocab_size=3, gated=gated, seed=3)
-    chances, count = distribution(tree, naive(**options), 4), 6000 if batch else 40_000
+    chances, count = distribution(tree, naive(**options), 4), 6000 if "batch" in way else 40_000
     assert abs(sum(chances.values()) - 1) < 1e-9
-    found = Counter(sample(from_tree(tree), AB, count, max_length=4, batch=batch, dtype=torch.float32, **options))
+    found = Counter(sample(from_tree(tree), AB, count, max_length=4, dtype=torch.float32, **way, **options))
     assert not set(found) - set(chances)
     common = [name for name, chance in chances.items() if chance * count >= 10]
     assert len(common) > 3
@@ -145,6 +154,9 @@ def test_the_batch_decides_nothing(batch, seed, options, gated):
     expected = sample(conv, ABC, MANY + 50, seed=seed, dtype=torch.float64, **options)
     assert sample(conv, ABC, MANY + 50, seed=seed, batch=MANY, **options) == expected
     assert sample(conv, ABC, 60, seed=seed, batch=batch, **options) == expected[:60]
+    if loops is not None and not set(options) & {"top_k", "top_p"} and options.get("temperature", 1):
+        for dtype in (torch.float32, torch.float64):
+            assert sample(conv, ABC, MANY + 50, seed=seed, compiled=True, dtype=dtype, **options) == expected
 
 
 CONVS = {gated: from_tree(short_tree(torch.float32, n_embd=6, n_hidden=16, gated=gated)) for gated in (False, True)}
@@ -156,25 +168,28 @@ def test_a_float32_draw_that_is_in_doubt_is_decided_in_float64(monkeypatch):
     monkeypatch.setattr(
         sampling._Sampler, "exactly", lambda self, windows, u: [decided.append(len(u)), exactly(self, windows, u)][1]
     )
-    for batch, n in ((BATCH, 2000), (8, 600)):
+    for way, n in (({}, 2000), ({"batch": 8}, 600), ({"compiled": True}, 2000)):
+        if "compiled" in way and loops is None:
+            continue
         decided.clear()
-        assert sample(conv, ABC, n, batch=batch) == expected[:n]
+        assert sample(conv, ABC, n, **way) == expected[:n]
         assert 0 < sum(decided) < 0.01 * sum(len(name) + 1 for name in expected[:n])
         with monkeypatch.context() as patch:  # wherever the doubt begins
             patch.setattr(sampling, "DOUBT", 0.1)
-            assert sample(conv, ABC, n, batch=batch) == expected[:n]
+            assert sample(conv, ABC, n, **way) == expected[:n]
     monkeypatch.setattr(sampling._Sampler, "exactly", lambda self, windows, u: torch.ones(len(u), dtype=torch.int64))
     assert sample(conv, ABC, 2000) != expected
+    assert sample(conv, ABC, 600, batch=8) != expected[:600]
 
 
-@pytest.mark.parametrize("batch", [1, 9, BATCH])
-def test_the_number_of_threads_decides_nothing(batch):
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_the_number_of_threads_decides_nothing(way):
     conv, threads = load_checkpoint("default").model, torch.get_num_threads()
     found = []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            found.append(sample(conv, ABC, MANY, batch=batch))
+            found.append(sample(conv, ABC, MANY, **way))
     finally:
         torch.set_num_threads(threads)
     assert found[0] == found[1]
@@ -187,6 +202,27 @@ def test_rounding_is_far_smaller_than_the_doubt(names, vocab):
         sums = [sampling._Draw(1.0, None, None).cumulative(logits)[0] for logits in scores]
         assert (scores[0] - scores[1]).abs().max() < DOUBT / 4  # of logits up to 20
         assert (sums[0] - sums[1]).abs().max() < DOUBT / 8
+
+
+class Unasked(TorchDispatchMode):
+    """Refuses what would make the host wait for its device, or hand it a tensor, which a CUDA graph cannot hold."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh"), name
+        assert name not in ("index", "index_put_") or all(i is None or i.dtype == torch.int64 for i in args[1]), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [(1.0, None, None), (0.5, 3, 0.9), (0, None, None)], ids=str)
+@pytest.mark.parametrize("gated", [False, True], ids=["tanh", "gated"])
+def test_the_device_is_not_asked_once_a_character(options, gated):
+    sampler = sampling._Sampler(CONVS[gated], ABC, sampling._Draw(*options), [1, 14], 20, seed=42)
+    rows = sampling._Rows(sampler, 5)
+    with torch.no_grad(), Unasked():
+        rows._steps()
+    with pytest.raises(AssertionError, match="nonzero"), Unasked():
+        rows.undecided()
 
 
 def test_uniform_numbers():
@@ -202,6 +238,7 @@ def test_uniform_numbers():
     for seed, name, position in ((0, 0, 0), (42, 1, 2), (2**63 - 1, 2**40, 99)):
         expected = (mixed((mixed((mixed(seed) + name) % 2**64) + position) % 2**64) >> 11) / 2**53
         assert uniform(seed, torch.tensor(name), torch.tensor(position)).item() == expected
+        assert loops is None or loops.uniform(seed, name, position) == expected
     numbers = uniform(42, torch.arange(2000)[:, None], torch.arange(50))
     assert numbers.dtype == torch.float64 and numbers.unique().numel() == 100_000
     assert 0 <= numbers.min() and numbers.max() < 1
@@ -227,33 +264,33 @@ def test_the_likeliest_at_temperature_0(batch):
     assert sample(conv, ABC, 20, top_k=100, top_p=1.0, batch=batch) == sample(conv, ABC, 20, batch=batch)
 
 
-@pytest.mark.parametrize("batch", [1, 9, BATCH])
-def test_a_model_that_never_ends_a_name(batch):
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_model_that_never_ends_a_name(way):
     tree = random_tree(n_embd=6, n_hidden=16)
     with torch.no_grad():
         tree.layers[-1].bias[0] = -torch.inf
-    names = sample(from_tree(tree), ABC, MANY, max_length=11, batch=batch)
+    names = sample(from_tree(tree), ABC, MANY, max_length=11, **way)
     assert {len(name) for name in names} == {11} and len(set(names)) > 100
-    assert set(sample(from_tree(tree), ABC, MANY, prefix="abcdefghijk", max_length=11, batch=batch)) == {"abcdefghijk"}
+    assert set(sample(from_tree(tree), ABC, MANY, prefix="abcdefghijk", max_length=11, **way)) == {"abcdefghijk"}
 
 
-@pytest.mark.parametrize("batch", [1, 9, BATCH])
+@pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_logits_that_are_no_numbers(batch, value):
+def test_logits_that_are_no_numbers(way, value):
     conv = from_tree(random_tree(n_embd=6, n_hidden=16, dtype=torch.float32))
     conv.embedding.weight.data[5] = value  # an e, which comes soon
     conv.head.bias.data[5] += 3
     with pytest.raises(WaveNetConvError, match=r"the logits after '[.a-z]{7}e' are NaN or infinite"):
-        sample(conv, ABC, MANY, batch=batch)
+        sample(conv, ABC, MANY, **way)
 
 
 @pytest.mark.parametrize("options", [{"max_length": 1}, {"prefix": "a", "max_length": 1}, {"end": 1e4}], ids=str)
-@pytest.mark.parametrize("batch", [2, 9, BATCH])
-def test_names_that_end_at_once_without_end(options, batch):
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_names_that_end_at_once_without_end(options, way):
     """Each is given as it is drawn: no row goes on to the next for ever."""
     options = dict(options)
     conv = from_tree(short_tree(n_embd=6, n_hidden=16, end=options.pop("end", 0)))
-    first = list(islice(sample_stream(conv, ABC, batch=batch, **options), 1000))
+    first = list(islice(sample_stream(conv, ABC, **way, **options), 1000))
     assert first == sample(conv, ABC, 1000, **options) and {len(name) for name in first} <= {0, 1}
 
 
@@ -282,12 +319,14 @@ def test_a_model_in_half_precision_is_drawn_from_in_float32(dtype):
     names = sample(conv, ABC, MANY)
     assert names == sample(conv, ABC, MANY, dtype=torch.float64) and "z" not in "".join(names)
     assert sample(conv, ABC, 50, batch=1) == sample(conv, ABC, 50, batch=9) == names[:50]
+    assert loops is None or sample(conv, ABC, 50, compiled=True) == names[:50]
 
 
 def test_logits_that_only_float32_cannot_hold():
     likeliest = sample(CONVS[False], ABC, MANY, temperature=0)
     assert sample(CONVS[False], ABC, MANY, temperature=1e-42) == likeliest
     assert sample(CONVS[False], ABC, 20, temperature=1e-42, batch=8) == likeliest[:20]
+    assert loops is None or sample(CONVS[False], ABC, 20, temperature=1e-42, compiled=True) == likeliest[:20]
 
 
 def test_options_that_are_wrong():
@@ -312,6 +351,9 @@ def test_options_that_are_wrong():
     ):
         with pytest.raises(WaveNetConvError, match=message):
             sample_stream(conv, ABC, 3, **options)  # at the call, before any name is drawn
+    for options in ({"top_k": 3}, {"top_p": 0.5}, {"temperature": 0}):
+        with pytest.raises(WaveNetConvError, match="compiled loops draw .* without top_k, top_p and temperature 0"):
+            sample_stream(conv, ABC, 3, compiled=True, **options)
     for n in (-1, 1.5, "x"):
         with pytest.raises(WaveNetConvError, match="n is"):
             sample_stream(conv, ABC, n)
@@ -340,4 +382,6 @@ def test_other_vocabularies_and_long_contexts():
         assert sample(from_tree(tree), vocab, 40, max_length=20) == expected
         assert sample(from_tree(tree), vocab, MANY, max_length=20)[:40] == expected
     tree = short_tree(fan_ins=(2,) * 8, n_embd=6, n_hidden=16)
-    assert sample(from_tree(tree), ABC, MANY)[:20] == lecture_names(tree, ABC, 20)
+    expected = lecture_names(tree, ABC, 20)
+    assert sample(from_tree(tree), ABC, MANY)[:20] == expected
+    assert loops is None or sample(from_tree(tree), ABC, MANY, compiled=True)[:20] == expected

@@ -9,13 +9,13 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from conftest import random_tree
+from conftest import needs_numba, random_tree
 from hypothesis import given, settings
 from test_equivalence import clamp_for_tanh, to_exact  # noqa: F401
 
 import reference
-from wavenet_conv import ConvWaveNet, Stream, Vocabulary, WaveNetConfig, WaveNetConvError, from_tree
-from wavenet_conv.streaming import FEW_ROWS
+from wavenet_conv import ConvWaveNet, Stream, Vocabulary, WaveNetConfig, WaveNetConvError, from_tree, streaming
+from wavenet_conv.streaming import FEW_ROWS, loops
 
 WIDE = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=128)
 GATED = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=32, gated=True)
@@ -25,7 +25,10 @@ SHAPES = [
     dict(fan_ins=(1,), n_embd=4, n_hidden=3),
 ]
 SHAPES += [shape | {"gated": True} for shape in SHAPES]
+DEEP = dict(fan_ins=(2,) * 6, n_embd=6, n_hidden=(16, 9, 20, 16, 16, 16))
 ABC = Vocabulary("abcdefghijklmnopqrstuvwxyz")
+# Rows, and whether compiled loops read them.
+WAYS = [pytest.param(1, True, marks=needs_numba), pytest.param(3, True, marks=needs_numba), (3, False), (20, False)]
 
 
 def streamed(stream, tokens):
@@ -33,8 +36,8 @@ def streamed(stream, tokens):
     return torch.stack([stream.step(token) for token in tokens.t().contiguous()], 1)
 
 
-def check(tree, names, vocab, tolerance, batch):
-    stream = Stream(from_tree(tree), batch)
+def check(tree, names, vocab, tolerance, batch, compiled=None):
+    stream = Stream(from_tree(tree), batch, compiled=compiled)
     for start in range(0, len(names), batch):
         start = min(start, len(names) - batch)
         tokens, lengths = vocab.encode(names[start : start + batch], context=stream.context)
@@ -60,35 +63,57 @@ def test_the_lectures_list(lecture_list):
     check(random_tree(**WIDE), sorted(lecture_list, key=len), vocab, 1e-12, batch=128)
 
 
-@pytest.mark.parametrize("sizes", [WIDE, GATED, *SHAPES], ids=str)
-@pytest.mark.parametrize("batch", [1, 3, FEW_ROWS + 1])
-def test_any_shape_of_model_and_batch(names, vocab, sizes, batch):
-    """One and three rows run in NumPy on the CPU, more in PyTorch."""
-    check(random_tree(**sizes), names[:: 600 if batch > 1 else 1500], vocab, 1e-12, batch)
+@pytest.mark.parametrize("sizes", [WIDE, GATED, DEEP, DEEP | {"gated": True}, *SHAPES], ids=str)
+@pytest.mark.parametrize(("batch", "compiled"), WAYS)
+def test_any_shape_of_model_and_batch(names, vocab, sizes, batch, compiled):
+    check(random_tree(**sizes), names[:: 600 if batch > 1 else 1500], vocab, 1e-12, batch, compiled)
 
 
-@pytest.mark.parametrize("sizes", SHAPES, ids=str)
-@pytest.mark.parametrize("batch", [1, FEW_ROWS + 1])
-def test_to_the_bit_where_arithmetic_is_exact(names, vocab, clamp_for_tanh, monkeypatch, sizes, batch):  # noqa: F811
-    monkeypatch.setattr(np, "tanh", lambda x, out: np.clip(x, -1, 1, out=out))
+@needs_numba
+@pytest.mark.parametrize("sizes", [WIDE, GATED, DEEP], ids=["wide", "gated", "deep"])
+def test_compiled_loops_in_float32(names, vocab, sizes):
+    check(random_tree(**sizes, dtype=torch.float32), names[::100], vocab, 1e-5, 1, True)
+
+
+@pytest.mark.parametrize("sizes", [DEEP, *SHAPES], ids=str)
+@pytest.mark.parametrize(("batch", "compiled"), WAYS[1:])
+def test_to_the_bit_where_arithmetic_is_exact(names, vocab, clamp_for_tanh, monkeypatch, sizes, batch, compiled):  # noqa: F811
+    if compiled:  # the loop over the levels as Python runs it, which takes the tanh that it finds
+        monkeypatch.setattr(loops, "tanh", lambda x: np.clip(x, -1, 1, out=x))
+        monkeypatch.setattr(loops, "read", loops.read.py_func)
+        monkeypatch.setattr(loops, "step", loops.step.py_func)
     tree = to_exact(random_tree(**sizes))
-    stream = Stream(from_tree(tree), batch)
+    stream = Stream(from_tree(tree), batch, compiled=compiled)
     tokens, lengths = vocab.encode(names[:: len(names) // batch][:batch], context=stream.context)
     with torch.no_grad():
         expected = reference.window_logits(tree, tokens)
     assert torch.equal(streamed(stream, tokens[:, stream.context - 1 :]), expected)
 
 
+@needs_numba
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 3e-7), (np.float64, 1e-15)])
+def test_the_loops_own_tanh(dtype, tolerance):
+    x = np.concatenate([sign * np.logspace(-30, 2, 100_000) for sign in (1, -1)]).astype(dtype)
+    x = np.concatenate([x, np.linspace(-25, 25, 100_000, dtype=dtype), [0, np.inf, -np.inf]]).astype(dtype)
+    expected, y = np.tanh(x.astype(np.float64)), x.copy()
+    loops.tanh(y)
+    assert np.abs(y - expected).max() < tolerance
+    assert (np.abs(y - expected) <= 2 * tolerance * np.abs(expected)).all()
+    y = np.array([np.nan, 1], dtype=dtype)
+    loops.tanh(y)
+    assert np.isnan(y[0]) and not np.isnan(y[1])
+
+
 @settings(max_examples=40)
 @given(st.data())
 def test_rows_that_are_started_anew(data):
     """Any rows, at any step, again and again: the others do not notice."""
-    sizes = data.draw(st.sampled_from([GATED, *SHAPES]))
+    sizes = data.draw(st.sampled_from([GATED, DEEP, *SHAPES]))
     batch = data.draw(st.sampled_from([1, 2, FEW_ROWS + 1]))
     tree = random_tree(**sizes, vocab_size=5)
     stream = Stream(from_tree(tree), batch)
     read = [[0] * stream.context for _ in range(batch)]
-    for _ in range(12):
+    for _ in range(20):
         tokens = data.draw(st.lists(st.integers(0, 4), min_size=batch, max_size=batch))
         logits = stream.step(torch.tensor(tokens))
         for row, token in zip(read, tokens):
@@ -122,30 +147,31 @@ def test_prefixes_of_any_lengths(sizes, device):
             assert (logits - reference.window_logits(tree, tokens)[0, -1]).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("batch", [2, FEW_ROWS + 1])
-@pytest.mark.parametrize("sizes", [WIDE, GATED], ids=["wide", "gated"])
-def test_a_state_is_saved_and_taken_up(batch, sizes, device):
+@pytest.mark.parametrize(("batch", "compiled"), WAYS[1:])
+@pytest.mark.parametrize("sizes", [WIDE, GATED, DEEP], ids=["wide", "gated", "deep"])
+def test_a_state_is_saved_and_taken_up(batch, compiled, sizes, device):
     conv = from_tree(random_tree(**sizes, dtype=torch.float32))
-    stream = Stream(conv, batch)
-    tokens = torch.randint(0, 27, (batch, 20), generator=torch.Generator().manual_seed(0))
-    streamed(stream, tokens[:, :7])
+    stream = Stream(conv, batch, compiled=compiled)
+    tokens = torch.randint(0, 27, (batch, 30), generator=torch.Generator().manual_seed(0))
+    streamed(stream, tokens[:, :11])
     stream.reset([1])
+    streamed(stream, tokens[:, :5])
     file = io.BytesIO()
     torch.save(stream.state(), file)
-    expected = streamed(stream, tokens[:, 7:])
+    expected = streamed(stream, tokens[:, 5:])
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    for again in (stream, Stream(conv, batch)):
+    for again in (stream, Stream(conv, batch, compiled=compiled), Stream(conv, batch, compiled=False)):
         again.load_state(state)
-        assert (streamed(again, tokens[:, 7:]) - expected).abs().max() < 1e-5
+        assert (streamed(again, tokens[:, 5:]) - expected).abs().max() < 1e-5
     moved = Stream(conv, batch, device=device)
     moved.load_state(state)
-    assert (streamed(moved, tokens[:, 7:].to(device)).cpu() - expected).abs().max() < 1e-5
+    assert (streamed(moved, tokens[:, 5:].to(device)).cpu() - expected).abs().max() < 1e-5
     moved.load_state(state)
     moved.reset([0])  # as old as it was
     stream.load_state(state)
     stream.reset([0])
-    assert (streamed(moved, tokens[:, 7:].to(device)).cpu() - streamed(stream, tokens[:, 7:])).abs().max() < 1e-5
+    assert (streamed(moved, tokens[:, 5:].to(device)).cpu() - streamed(stream, tokens[:, 5:])).abs().max() < 1e-5
 
 
 def test_states_that_do_not_fit():
@@ -161,6 +187,8 @@ def test_states_that_do_not_fit():
         ({}, "of another model"),
         ({key: state[key] for key in state if key != "keys"}, "of another model"),
         (state | {"keys": state["keys"] + 10**6}, "are out of range; the state is damaged"),
+        (state | {"level 0": state["level 0"] - 1}, "are out of range"),
+        (state | {"clocks": state["clocks"] - 2}, "are out of range"),
         (state | {"keys": state["keys"][:2]}, "'keys' of this state is .* the state is damaged"),
         (state | {"level 1": state["level 1"].double()}, "'level 1' of this state is torch.float64"),
         ([state], "a state is a dict of tensors"),
@@ -184,27 +212,52 @@ def test_the_model_is_copied_and_its_mode_does_not_matter():
     assert "_kept" in vars(conv) and not [name for name, _ in conv.named_buffers() if "running" not in name]
 
 
-@pytest.mark.parametrize("spoil", ["swap the taps", "one step off", "no bias", "the newest is forgotten"])
-@pytest.mark.parametrize("batch", [1, FEW_ROWS + 1])
-def test_a_stream_that_is_wrong_is_seen(names, vocab, monkeypatch, spoil, batch):
-    build = Stream._prepare
+@pytest.mark.parametrize("spoil", ["swap the taps", "one step off", "no bias", "the older one is forgotten"])
+@pytest.mark.parametrize(("batch", "compiled"), WAYS)
+def test_a_stream_that_is_wrong_is_seen(names, vocab, monkeypatch, spoil, batch, compiled):
+    class Wrong(streaming._Level):
+        def __init__(self, taps, bias, dilation, batch):
+            if dilation == 4:
+                taps = taps.flip(0) if spoil == "swap the taps" else taps
+                bias = bias * 0 if spoil == "no bias" else bias
+                dilation = {"one step off": 3, "the older one is forgotten": 0}.get(spoil, dilation)
+            super().__init__(taps, bias, dilation, batch)
 
-    def wrong(stream, *args):
-        build(stream, *args)
-        level = stream._levels[-1]
-        [(older, back)] = level.older
-        if spoil == "swap the taps":
-            level.older, level.newest = [(level.newest, back)], older
-        elif spoil == "one step off":
-            level.older = [(older, back - 1)]
-        elif spoil == "no bias":
-            level.matrix[-1] = 0
-        else:
-            level.older = [(level.newest, back)]
-
-    monkeypatch.setattr(Stream, "_prepare", wrong)
+    names = sorted(names, key=len)[-batch:]
+    check(random_tree(**WIDE), names, vocab, 1e-3, batch, compiled)
+    monkeypatch.setattr(streaming, "_Level", Wrong)
     with pytest.raises(AssertionError):
-        check(random_tree(**WIDE), sorted(names, key=len)[-batch:], vocab, 1e-3, batch)
+        check(random_tree(**WIDE), names, vocab, 1e-3, batch, compiled)
+
+
+@needs_numba
+def test_what_older_children_contribute_ahead_of_time_is_forgotten_with_them(monkeypatch):
+    """The teeth of the tests above: without this, a row begun anew would read what another name's nodes contribute."""
+    stream = Stream(from_tree(random_tree(**DEEP)), compiled=True)
+    tokens = torch.tensor([[1, 2, 3]])
+    expected = streamed(stream, tokens)
+    stream.reset()
+    assert torch.equal(streamed(stream, tokens), expected)
+    streamed(stream, tokens.repeat(1, 12))
+    stream.reset()
+    assert torch.equal(streamed(stream, tokens), expected)
+    streamed(stream, tokens.repeat(1, 12))
+    phase = stream.arrays.phases.copy()
+    stream.reset()
+    stream.arrays.phases[:] = phase
+    assert phase and not torch.equal(streamed(stream, tokens), expected)
+
+
+def test_compiled_steps_that_cannot_be(monkeypatch):
+    conv = from_tree(random_tree(n_embd=6, n_hidden=16))
+    with pytest.raises(WaveNetConvError, match="for up to 8 rows on the CPU.* pip install 'wavenet-conv.fast.'"):
+        Stream(conv, FEW_ROWS + 1, compiled=True)
+    with pytest.raises(WaveNetConvError, match="in float32 or float64"):
+        Stream(conv.to(torch.bfloat16), compiled=True)
+    monkeypatch.setattr(streaming, "loops", None)
+    with pytest.raises(WaveNetConvError, match="need Numba"):
+        Stream(conv, compiled=True)
+    assert not Stream(conv).compiled
 
 
 def test_what_cannot_be_read():

@@ -286,6 +286,7 @@ class _Gates:
         self.matrices = [torch.cat([conv.weight[..., 0].t() for conv in convs], 1) / 2 for convs in after]
         self.biases = [torch.cat([conv.bias for conv in convs]) for convs in after]
         self.hidden, self.hidden_bias = model.hidden.weight[..., 0].t().contiguous(), model.hidden.bias.clone()
+        self.n_embd = len(self.hidden)
 
     def nodes(self, level: int, summed: Tensor, rightmost: Tensor) -> Tensor:
         """Nodes (h, s) side by side, `(n, 2 * n_embd)`; in the last level what the head reads, `(n, n_embd)`.

@@ -20,7 +20,7 @@ from .errors import ConfigError, SamplingError
 from .model import ConvWaveNet
 from .nodes import Carried, SharedNodes, number
 from .precision import exact_float32
-from .streaming import Stream
+from .streaming import FEW_ROWS, Stream, compilable, loops
 from .vocabulary import END, Vocabulary
 
 BATCH = 2**17  # names that are drawn together,
@@ -28,6 +28,9 @@ CHARACTERS = 2**24  # where they may come to no more than this
 MANY = 512  # names side by side from which on prefixes are worth sharing
 SHORT = 128  # a window of more tokens is not worth keeping for each prefix
 STREAMED = 1024  # rows of a stream
+STEPS = 16  # of a stream between two questions to its device
+ROOM = 2**16  # tokens that compiled loops draw between two looks at them
+WORTH = 2**20  # characters from which on compiled loops are worth compiling
 MAX_LENGTH = 100  # characters
 ROWS_TOKENS = 2**17  # tokens of context in all rows of a stream: some hundred MiB
 WINDOWS = 4096  # that are repeated in float64 together
@@ -56,6 +59,7 @@ def sample_stream(
     batch: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    compiled: bool | None = None,
 ) -> Iterator[str]:
     """Names drawn from the model one after the other: `n` of them, or without end.
 
@@ -70,7 +74,9 @@ def sample_stream(
     that both keep. Equally likely ones (logits 1e-9 apart) stay together. prefix: how every name begins, of any length.
     max_length: most characters in a name, the prefix included; a name is cut there. batch: names that are drawn side by
     side, which decides about speed and memory only. device and dtype: where and in what to compute (as the model is,
-    but at least in float32). Rounding is taken to be that of logits up to a thousand.
+    but at least in float32). compiled: whether loops that Numba compiles draw the names, one after the other; None:
+    where that is fastest and they can, as for a `Stream`, and without `top_k`, `top_p` and temperature 0. Rounding is
+    taken to be that of logits up to a thousand.
     Raises `ConfigError` naming an option that is wrong, `NamesError` for a prefix with a character that is not in the
     vocabulary; the iterator raises `SamplingError` where logits are NaN, saying after what.
     """
@@ -99,9 +105,19 @@ def sample_stream(
     sampler = _Sampler(model, vocab, draw, start, max_length, seed)
     fitting = max(1, CHARACTERS // max(max_length + 1, len(vocab)))
     side_by_side = min(BATCH if batch is None else batch, fitting, n or BATCH)
-    if side_by_side < MANY or model.context > SHORT:
-        return sampler.by_stream(n, min(side_by_side, STREAMED, max(1, ROWS_TOKENS // model.context)))
-    return sampler.by_prefix(n, side_by_side)
+    rows = min(side_by_side, STREAMED, max(1, ROWS_TOKENS // model.context))
+    streamed = side_by_side < MANY or model.context > SHORT
+    possible = draw.all_are_kept and compilable(sampler.device, sampler.dtype)
+    if compiled and not possible:
+        raise ConfigError(
+            "compiled loops draw on the CPU, in float32 or float64, without top_k, top_p and temperature 0, and need "
+            "Numba: pip install 'wavenet-conv[fast]', or leave out compiled=True"
+        )
+    if compiled is None:
+        compiled = possible and streamed and rows <= FEW_ROWS and (n is None or n * max_length >= WORTH)
+    if compiled:
+        return sampler.one_by_one(n)
+    return sampler.by_stream(n, rows) if streamed else sampler.by_prefix(n, side_by_side)
 
 
 def uniform(seed: int, names: Tensor, positions: Tensor) -> Tensor:
@@ -110,11 +126,7 @@ def uniform(seed: int, names: Tensor, positions: Tensor) -> Tensor:
     names and positions: int64, broadcast. Three rounds of SplitMix64's mixing function, so that any of them is had
     without the others. Source: Steele, Lea and Flood 2014, Fast Splittable Pseudorandom Number Generators, figure 17.
     """
-    return _number(_mixed_names(seed, names), positions)
-
-
-def _mixed_names(seed: int, names: Tensor) -> Tensor:
-    return _mixed(_mixed(torch.tensor(seed, device=names.device)) + names)
+    return _number(_mixed(_mixed(torch.tensor(seed, device=names.device)) + names), positions)
 
 
 def _number(mixed: Tensor, positions: Tensor) -> Tensor:
@@ -154,6 +166,11 @@ class _Draw:
         """How far from another outcome a number must be for one to be sure of it."""
         return 0.0 if dtype == torch.float64 else DOUBT * max(1.0, 1 / (self.temperature or 1.0))
 
+    @property
+    def all_are_kept(self) -> bool:
+        """Whether every character may be drawn."""
+        return self.temperature > 0 and self.top_k is None and self.top_p in (None, 1)
+
     def cumulative(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """The distribution that is drawn from, summed up, and where it is in doubt which characters are kept.
 
@@ -179,7 +196,7 @@ class _Draw:
 
 
 class _Sampler:
-    """Two ways to draw the same names.
+    """Three ways to draw the same names.
 
     A way gives, position by position, the distribution in the model's dtype; where a number is too near to another
     outcome in it, `exactly` decides.
@@ -191,8 +208,16 @@ class _Sampler:
         self.model, self.draw, self.seed = model, draw, seed
         self.start, self.max_length = start, max_length  # tokens that every name begins with
         self.device, self.dtype = model.embedding.weight.device, model.embedding.weight.dtype
-        self.doubt, self.alphabet = draw.doubt(self.dtype), END + vocab.characters
-        self._blocks: dict[tuple[int, int], np.ndarray] = {}
+        self.mixed_seed = _mixed(torch.tensor(seed, device=self.device))
+        self.doubt = draw.doubt(self.dtype)
+        self._codes = np.array([ord(character) for character in END + vocab.characters], dtype=np.int32)
+
+    def _text(self, tokens: np.ndarray) -> str:
+        return self._codes[tokens].tobytes().decode("utf-32-le", "surrogatepass")
+
+    def _names(self, tokens: np.ndarray) -> list[str]:
+        """The names whose tokens these are, each with its end."""
+        return self._text(tokens).split(END)[:-1]
 
     def by_prefix(self, n: int | None, batch: int) -> Iterator[str]:
         """Names chunk after chunk; in a chunk, those that have begun alike share what the model says of it."""
@@ -200,14 +225,14 @@ class _Sampler:
         for first in count(step=batch) if n is None else range(0, n, batch):
             last = first + batch if n is None else min(first + batch, n)
             with torch.no_grad(), exact_float32() if self.device.type == "cuda" else nullcontext():
-                text = self._text(torch.arange(first, last, device=self.device), nodes, carried)
-            yield from text.split(END)[:-1]
+                tokens = self._tokens(torch.arange(first, last, device=self.device), nodes, carried)
+            yield from self._names(tokens)
 
-    def _text(self, names: Tensor, nodes: SharedNodes, carried: Carried) -> str:
-        """The names with these numbers, each with its end."""
+    def _tokens(self, names: Tensor, nodes: SharedNodes, carried: Carried) -> np.ndarray:
+        """The tokens of the names with these numbers, each name with its end."""
         windows = torch.tensor([([0] * nodes.context + self.start)[-nodes.context :]], device=self.device)
         prefixes, going = torch.zeros_like(names), torch.arange(len(names), device=self.device)
-        mixed, columns = _mixed_names(self.seed, names), [torch.full_like(names, token) for token in self.start]
+        mixed, columns = _mixed(self.mixed_seed + names), [torch.full_like(names, token) for token in self.start]
         for position in range(len(self.start), self.max_length):
             # Of each distinct prefix of the names that go on: its window, what may follow it, summed.
             summed, doubtful = self.draw.cumulative(nodes.window_logits(windows, carried))
@@ -217,7 +242,7 @@ class _Sampler:
                 summed[doubtful] = self._exact_cumulative(windows[doubtful]).to(self.dtype)
             numbers = _number(mixed, torch.tensor(position, device=self.device))
             of_names = summed.index_select(0, prefixes)
-            low, high = torch.searchsorted(of_names, self._bounds(numbers), right=True).unbind(1)
+            low, high = torch.searchsorted(of_names, self.bounds(numbers), right=True).unbind(1)
             unsure = (low != high).nonzero()[:, 0]
             low = low.index_copy(0, unsure, self.exactly(windows[prefixes[unsure]], numbers[unsure]))
             low.clamp_(max=nodes.vocab_size - 1)
@@ -230,60 +255,48 @@ class _Sampler:
             windows = torch.cat([windows[longer[:, 0], 1:], longer[:, 1:]], 1)
         tokens = torch.stack([*columns, torch.zeros_like(names)], 1)
         own = torch.arange(tokens.shape[1], device=self.device) <= (tokens != 0).sum(1, keepdim=True)
-        codes = torch.tensor([ord(character) for character in self.alphabet], dtype=torch.int32, device=self.device)
-        return codes[tokens[own]].cpu().numpy().tobytes().decode("utf-32-le", "surrogatepass")
+        return tokens[own].cpu().numpy()
 
     def by_stream(self, n: int | None, rows: int) -> Iterator[str]:
         """Names side by side, a character of each a step; the row of a finished one begins the next at once."""
-        stream, upcoming = Stream(self.model, rows), iter(count() if n is None else range(n))
-        names: list[int | None] = [next(upcoming, None) for _ in range(rows)]
-        drawn: list[list[int]] = [[] for _ in range(rows)]  # tokens of each row's name
-        finished: dict[int, list[int]] = {}
-        following, tokens = 0, torch.zeros(rows, dtype=torch.int64)  # the name that is to be given next; read next
-        read, on_host, first = tokens.numpy(), self.device.type == "cpu", None
-        tokens = stream.array(tokens) if on_host else tokens
-        while n is None or following < n:
-            summed = self._summed(stream.next_logits(tokens if on_host else tokens.to(self.device)))
-            first = summed[0] if first is None else first  # of any name's first character
-            fresh = []
-            for row, name in enumerate(names):
-                if name is None:
-                    continue
-                token = self._token(summed[row], name, drawn[row])
-                drawn[row] += [token] if token else []
-                if not token or len(drawn[row]) == self.max_length:
-                    finished[name], drawn[row] = drawn[row], []
-                    names[row] = name = next(upcoming, None)
-                    fresh.append(row)
-                    # What any name begins with is known; one that ends with it is left to the next step, so that no
-                    # row ever draws names without end.
-                    token = 0 if name is None or self.max_length == 1 else self._token(first, name, [])
-                    drawn[row] += [token] if token else []
-                read[row] = token
-            if fresh:
-                stream.restart(fresh)
-            while following in finished:
-                yield "".join([self.alphabet[token] for token in finished.pop(following)])
-                following += 1
+        drawing, first = _Rows(self, rows), 0  # the first name that is not given yet
+        names = tokens = np.empty(0, dtype=np.int64)
+        while n is None or first < n:
+            new_names, new_tokens = drawing.run()
+            names, tokens = np.concatenate([names, new_names]), np.concatenate([tokens, new_tokens])
+            order = names.argsort(kind="stable")
+            names, tokens = names[order], tokens[order]
+            unfinished = drawing.names.cpu().numpy()
+            upto = int(unfinished.min())
+            whole = int(names.searchsorted(upto))
+            ends = np.flatnonzero(np.diff(names[:whole], append=upto))
+            ends = ends[tokens[ends] != 0]  # of names that were cut
+            yield from self._names(np.insert(tokens[:whole], ends + 1, 0))[: None if n is None else n - first]
+            first, names, tokens = upto, names[whole:], tokens[whole:]
+            for row in drawing.undecided():
+                name = int(unfinished[row])
+                if n is None or name < n:
+                    drawing.decided[row] = self._decided(name, tokens[names == name].tolist())
 
-    def _summed(self, logits: Tensor) -> np.ndarray:
-        """The summed distributions, NaN where which characters are kept is in doubt."""
-        summed, doubtful = self.draw.cumulative(logits)
-        if doubtful is not None:
-            summed[doubtful] = torch.nan
-        return summed.cpu().numpy()
+    def one_by_one(self, n: int | None) -> Iterator[str]:
+        """One name after the other in compiled loops."""
+        arrays, last = Stream(self.model, compiled=True).arrays, 2**62 if n is None else n
+        start, room = np.array(self.start, dtype=np.int64), np.empty(ROOM, dtype=np.int64)
+        going, decided, tokens = np.zeros(3, dtype=np.int64), -1, np.empty(0, dtype=np.int64)
+        options = last, start, self.max_length, float(self.draw.temperature), self.doubt
+        while going[0] < last:
+            count, doubtful = loops.draw_names(going, decided, self.seed, *options, room, *arrays)
+            tokens = np.concatenate([tokens, room[:count]])
+            whole = 1 + max(np.flatnonzero(tokens == 0), default=-1)
+            yield from self._names(tokens[:whole])
+            tokens = tokens[whole:]
+            decided = self._decided(int(going[0]), tokens.tolist()) if doubtful else -1
 
-    def _token(self, summed: np.ndarray, name: int, before: list[int]) -> int:
+    def _decided(self, name: int, before: list[int]) -> int:
         """The token of a name after those before it."""
-        position = len(before)
-        if position < len(self.start):
-            return self.start[position]
-        low, high = summed.searchsorted(self._bounds_of(name // 64, position // 16)[name % 64, position % 16], "right")
-        if low == high and summed[-1] > 0.5:  # and not NaN
-            return min(int(low), len(summed) - 1)
         context = self.model.context
         window = torch.tensor([([0] * context + before)[-context:]], device=self.device)
-        return int(self.exactly(window, uniform(self.seed, torch.tensor([name]), torch.tensor([position]))))
+        return int(self.exactly(window, uniform(self.seed, torch.tensor([name]), torch.tensor([len(before)]))))
 
     def exactly(self, windows: Tensor, numbers: Tensor) -> Tensor:
         """The tokens that follow windows `(n, context)` for these numbers, in float64."""
@@ -297,7 +310,7 @@ class _Sampler:
         summed, _ = self.draw.cumulative(logits)
         wrong = summed[:, -1].isnan().nonzero()
         if len(wrong):
-            window = "".join(self.alphabet[token] for token in windows[wrong[0, 0]].tolist())
+            window = self._text(windows[wrong[0, 0]].cpu().numpy())
             raise SamplingError(f"the logits after {window!r} are NaN or infinite; train the model again")
         return summed
 
@@ -305,17 +318,82 @@ class _Sampler:
     def _exact(self) -> ConvWaveNet:
         return copy.deepcopy(self.model).double()
 
-    def _bounds(self, numbers: Tensor) -> Tensor:
-        """What is to fall on one token, for that to be the outcome: numbers float64 `(...)` to `(..., 2)`."""
-        return torch.stack([numbers - self.doubt, numbers + self.doubt], -1).to(self.dtype)
+    def bounds(self, numbers: Tensor) -> Tensor:
+        """What is to fall on one token, for that to be the outcome: numbers float64 `(n,)` to `(n, 2)`."""
+        return torch.stack([numbers - self.doubt, numbers + self.doubt], 1).to(self.dtype)
 
-    def _bounds_of(self, names: int, positions: int) -> np.ndarray:
-        """`(64, 16, 2)`, of 64 names and 16 positions: made one by one they would take longer than the model."""
-        if (names, positions) not in self._blocks:
-            if len(self._blocks) > 2 * STREAMED:
-                self._blocks.clear()
-            numbers = uniform(
-                self.seed, torch.arange(names * 64, names * 64 + 64)[:, None], torch.arange(16) + positions * 16
-            )
-            self._blocks[names, positions] = self._bounds(numbers).numpy()
-        return self._blocks[names, positions]
+
+class _Rows:
+    """The rows of a stream, each with a name that it draws; STEPS characters of each are drawn without a question.
+
+    Where a draw is in doubt a row stands still until `decided` says what it has come to. On CUDA the STEPS are one
+    graph, which is captured when they have run once.
+    """
+
+    def __init__(self, sampler: _Sampler, rows: int):
+        self.sampler, self.stream, self.graph = sampler, Stream(sampler.model, rows, compiled=False), None
+        self.names = torch.arange(rows, device=sampler.device)
+        self.tokens = torch.zeros_like(self.names)  # are read next
+        self.decided, self.unsure = torch.full_like(self.names, -1), torch.zeros_like(self.names, dtype=torch.bool)
+        self.begun = torch.tensor(rows, device=sampler.device)
+        self.drawn = self.names.new_zeros(STEPS, 2, rows)  # names and their tokens, -1 where a row stood still
+        self.start = torch.tensor(sampler.start, dtype=torch.int64, device=sampler.device)
+
+    @torch.no_grad()
+    def run(self) -> tuple[np.ndarray, np.ndarray]:
+        """Up to STEPS steps: names that have become longer, and by which tokens, in the order of drawing."""
+        on_host, steps = self.sampler.device.type == "cpu", STEPS
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            steps = self._steps(until_unsure=on_host)
+            if not on_host:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self._steps()
+        names, tokens = self.drawn[:steps].transpose(0, 1).cpu().numpy()
+        return names[tokens >= 0], tokens[tokens >= 0]
+
+    def undecided(self) -> list[int]:
+        """The rows that stand still."""
+        return self.unsure.nonzero()[:, 0].tolist()
+
+    def _steps(self, until_unsure: bool = False) -> int:
+        """Takes the steps, if so wished only until a row stands still; returns how many."""
+        for taken, drawn in enumerate(self.drawn, start=1):
+            self._step(drawn)
+            if until_unsure and self.unsure.any():
+                break
+        return taken
+
+    def _step(self, drawn: Tensor) -> None:
+        """Reads a token of every row and draws the next one."""
+        sampler, stream, names = self.sampler, self.stream, self.names
+        keys, positions = stream.keys.clone(), stream.clocks.clone()
+        summed, doubtful = sampler.draw.cumulative(stream.next_logits(self.tokens))
+        numbers = _number(_mixed(sampler.mixed_seed + names), positions)
+        low, high = torch.searchsorted(summed, sampler.bounds(numbers), right=True).unbind(1)
+        unsure = (low != high) | ~(summed[:, -1] > 0.5)  # NaN, too
+        if doubtful is not None:
+            unsure |= doubtful
+        asked = self.decided < 0
+        unsure &= asked
+        token = torch.where(asked, low.clamp(max=summed.shape[1] - 1), self.decided)
+        if len(self.start):
+            given = positions < len(self.start)
+            unsure &= ~given
+            token = torch.where(given, self.start[positions.clamp(max=len(self.start) - 1)], token)
+        drawn[0], drawn[1] = names, token.masked_fill(unsure, -1)
+        ended = ~unsure & ((token == 0) | (stream.clocks == sampler.max_length))
+        fresh = ended.cumsum(0)
+        names.copy_(torch.where(ended, self.begun + fresh - 1, names))
+        self.begun += fresh[-1]
+        self.unsure.copy_(unsure)
+        self.decided.fill_(-1)
+        # A row that stands still reads its token again; one that begins a name has read nothing and reads a `.`.
+        for now, before, after in (
+            (stream.keys, keys, stream.keys),
+            (stream.clocks, positions, stream.clocks),
+            (self.tokens, self.tokens, token),
+        ):
+            now.copy_(torch.where(unsure, before, after).masked_fill_(ended, 0))

@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from math import prod
+from itertools import accumulate
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import ShapeError, StateError
+from .errors import ConfigError, ShapeError, StateError
 from .model import ConvWaveNet
 from .nodes import SharedNodes, tanh_
 from .precision import exact_float32
 from .vocabulary import check_tokens
 
-FEW_ROWS = 8  # up to here NumPy runs a step on the CPU: it begins an operation in 0.3 us, PyTorch in 1 us
+try:
+    from . import loops
+except ModuleNotFoundError as error:
+    if error.name != "numba":
+        raise
+    loops = None
 
-Array = Tensor | np.ndarray
+FEW_ROWS = 8  # up to here compiled loops take the steps, row after row, and read all weights for each
 
 
 class Stream:
@@ -37,12 +40,14 @@ class Stream:
 
     A row that has been started anew has read nothing but `.`, and the first `step` reads one more. Fed `.` and then a
     name, a row gives the tree's logits at every position of it: to 1e-12 in float64 and 1e-5 in float32. The state is
-    here and not in the model, which is copied: each level keeps what its children contribute to its taps
-    (`SharedNodes`), `(fan_in - 1) * dilation + 1` of them a row. The lowest levels, where few nodes are possible, are
-    a table.
+    here and not in the model, which is copied: each level keeps the last `(fan_in - 1) * dilation + 1` of its children
+    in every row. The lowest levels, where few nodes are possible, are a table.
 
     model: a `ConvWaveNet`, gated or not, in whatever mode. batch: rows. device and dtype: where and in what to compute
-    (as the model is; float32 is IEEE, also on CUDA). Raises `ShapeError` for a batch below 1.
+    (as the model is; float32 is IEEE, also on CUDA). compiled: whether loops that Numba compiles take the steps and not
+    PyTorch; None: where they can, which is on the CPU, in float32 or float64, with up to 8 rows and the extra "fast".
+    The very first step then takes some seconds; what has been compiled is kept beside the package.
+    Raises `ShapeError` for a batch below 1, `ConfigError` where `compiled` asks for what cannot be.
     """
 
     @torch.no_grad()
@@ -53,6 +58,7 @@ class Stream:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        compiled: bool | None = None,
     ):
         if not isinstance(batch, int) or batch < 1:
             raise ShapeError(f"batch is {batch!r}; it must be an integer of at least 1")
@@ -60,42 +66,48 @@ class Stream:
         like = weights.embedding.weight
         self.batch, self.context, self.vocab_size = batch, model.context, model.config.vocab_size
         self.device, self.dtype = like.device, like.dtype
+        possible = compilable(self.device, self.dtype) and batch <= FEW_ROWS
+        if compiled and not possible:
+            raise ConfigError(
+                f"compiled steps are for up to {FEW_ROWS} rows on the CPU, in float32 or float64, and need Numba: "
+                f"pip install 'wavenet-conv[fast]', or leave out compiled=True"
+            )
+        self.compiled = possible if compiled is None else compiled
         self._exact = exact_float32 if like.is_cuda else nullcontext
-        self._few = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64) and batch <= FEW_ROWS
-        self._ops = _NumPy if self._few else _PyTorch
-        self.array = self._ops.array
         self._digest = torch.frombuffer(bytearray(_digest(weights)), dtype=torch.uint8)
-        self._clock, self._starts = 0, np.zeros(batch, dtype=np.int64)  # steps taken, and at each row's start
-        self._keys = self.array(torch.zeros(batch, dtype=torch.int64, device=self.device))  # of newest nodes
+        self.clocks = torch.zeros(batch, dtype=torch.int64, device=self.device)  # steps since each row's start
+        self.keys = torch.zeros_like(self.clocks)  # each row's newest node of those in the table
         with self._exact():
             self._prepare(SharedNodes(weights), model.dilations)
-            self._advance(self._keys.copy() if self._few else self._keys.clone(), start=True)
+            self._advance(self.keys.clone(), start=True)
+        self.arrays = self._for_loops() if self.compiled else None
+        self.reset()
 
     def _prepare(self, nodes: SharedNodes, dilations: Sequence[int]) -> None:
-        """Everything that a step reads and writes, in `_ops`' arrays."""
-        first, like, array = nodes.tabulated, nodes._head, self.array
-        self._kinds = self.vocab_size ** prod(nodes.fan_ins[:first])  # nodes in the table
-        shifted = torch.arange(self._kinds, device=self.device) * self.vocab_size % self._kinds
-        self._shifted, self._shift = array(shifted), array(shifted.new_empty(self.batch))
-        contributions, values = nodes._table
-        self._table = array(_side_by_side(contributions[:, : self._kinds]))
-        shapes = list(zip(nodes._taps, nodes._bias, nodes.fan_ins, dilations))[first:]
-        self._levels = [_Level(*shape, self.batch, array) for shape in shapes]
-        self._head = array(_with_bias(nodes._head, nodes._head_bias)[:, : self.vocab_size].contiguous())
-        self._logits = like.new_empty(self.batch, self.vocab_size)
-        self._logits_array = array(self._logits)
-        self._values = self._hidden = None
-        if nodes._gates is not None:
-            gates = nodes._gates
-            for level, matrix, bias in zip(self._levels, gates.matrices[first:], gates.biases[first:]):
-                level.gate = _Gate(level.sum, matrix, bias, len(gates.hidden), array)
-            h, s = values[: self._kinds].chunk(2, 1)
-            self._values = array(torch.cat([_with_ones(h), _with_ones(s)], 1))
-            self._value = array(like.new_empty(self.batch, self._values.shape[1]))
-            # A column that makes a one of the one: what `head` multiplies needs it too.
-            one = F.one_hot(torch.tensor(len(gates.hidden)), len(gates.hidden) + 1).to(like)[:, None]
-            self._hidden = array(torch.cat([_with_bias(gates.hidden, gates.hidden_bias), one], 1))
-            self._top = array(like.new_empty(self.batch, len(one)))
+        """Everything that a step reads and writes."""
+        self._first, (contributions, values) = nodes.tabulated, nodes._table
+        self._kinds = self.vocab_size ** dilations[self._first]  # nodes in the table
+        self._table = contributions[:, : self._kinds].flatten(0, 1)  # what they contribute, tap after tap
+        self._gates, self._values = nodes._gates, None if values is None else values[: self._kinds]
+        levels = list(zip(nodes._taps, nodes._bias, dilations))[self._first :]
+        self._levels = [_Level(taps, bias, dilation, self.batch) for taps, bias, dilation in levels]
+        self._levels[0].children = self.keys.new_zeros(len(self._levels[0].children))  # a node of the table is its key
+        self._head, self._head_bias = nodes._head, nodes._head_bias
+        self._logits = self._head.new_empty(self.batch, len(self._head_bias))
+        self._shown = self._logits[:, : self.vocab_size]
+        # Of each level, row after row, its children: which row's they are, how many steps back, and among how many.
+        children = [
+            (row, back, level.size, level.size * row, level.size * self.batch)
+            for level in self._levels
+            for row in range(self.batch)
+            for back in level.back
+        ]
+        self._row, self._back, self._size, self._row_start, self._pad = (
+            torch.tensor(children, device=self.device).t().contiguous()
+        )
+        self._counts = [len(level.back) * self.batch for level in self._levels]
+        taps = torch.arange(0, len(self._table), self._kinds, device=self.device)
+        self._tap_rows = taps.repeat(self.batch)  # of the first level's children, as many
 
     def step(self, tokens: Tensor) -> Tensor:
         """Reads one token of every row, int64 `(batch,)`, and returns the logits of the next, `(batch, vocab)`.
@@ -108,18 +120,18 @@ class Stream:
             raise ShapeError(f"step takes tokens int64 ({self.batch},), one for each row, not {found}")
         if tokens.device != self.device:
             raise ShapeError(f"tokens are on {tokens.device} and the stream on {self.device}; move them with .to(...)")
-        if not self._few or not all(0 <= token < self.vocab_size for token in tokens.tolist()):
+        if self.batch > FEW_ROWS or not all(0 <= token < self.vocab_size for token in tokens.tolist()):
             check_tokens(tokens, self.vocab_size)
-        return self.next_logits(self.array(tokens)).clone()
+        return self.next_logits(tokens).clone()
 
-    def next_logits(self, tokens: Array) -> Tensor:
-        """`step` without its checks, for tokens as `array` has made them; the next step overwrites the logits."""
-        if self._few:
-            self._advance(tokens)
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """`step` without its checks and without asking the device; the next step overwrites the logits."""
+        if self.compiled:
+            loops.step(tokens.numpy(), *self.arrays)
         else:
-            with self._exact():
+            with torch.no_grad(), self._exact():
                 self._advance(tokens)
-        return self._logits
+        return self._shown
 
     def push(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Starts every row anew with a prefix of its own; returns the logits of what follows it, `(batch, vocab)`.
@@ -159,32 +171,24 @@ class Stream:
             chosen = chosen.nonzero()[:, 0]
         if chosen.ndim != 1 or (len(chosen) and (chosen.is_floating_point() or chosen.dtype == torch.bool)):
             raise ShapeError(f"rows is {rows!r}; give a list of rows, or a bool for each of the {self.batch} rows")
-        rows = chosen.tolist()
-        for row in rows:
+        for row in chosen.tolist():
             if not 0 <= row < self.batch:
                 raise ShapeError(f"row {row} is not among the {self.batch} rows, 0 to {self.batch - 1}")
-        if rows:
-            self.restart(sorted(set(rows)))
-
-    def restart(self, rows: list[int]) -> None:
-        """`reset` without its checks, for one or more rows that are there, each of them once."""
-        own = slice(None) if len(rows) == self.batch else rows
-        oldest = self._clock - int(self._starts[own].min())  # what stands before a row's start is `.` already
-        for level in self._levels:
-            newest = self._clock % level.size - 1
-            for age in range(min(oldest, level.size)):
-                level.slots[newest - age][own] = level.pad
-        self._keys[own] = 0
-        self._starts[own] = self._clock
+        for counts in (self.clocks, self.keys):
+            counts[chosen.long().to(self.device)] = 0  # what stands before a row's start is never read
+        if self.compiled:
+            self.arrays.phases[:] = 0
 
     def __reduce_ex__(self, protocol: int) -> None:
         raise StateError("a Stream is not copied or pickled; make another of the same model and give it the state()")
 
+    def _parts(self) -> dict[str, Tensor]:
+        rings = {f"level {index}": level.children for index, level in enumerate(self._levels)}
+        return {"model": self._digest, "clocks": self.clocks, "keys": self.keys, **rings}
+
     def state(self) -> dict[str, Tensor]:
         """A copy of all that the rows have read, as plain tensors: what `load_state` takes."""
-        counts = {"clock": torch.tensor(self._clock), "starts": torch.from_numpy(self._starts.copy())}
-        rings = {f"level {index}": torch.as_tensor(level.children).clone() for index, level in enumerate(self._levels)}
-        return {"model": self._digest.clone(), **counts, "keys": torch.as_tensor(self._keys).clone(), **rings}
+        return {name: part.clone() for name, part in self._parts().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Goes on from a `state()`, also from one of another device.
@@ -193,153 +197,114 @@ class Stream:
         """
         if not isinstance(state, dict) or not all(isinstance(part, Tensor) for part in state.values()):
             raise StateError("a state is a dict of tensors, as Stream.state() gives it")
-        own = self.state()
-        if not torch.equal(state.get("model", torch.zeros(0)).cpu(), own["model"]) or state.keys() != own.keys():
+        own = self._parts()
+        if not torch.equal(state.get("model", torch.zeros(0)).cpu(), self._digest) or state.keys() != own.keys():
             raise StateError("this state is of another model or dtype; load it into a stream of that one")
-        if len(state["starts"]) != self.batch:
-            raise StateError(f"this state is of {len(state['starts'])} rows; load it into a stream of that batch")
-        for part, tensor in own.items():
-            found = state[part]
-            if found.shape != tensor.shape or found.dtype != tensor.dtype:
+        if len(state["clocks"]) != self.batch:
+            raise StateError(f"this state is of {len(state['clocks'])} rows; load it into a stream of that batch")
+        for name, part in own.items():
+            found = state[name]
+            if found.shape != part.shape or found.dtype != part.dtype:
                 raise StateError(
-                    f"{part!r} of this state is {found.dtype} of shape {tuple(found.shape)}, here it is "
-                    f"{tensor.dtype} of shape {tuple(tensor.shape)}; the state is damaged, make another"
+                    f"{name!r} of this state is {found.dtype} of shape {tuple(found.shape)}, here it is "
+                    f"{part.dtype} of shape {tuple(part.shape)}; the state is damaged, make another"
                 )
-        keys, starts = state["keys"], state["starts"]
-        if keys.min() < 0 or keys.max() >= self._kinds or starts.max() > state["clock"]:
-            raise StateError("'keys' or 'starts' of this state are out of range; the state is damaged, make another")
-        self._clock, self._starts = int(state["clock"]), state["starts"].cpu().numpy().copy()
-        torch.as_tensor(self._keys).copy_(state["keys"])
-        for index, level in enumerate(self._levels):
-            torch.as_tensor(level.children).copy_(state[f"level {index}"])
+        keys = torch.cat([state["keys"], state["level 0"]])
+        if keys.min() < 0 or keys.max() >= self._kinds or state["clocks"].min() < 0:
+            raise StateError("'keys' or 'clocks' of this state are out of range; the state is damaged, make another")
+        for name, part in own.items():
+            part.copy_(state[name])
+        if self.compiled:
+            self.arrays.phases[:] = 0
 
-    def _advance(self, tokens: Array, start: bool = False) -> None:
-        """One step, which leaves its logits in `_logits`.
+    def _advance(self, tokens: Tensor, start: bool = False) -> None:
+        """One step in PyTorch, which leaves its logits in `_logits`; its operations never ask the device.
 
-        start: every level's ring is filled with what its newest child contributes, which is what `.` alone gives.
+        start: all that a level keeps becomes its newest child, which is what `.` alone gives.
         """
-        ops, keys, child, value = self._ops, self._keys, None, None
-        ops.add(ops.take(self._shifted, keys, out=self._shift), tokens, out=keys)
-        if self._values is not None:
-            value = ops.take(self._values, keys, out=self._value)
-        for level in self._levels:
-            now = self._clock % level.size
-            slot = level.slots[now]
-            if child is None:
-                ops.take(self._table, keys, out=slot)
-            else:
-                ops.product(child, level.matrix, out=slot)
+        child = self.keys.mul_(self.vocab_size).remainder_(self._kinds).add_(tokens)
+        value = None if self._values is None else self._values.index_select(0, child)
+        then = self.clocks.index_select(0, self._row) - self._back
+        places = torch.where(then < 0, self._pad, then % self._size + self._row_start).split(self._counts)
+        self.clocks += 1
+        for index, (level, own) in enumerate(zip(self._levels, places)):
+            fan_in = len(level.back)
             if start:
-                level.children[...], level.pad = slot, slot[0] + 0
-            child = level.node(ops, now)
-            if level.gate is not None:
-                child, value = level.gate.node(ops, value)
-        if self._hidden is not None:
-            child = ops.relu(ops.product(ops.relu(value), self._hidden, out=self._top))
-        self._clock += 1
-        ops.product(child, self._head, out=self._logits_array)
+                level.children[...] = child[0]
+            level.children.index_copy_(0, own[fan_in - 1 :: fan_in], child)
+            children = level.children.index_select(0, own)
+            if index == 0:
+                rows = self._table.index_select(0, children + self._tap_rows)
+                total = rows.view(self.batch, fan_in, -1).sum(1)
+            else:
+                total = torch.addmm(level.bias, children.view(self.batch, -1), level.weight)
+            if value is None:
+                child = tanh_(total)
+            else:
+                value = self._gates.nodes(self._first + index, total, value)
+                child = value[:, : self._gates.n_embd]
+        torch.addmm(self._head_bias, child, self._head, out=self._logits)
+
+    def _for_loops(self) -> loops.Arrays:
+        """What `loops` reads and writes; from now on the levels' children are parts of it."""
+        like, (first, *above), gates = self._head, self._levels, []
+        if self._gates is not None:
+            gates = list(zip(self._gates.matrices, self._gates.biases))[self._first :]
+            gates = [torch.cat([matrix, bias[None]]) for matrix, bias in gates]
+        matrices = [*[level.matrix for level in self._levels], *gates]
+        starts = [0, *accumulate(matrix.numel() for matrix in matrices)]
+        rows = [0, 0, *accumulate(len(level.children) for level in above)]  # the first level's children are elsewhere
+        widest = max(max(matrix.shape) for matrix in (*matrices, like))
+        children = like.new_zeros(rows[-1], widest)
+        levels = []
+        for index, level in enumerate(self._levels):
+            gate = (starts[len(self._levels) + index], gates[index].shape[1]) if gates else (-1, 0)
+            early = index * self.batch * loops.AHEAD
+            levels.append((len(level.back), level.dilation, *level.shape, starts[index], *gate, rows[index], early))
+        for level, start in zip(above, rows[1:]):
+            part = children[start : start + len(level.children), : level.shape[0]]
+            level.children = part.copy_(level.children)
+        arrays = {
+            "clocks": self.clocks,
+            "keys": self.keys,
+            "phases": torch.zeros_like(self.clocks),
+            "bigrams": first.children,
+            "children": children,
+            "table": self._table,
+            "values": like.new_empty(self._kinds, 0) if self._values is None else self._values.contiguous(),
+            "weights": torch.cat([matrix.flatten() for matrix in matrices]),
+            "levels": torch.tensor(levels),
+            "early": like.new_zeros(len(levels) * self.batch * loops.AHEAD, widest),
+            "hidden": like.new_empty(0, 0),
+            "head": torch.cat([self._head, self._head_bias[None]]),
+            "logits": self._logits,
+            "scratch": like.new_zeros(3 + loops.AHEAD, widest),
+        }
+        if gates:
+            arrays["hidden"] = torch.cat([self._gates.hidden, self._gates.hidden_bias[None]])
+        return loops.Arrays(self.vocab_size, *[arrays[name].numpy() for name in loops.Arrays._fields[1:]])
 
 
 class _Level:
-    """What a level's children have contributed to its taps, newest last, and room for its newest node.
+    """A level's weights, and of every row its last children.
 
-    children: `(size, batch, fan_in * channels)`, of which step t writes entry `t % size`. A bias is the last row of its
-    matrix, and what a matrix multiplies has a column of ones behind it: one operation in place of two.
+    matrix: rows for each tap, oldest first, and the bias. children: those of row r at its step t are entry
+    `r * size + t % size`; the last entry is what `.` alone gives. back: how many steps each tap's child is back.
     """
 
-    def __init__(
-        self, taps: Tensor, bias: Tensor, fan_in: int, dilation: int, batch: int, array: Callable[[Tensor], Array]
-    ):
-        channels, self.size, self.gate = taps.shape[2], (fan_in - 1) * dilation + 1, None
-        self.matrix = array(_with_bias(_side_by_side(taps), F.pad(bias, (0, (fan_in - 1) * channels))))
-        self.children = array(taps.new_empty(self.size, batch, fan_in * channels))
-        self.pad: Array | None = None
-        self.slots = list(self.children)
-        columns = [slice(tap * channels, (tap + 1) * channels) for tap in range(fan_in)]
-        *older, self.newest = [[slot[:, own] for slot in self.slots] for own in columns]
-        self.older = [(entries, (fan_in - 1 - tap) * dilation) for tap, entries in enumerate(older)]  # and how far back
-        self.out = array(_with_ones(taps.new_empty(batch, channels)))
-        self.sum = self.out[:, :channels]
-
-    def node(self, ops: type[_NumPy] | type[_PyTorch], now: int) -> Array:
-        """The newest node with a one behind it, `(batch, channels + 1)`. now: the entry of its newest child."""
-        total = self.newest[now]
-        if not self.older:
-            ops.add(total, 0, out=self.sum)
-        for older, back in self.older:
-            total = ops.add(total, older[now - back], out=self.sum)  # what is before the first entry is the last one
-        ops.tanh(self.sum)
-        return self.out
+    def __init__(self, taps: Tensor, bias: Tensor, dilation: int, batch: int):
+        fan_in, inputs, channels = taps.shape
+        self.dilation, self.shape = dilation, (inputs, channels)
+        self.matrix = torch.cat([taps.flatten(0, 1), bias[None]])
+        self.weight, self.bias = self.matrix[:-1], self.matrix[-1]
+        self.back = [(fan_in - 1 - tap) * dilation for tap in range(fan_in)]
+        self.size = (fan_in - 1) * dilation + 1
+        self.children = taps.new_empty(batch * self.size + 1, inputs)
 
 
-class _Gate:
-    """What makes a gated level's newest node of its sum (`nodes._Gates`): both values of it, each with a one behind.
-
-    The matrix has columns of zeros there, so that the ones are those of the rightmost child, to which it is added.
-    """
-
-    def __init__(self, summed: Array, matrix: Tensor, bias: Tensor, n_embd: int, array: Callable[[Tensor], Array]):
-        batch, gate = len(summed), len(matrix)
-        parts = [F.pad(part, (0, 1)) for part in _with_bias(matrix, bias).split(n_embd, 1)]
-        self.f, self.g = summed[:, :gate], summed[:, gate:]
-        self.matrix, self.width = array(torch.cat(parts, 1)), n_embd + 1
-        self.product = array(matrix.new_empty(batch, len(parts) * self.width))
-        self.out = array(_with_ones(matrix.new_empty(batch, gate)))
-        self.z = self.out[:, :gate]
-
-    def node(self, ops: type[_NumPy] | type[_PyTorch], rightmost: Array) -> tuple[Array, Array]:
-        """h, and h and s side by side; of the last level s alone, twice. rightmost: h and s of the rightmost child."""
-        ops.multiply(self.f, ops.add(self.g, 1, out=self.g), out=self.z)
-        own = ops.product(self.out, self.matrix, out=self.product)
-        own = ops.add(own, rightmost[:, -own.shape[1] :], out=own)
-        return own[:, : self.width], own
-
-
-class _NumPy:
-    """The operations of a step on the CPU with few rows, and the arrays that they take: views of tensors."""
-
-    array = staticmethod(Tensor.numpy)
-    add, multiply, product = np.add, np.multiply, np.dot
-
-    @staticmethod
-    def take(table: np.ndarray, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
-        return table.take(rows, 0, out, "clip")  # other modes make a new array first
-
-    @staticmethod
-    def tanh(x: np.ndarray) -> np.ndarray:
-        return np.tanh(x, out=x)
-
-    @staticmethod
-    def relu(x: np.ndarray) -> np.ndarray:
-        return np.maximum(x, 0, out=x)
-
-
-class _PyTorch:
-    """The same operations elsewhere."""
-
-    add, multiply, product = torch.add, torch.mul, torch.mm
-    tanh, relu = staticmethod(tanh_), torch.relu_
-
-    @staticmethod
-    def array(tensor: Tensor) -> Tensor:
-        return tensor
-
-    @staticmethod
-    def take(table: Tensor, rows: Tensor, out: Tensor) -> Tensor:
-        return torch.index_select(table, 0, rows, out=out)
-
-
-def _side_by_side(taps: Tensor) -> Tensor:
-    """`(fan_in, rows, channels)` to `(rows, fan_in * channels)`."""
-    return torch.cat(taps.unbind(), 1)
-
-
-def _with_bias(matrix: Tensor, bias: Tensor) -> Tensor:
-    return torch.cat([matrix, bias[None]])
-
-
-def _with_ones(rows: Tensor) -> Tensor:
-    return F.pad(rows, (0, 1), value=1.0)
+def compilable(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether few rows can be read in compiled loops there."""
+    return loops is not None and device.type == "cpu" and dtype in (torch.float32, torch.float64)
 
 
 def _digest(model: ConvWaveNet) -> bytes:
