@@ -35,13 +35,16 @@ from wavenet_conv.checkpoint import Checkpoint, load_checkpoint
 from wavenet_conv.equivalence import TOLERANCE
 from wavenet_conv.nodes import SharedNodes
 from wavenet_conv.sampling import uniform
+from wavenet_conv.streaming import compilable
+from wavenet_conv.vocabulary import Vocabulary
 
 LONGEST = 100  # characters; a name is cut there
 WINDOW_BATCHES = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (1024, 4096, 16384, 65536, 262144)}
 OUR_BATCHES = {"cpu": (64, 1024, 16384, 65536, 131072), "cuda": (1024, 16384, 131072, 524288, 1048576)}
 GROWTH_LEVELS = range(3, 13)  # contexts 8, 16, ... 4096
 GROWTH_BATCH = 64  # rows of a stream
-COMPARED_BATCHES = (1, 9)  # rows of a stream that is compared with windows: a few run in NumPy on the CPU, more do not
+GROWTH_CHARACTERS = {True: 65_536, False: 1_024}  # of the string that `sample` draws, in compiled loops or not
+COMPARED_BATCHES = (1, 9)  # rows of a stream that is compared with windows: compiled loops take the steps of few
 COMPARED_STEPS = 4  # characters after a full context
 NEAR = {"launches": "the limit of launches", "operations": "the limit of operations", "neither": "neither limit"}
 
@@ -91,6 +94,7 @@ def run(args: argparse.Namespace, device: torch.device, trained: Checkpoint, pro
         "device": harness.machine(device),
         "torch": torch.__version__,
         "dtype": "float32",
+        "compiled": compilable(device, torch.float32),
         "model": {
             "checkpoint": "default",
             "fan_ins": list(config.fan_ins),
@@ -233,6 +237,7 @@ def equality(args: argparse.Namespace, device: torch.device, trained: Checkpoint
             names = sample(
                 *(trained.model, trained.vocab, max(count, batch)),  # few names would not be drawn as a batch's are
                 **dict(max_length=LONGEST, seed=args.seed, batch=batch, device=device, dtype=dtype),
+                compiled=in_loops(batch, device),
             )
             found[f"sample, batch {batch:,}, {str(dtype)[6:]}"] = [tokens_of(name, trained) for name in names[:count]]
         progress.advance(task)
@@ -251,6 +256,11 @@ def equality(args: argparse.Namespace, device: torch.device, trained: Checkpoint
         "max_abs_diff": worst,
         "tolerance": TOLERANCE[torch.float32],
     }
+
+
+def in_loops(batch: int, device: torch.device) -> bool:
+    """Whether names are drawn in compiled loops: one by one, where they can be."""
+    return batch == 1 and compilable(device, torch.float32)
 
 
 def batches_of(batches: dict[str, tuple[int, ...]], args: argparse.Namespace, device: torch.device) -> tuple[int, ...]:
@@ -323,6 +333,7 @@ def methods_of(args: argparse.Namespace, device: torch.device, trained: Checkpoi
         return sample(
             *(trained.model, trained.vocab, max(many, 4 * batch)),
             **dict(max_length=LONGEST, seed=args.seed, batch=batch, device=device, dtype=torch.float32),
+            compiled=in_loops(batch, device),
         )
 
     methods = {
@@ -457,11 +468,15 @@ def latency_rows(
 
 
 def growth_row(levels: int, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """A character at context `2 ** levels`, drawn from windows, from folded windows and from a stream.
+    """A character at context `2 ** levels`, drawn from windows, from folded windows, from a stream and by `sample`.
 
-    At batch 1, and then with many names: folded windows at the best of several batch sizes against a stream.
+    At batch 1, and then with many names: folded windows at the best of several batch sizes against a stream. `sample`
+    draws one string that never ends, what it prepares counted in.
     """
     model = growth_model(levels, args, device)
+    model.head.bias[0] = -1e4
+    vocab, compiled = Vocabulary("abcdefghijklmnopqrstuvwxyz"), compilable(device, torch.float32)
+    length = GROWTH_CHARACTERS[compiled]
     trees = {"windows": reference.from_conv(model), "windows_folded": reference.from_conv(fold_batch_norm(model))}
     with CountingNodes(model.config.n_hidden) as counted:
         trees["windows"](torch.zeros(1, model.context, dtype=torch.int64, device=device))
@@ -481,19 +496,28 @@ def growth_row(levels: int, args: argparse.Namespace, device: torch.device) -> d
             rows[-1] |= with_quartiles("us_per_character", [time / batches[method] for time in times])
         return rows
 
+    def one_string() -> list[str]:
+        return sample(model, vocab, 1, max_length=length, seed=args.seed, batch=1, device=device, compiled=compiled)
+
     one = timed({"windows": 1, "windows_folded": 1, "stream": 1}, 40 if args.quick else 200, 10)
+    if len(one_string()[0]) != length:
+        raise WaveNetConvError(f"context {model.context}: the string that `sample` draws ended early")
+    times = time_calls({"sample": one_string}, 3 if args.quick else 9, device, block=1)["sample"]
+    one.append({"method": "sample", "batch": 1, "calls": len(times)})
+    one[-1] |= with_quartiles("us_per_character", [time / length for time in times])
     sizes = sorted({max(1, tokens // model.context) for tokens in WINDOW_TOKENS[device.type]})
     tried = [row for size in sizes for row in timed({"windows_folded": size}, 1, 1)]
     best = min(tried, key=lambda row: row["us_per_character"])["batch"]
     many = timed({"windows_folded": best, "stream": GROWTH_BATCH}, 3 if args.quick else 15, 3)
-    windows, folded, stream, best_folded, best_stream = (row["us_per_character"] for row in one + many)
+    windows, folded, stream, drawn, best_folded, best_stream = (row["us_per_character"] for row in one + many)
     return {
         "context": model.context,
         "levels": levels,
         "nodes_per_character": {"windows": sum(counted.nodes), "stream": levels},
         "tabulated_levels": SharedNodes(model).tabulated,
-        "times_windows": windows / stream,
-        "times_windows_folded": folded / stream,
+        "times_windows": windows / drawn,
+        "times_windows_folded": folded / drawn,
+        "times_windows_same_draw": windows / stream,
         "times_windows_folded_many": best_folded / best_stream,
         "one": one,
         "many": many,
@@ -626,10 +650,11 @@ def methods_table(results: dict[str, Any]) -> tuple[str, Table, str]:
         )
     best = results["limits"]["sample"]
     shares = ", ".join(f"{name} {share:.0%}" for name, share in best["costliest_operators"].items())
+    one_by_one = "in compiled loops" if results["compiled"] else "in PyTorch, without Numba"
     remark = (
         f"Characters: the `.` at the end of a name among them. loop, windows and {PEER} draw by torch.multinomial and "
-        f"give tokens; sample gives strings, and its tables are made anew in every call. {PEER} has random weights and "
-        f"draws as many characters for each name as the loop.\n"
+        f"give tokens; sample gives strings, one by one {one_by_one}, and its tables are made anew in every call. "
+        f"{PEER} has random weights and draws as many characters for each name as the loop.\n"
         f"Limit of sample at batch {best['batch']:,}: {best['launches']:,} launches need at least "
         f"{best['share_of_launches']:.0%} of its {best['us'] / 1e3:,.0f} ms, its "
         f"{best['multiply_adds_per_character']:,.0f} multiply-adds a character {best['share_of_matmul_rate']:.1%} at "
@@ -661,7 +686,7 @@ def latency_table(results: dict[str, Any]) -> tuple[str, Table, str]:
             f"{row['us'] / step['us']:.2f}",
         )
     remark = (
-        f"Launches: operators of PyTorch on the CPU, where a stream of few rows runs in NumPy; kernels on CUDA. Each "
+        f"Launches: operators of PyTorch on the CPU, kernels on CUDA; a stream's compiled loops are none. Each "
         f"of {PEER}'s blocks holds two convolutions, so it has more parameters and sees more tokens. Without the draw; "
         f"tokens are tensors on the device beforehand.\n"
         f"Limit of a step: its calls alone, on a model of the same levels one channel wide, take "
@@ -675,23 +700,23 @@ def latency_table(results: dict[str, Any]) -> tuple[str, Table, str]:
 def growth_table(results: dict[str, Any]) -> tuple[str, Table, str]:
     """Nodes and time a character as the context grows."""
     table = table_of(
-        *("context", "windows: nodes a character", "us", "folded: us", "stream: nodes a character", "us", "quartiles"),
-        *("x windows", "x windows_folded", "many, folded: batch", "us", f"stream, {GROWTH_BATCH}: us", "quartiles"),
-        "x windows_folded",
+        *("context", "windows: nodes a character", "us", "folded: us", "stream: nodes a character", "us"),
+        *("sample: us", "quartiles", "x windows", "x windows_folded", "many, folded: batch", "us"),
+        *(f"stream, {GROWTH_BATCH}: us", "quartiles", "x windows_folded"),
     )
     for row in results["growth"]:
-        nodes, (windows, folded, one), (best, many) = row["nodes_per_character"], row["one"], row["many"]
+        nodes, (windows, folded, one, drawn), (best, many) = row["nodes_per_character"], row["one"], row["many"]
         table.add_row(
             *(f"{row['context']:,}", f"{nodes['windows']:,}", us_cells(windows)[0], us_cells(folded)[0]),
-            *(f"{nodes['stream']:,}", *us_cells(one)),
+            *(f"{nodes['stream']:,}", us_cells(one)[0], *us_cells(drawn)),
             *(f"{row['times_windows']:,.2f}", f"{row['times_windows_folded']:,.2f}"),
             *(f"{best['batch']:,}", us_cells(best)[0], *us_cells(many), f"{row['times_windows_folded_many']:,.2f}"),
         )
     remark = (
         f"Microseconds a character at batch 1, then of many names: the windows at their best batch, the stream at "
-        f"{GROWTH_BATCH}. Fan-ins of 2, random weights; a character is its logits and a draw by torch.multinomial, the "
-        f"same for all. Of the stream's levels the lowest {results['growth'][0]['tabulated_levels']} are looked up in "
-        f"a table. One name's step reads every level's weights for one row; the nodes of a window share them."
+        f"{GROWTH_BATCH}. Fan-ins of 2, random weights; a character is its logits and a draw, by torch.multinomial but "
+        f"for sample. Of the stream's levels the lowest {results['growth'][0]['tabulated_levels']} are looked up in a "
+        f"table. One name's step reads every level's weights for one row; the nodes of a window share them."
     )
     return "Growth with the context", table, remark
 

@@ -110,6 +110,20 @@ def test_to_the_bit_where_arithmetic_is_exact(names, vocab, device, clamp_for_ta
         assert torch.equal(looped, expected[:20])
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["tanh", "gated"])
+@pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3, 2), (2, 3, 2), (1, 4, 1, 2), (2,) * 7], ids=str)
+def test_a_window_alone_is_its_tree(device, clamp_for_tanh, fan_ins, gated):
+    """Without the nodes between, which a pass over more than a window slides over: to the bit."""
+    tree = to_exact(random_tree(fan_ins, n_embd=6, n_hidden=16, gated=gated)).to(device)
+    conv = from_tree(tree)
+    tokens = torch.randint(0, 27, (5, conv.context), generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad():
+        expected = tree(tokens)
+        for model in (conv, fold_batch_norm(conv)):
+            assert torch.equal(model(tokens)[:, 0], expected)
+        assert torch.equal(conv.forward_conv1d(tokens)[:, 0], expected)
+
+
 @st.composite
 def problems(draw):
     """Any fan-ins, widths, vocabulary, batch norm or none or gates, and ragged names in any order."""

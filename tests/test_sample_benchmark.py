@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, loops
 
 from benchmarks import sample
 from wavenet_conv.checkpoint import load_checkpoint
@@ -51,8 +51,9 @@ def rows(results):
 
 def test_it_reports_what_it_ran(results):
     assert list(results) == [
-        *("device", "torch", "dtype", "model", "equality", "methods", "latency", "growth", "limits"),
+        *("device", "torch", "dtype", "compiled", "model", "equality", "methods", "latency", "growth", "limits"),
     ]
+    assert results["compiled"] == (loops is not None)
     assert results["torch"] == torch.__version__ and results["dtype"] == "float32" and results["device"]
     assert results["model"]["fan_ins"] == [2, 2, 2] and results["model"]["n_hidden"] == [128] * 3
     assert results["model"]["parameters"] == 76_579
@@ -105,11 +106,12 @@ def test_growth_counts_a_tree_against_its_levels(results):
     for row in growth:
         assert row["nodes_per_character"] == {"windows": row["context"] - 1, "stream": row["levels"]}
         assert row["tabulated_levels"] == 1  # 729 bigrams
-        assert [method["method"] for method in row["one"]] == ["windows", "windows_folded", "stream"]
+        assert [method["method"] for method in row["one"]] == ["windows", "windows_folded", "stream", "sample"]
         assert [method["method"] for method in row["many"]] == ["windows_folded", "stream"]
         assert {method["batch"] for method in row["one"]} == {1} and row["many"][1]["batch"] == sample.GROWTH_BATCH
-        windows, folded, stream, *many = (method["us_per_character"] for method in row["one"] + row["many"])
-        assert row["times_windows"] == windows / stream and row["times_windows_folded"] == folded / stream
+        windows, folded, stream, drawn, *many = (method["us_per_character"] for method in row["one"] + row["many"])
+        assert row["times_windows"] == windows / drawn and row["times_windows_folded"] == folded / drawn
+        assert row["times_windows_same_draw"] == windows / stream
         assert row["times_windows_folded_many"] == many[0] / many[1]
 
 

@@ -6,14 +6,14 @@ from itertools import islice
 import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import needs_numba, random_tree
+from conftest import loops, needs_numba, random_tree
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from wavenet_conv import Scorer, Vocabulary, WaveNetConvError, from_tree, sample, sample_stream, sampling
 from wavenet_conv.checkpoint import load_checkpoint
-from wavenet_conv.sampling import BATCH, DOUBT, MANY, loops, uniform
+from wavenet_conv.sampling import BATCH, DOUBT, MANY, uniform
 
 ABC = Vocabulary("abcdefghijklmnopqrstuvwxyz")
 AB = Vocabulary("ab")

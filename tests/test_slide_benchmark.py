@@ -160,6 +160,7 @@ def test_nodes_are_counted_and_not_computed_from_a_formula(gated):
     for call, nodes in (
         (lambda: conv(tokens), [16, 10]),
         (lambda: conv.forward_conv1d(tokens), [16, 10]),
+        (lambda: conv(tokens[:, 4:]), [4, 2]),  # one window a name: nothing to slide
         (lambda: reference.window_logits(tree, tokens), [20, 10]),
         (lambda: reference.loop_logits(tree, tokens[:1]), [10, 5]),
         (lambda: None, [0, 0]),

@@ -9,13 +9,13 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from conftest import needs_numba, random_tree
+from conftest import loops, needs_numba, random_tree
 from hypothesis import given, settings
 from test_equivalence import clamp_for_tanh, to_exact  # noqa: F401
 
 import reference
 from wavenet_conv import ConvWaveNet, Stream, Vocabulary, WaveNetConfig, WaveNetConvError, from_tree, streaming
-from wavenet_conv.streaming import FEW_ROWS, loops
+from wavenet_conv.streaming import FEW_ROWS
 
 WIDE = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=128)
 GATED = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=32, gated=True)
@@ -254,7 +254,7 @@ def test_compiled_steps_that_cannot_be(monkeypatch):
         Stream(conv, FEW_ROWS + 1, compiled=True)
     with pytest.raises(WaveNetConvError, match="in float32 or float64"):
         Stream(conv.to(torch.bfloat16), compiled=True)
-    monkeypatch.setattr(streaming, "loops", None)
+    monkeypatch.setattr(streaming, "find_spec", lambda name: None)
     with pytest.raises(WaveNetConvError, match="need Numba"):
         Stream(conv, compiled=True)
     assert not Stream(conv).compiled

@@ -7,18 +7,26 @@ There the calls of a step's operations take longer than its arithmetic. Numba co
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc"})  # NaN stays NaN
-
 AHEAD = 8  # steps for which a level with a dilation of as many computes at once what its older children contribute
 TAYLOR = tuple(1 / math.factorial(k) for k in range(8, 0, -1))  # of exp(z) - 1
-# Columns of `Arrays.levels`: a level's shape, where its matrices begin in `weights` (GATE is -1 where there is none), in
+# Columns of `Arrays.levels`: a level's shape, where its matrices begin in `weights` (GATE: -1 where there is none), in
 # which row its part of `children` begins, and in which its part of `early` does for the stream's first row.
 FAN_IN, DILATION, INPUTS, CHANNELS, MATRIX, GATE, GATE_OUTPUTS, CHILDREN, EARLY = range(9)
+
+
+def compiled(function: Callable) -> Callable:
+    """The function, compiled when it is first called, and kept beside the package where that can be written."""
+    options = dict(nogil=True, error_model="numpy", fastmath={"contract", "reassoc"})  # NaN stays NaN
+    try:
+        return njit(function, cache=True, **options)
+    except RuntimeError:  # no folder to keep it in
+        return njit(function, **options)
 
 
 class Arrays(NamedTuple):
@@ -26,11 +34,12 @@ class Arrays(NamedTuple):
 
     clocks, keys: int64 `(batch,)`. phases: int64 `(batch,)`, steps since `early` was computed, 0 for not yet. bigrams:
     int64, the first level's children, which are nodes of the table; children: those of the levels above, which lie as
-    `_Level` says. table: `(fan_in * kinds, channels)`; values: of a gated model `(kinds, 2 * n_embd)`, else `(kinds, 0)`.
-    weights: all levels' matrices, each with `fan_in * inputs` rows and a bias, end to end; levels: int64, a row for
-    each. early: what older children contribute in AHEAD steps, and the bias. hidden, head: matrices with a bias,
-    `hidden` empty but in a gated model. logits: `(batch, columns)`, -inf in those behind the vocabulary. scratch: room.
-    The rows of `children`, `early` and `scratch` are as long as the widest level needs.
+    `_Level` says. table: `(fan_in * kinds, channels)`; values: `(kinds, 2 * n_embd)`, or `(kinds, 0)` without gates.
+    weights: of each level its taps' matrices, `(channels, inputs)` each, and the bias, then of each gate likewise;
+    levels: int64, a row for each. early: what older children contribute in AHEAD steps, and the bias. hidden: a matrix
+    whose last row is the bias, empty without gates. head: `(columns, inputs)`, head_bias: `(columns,)`, -inf behind the
+    vocabulary. logits: `(batch, columns)`. scratch: room. The rows of `children`, `early` and `scratch` are as long as
+    the widest level needs.
     """
 
     vocab_size: int
@@ -46,29 +55,19 @@ class Arrays(NamedTuple):
     early: np.ndarray
     hidden: np.ndarray
     head: np.ndarray
+    head_bias: np.ndarray
     logits: np.ndarray
     scratch: np.ndarray
 
 
 @compiled
-def add_product(x, matrix, out):
-    """out += x @ matrix, four rows of the matrix at a time, each of which is read from memory once for all rows of x.
-
-    The rows of x and of `out` may be longer than they need be.
-    """
-    inputs, columns = matrix.shape
-    whole = inputs - inputs % 4
-    for i in range(0, whole, 4):
-        m = matrix[i : i + 4]
-        for row in range(len(x)):
-            a, b, c, d = x[row, i], x[row, i + 1], x[row, i + 2], x[row, i + 3]
-            total = out[row, :columns]
-            for j in range(len(total)):
-                total[j] += (a * m[0, j] + b * m[1, j]) + (c * m[2, j] + d * m[3, j])
-    for i in range(whole, inputs):
-        for row in range(len(x)):
-            for j in range(columns):
-                out[row, j] += x[row, i] * matrix[i, j]
+def add_product(matrix, x, out):
+    """out += matrix @ x."""
+    for row in range(len(matrix)):
+        weights, total = matrix[row], x.dtype.type(0)
+        for i in range(len(weights)):
+            total += weights[i] * x[i]
+        out[row] += total
 
 
 @compiled
@@ -96,75 +95,73 @@ def place(row, clock, size, batch):
 
 
 @compiled
-def add_older(row, clock, steps, level, matrix, arrays, out):
-    """out += what the older children contribute at `clock`, `clock + 1`, ..., `steps` of them."""
-    older, inputs, x = level[FAN_IN] - 1, level[INPUTS], arrays.scratch[3 : 3 + steps]
-    for tap in range(older):
-        first = clock - (older - tap) * level[DILATION]
-        for step in range(steps):
-            then = place(row, first + step, older * level[DILATION] + 1, len(arrays.keys))
-            x[step, :inputs] = arrays.children[level[CHILDREN] + then, :inputs]
-        add_product(x, matrix[tap * inputs : (tap + 1) * inputs], out)
+def matrix_at(weights, start, rows, columns):
+    """One of the matrices in `weights`."""
+    return weights[start : start + rows * columns].reshape(rows, columns)
 
 
 @compiled
-def matrix_at(start, rows, columns, arrays):
-    """One of the matrices in `weights`."""
-    return arrays.weights[start : start + rows * columns].reshape(rows, columns)
+def sum_of_older(row, clock, level, weights, children, batch, out):
+    """A level's bias and what its older children contribute at `clock`."""
+    older, inputs, channels, start = level[FAN_IN] - 1, level[INPUTS], level[CHANNELS], level[MATRIX]
+    bias = start + level[FAN_IN] * channels * inputs
+    out[:channels] = weights[bias : bias + channels]
+    for tap in range(older):
+        then = clock - (older - tap) * level[DILATION]
+        child = children[level[CHILDREN] + place(row, then, older * level[DILATION] + 1, batch)]
+        add_product(matrix_at(weights, start + tap * channels * inputs, channels, inputs), child, out)
 
 
 @compiled
 def read(row, token, arrays):
     """One row reads one token, and the logits of the next are left in its row of `logits`."""
+    weights, levels, children, early = arrays.weights, arrays.levels, arrays.children, arrays.early
     batch, (kinds, width) = len(arrays.keys), arrays.values.shape
     clock, phase = arrays.clocks[row], arrays.phases[row]
     arrays.clocks[row], arrays.phases[row] = clock + 1, (phase + 1) % AHEAD
     key = arrays.keys[row] * arrays.vocab_size % kinds + token
     arrays.keys[row] = key
-    x, total, value = arrays.scratch[0:1], arrays.scratch[1:2], arrays.scratch[2]
+    x, total, value = arrays.scratch[0], arrays.scratch[1], arrays.scratch[2]
     value[:width] = arrays.values[key]
-    for index in range(len(arrays.levels)):
-        level = arrays.levels[index]
+    for index in range(len(levels)):
+        level = levels[index]
         older, inputs, channels, dilation = level[FAN_IN] - 1, level[INPUTS], level[CHANNELS], level[DILATION]
         now = place(row, clock, older * dilation + 1, batch)
         if index == 0:
             arrays.bigrams[now] = key
-            total[0, :channels] = arrays.table[older * kinds + key]
+            total[:channels] = arrays.table[older * kinds + key]
             for tap in range(older):
                 then = place(row, clock - (older - tap) * dilation, older * dilation + 1, batch)
-                total[0, :channels] += arrays.table[tap * kinds + arrays.bigrams[then]]
+                total[:channels] += arrays.table[tap * kinds + arrays.bigrams[then]]
         else:
-            matrix = matrix_at(level[MATRIX], (older + 1) * inputs + 1, channels, arrays)
-            arrays.children[level[CHILDREN] + now, :inputs] = x[0, :inputs]
+            children[level[CHILDREN] + now, :inputs] = x[:inputs]
             if dilation < AHEAD:
-                total[0, :channels] = matrix[-1]
-                add_older(row, clock, 1, level, matrix, arrays, total)
+                sum_of_older(row, clock, level, weights, children, batch, total)
             else:
                 first = level[EARLY] + row * AHEAD
                 if phase == 0:
-                    early = arrays.early[first : first + AHEAD]
-                    early[:, :channels] = matrix[-1]
-                    add_older(row, clock, AHEAD, level, matrix, arrays, early)
-                total[0] = arrays.early[first + phase]
-            add_product(x, matrix[older * inputs : (older + 1) * inputs], total)
-        tanh(total[0, :channels])
+                    for later in range(AHEAD):
+                        sum_of_older(row, clock + later, level, weights, children, batch, early[first + later])
+                total[:channels] = early[first + phase, :channels]
+            add_product(matrix_at(weights, level[MATRIX] + older * channels * inputs, channels, inputs), x, total)
+        tanh(total[:channels])
         if level[GATE] < 0:
-            x[0, :channels] = total[0, :channels]
+            x[:channels] = total[:channels]
         else:
             outputs, half = level[GATE_OUTPUTS], channels // 2
-            total[0, :half] *= total[0, half:channels] + 1
-            matrix = matrix_at(level[GATE], half + 1, outputs, arrays)
-            x[0, :outputs] = value[width - outputs : width] + matrix[-1]
-            add_product(total, matrix[:half], x)
-            value[:outputs] = x[0, :outputs]
+            total[:half] *= total[half:channels] + 1
+            bias = level[GATE] + outputs * half
+            x[:outputs] = value[width - outputs : width] + weights[bias : bias + outputs]
+            add_product(matrix_at(weights, level[GATE], outputs, half), total, x)
+            value[:outputs] = x[:outputs]
     if len(arrays.hidden):
-        inputs = arrays.hidden.shape[1]
-        x[0, :inputs], total[0, :inputs] = np.maximum(x[0, :inputs], 0), arrays.hidden[-1]
-        add_product(x, arrays.hidden[:-1], total)
-        x[0, :inputs] = np.maximum(total[0, :inputs], 0)
-    logits = arrays.logits[row : row + 1]
-    logits[0] = arrays.head[-1]
-    add_product(x, arrays.head[:-1], logits)
+        inputs = len(arrays.hidden) - 1
+        x[:inputs], total[:inputs] = np.maximum(x[:inputs], 0), arrays.hidden[inputs]
+        add_product(arrays.hidden[:inputs], x, total)
+        x[:inputs] = np.maximum(total[:inputs], 0)
+    logits = arrays.logits[row]
+    logits[:] = arrays.head_bias
+    add_product(arrays.head, x, logits)
 
 
 @compiled
@@ -193,16 +190,20 @@ def uniform(seed, name, position):
 
 @compiled
 def draw(logits, temperature, number, doubt):
-    """The token that falls to a uniform number; -1 where `doubt` away is another one, or the logits are no numbers."""
+    """The token that falls to a uniform number; -1 where `doubt` away is another one, or the logits are no numbers.
+
+    The logits are overwritten.
+    """
     likeliest, total, summed, low, high = logits[0], 0.0, 0.0, 0, 0
     for logit in logits:
         likeliest = max(likeliest, logit)
-    for logit in logits:
-        total += math.exp((logit - likeliest) / temperature)
+    for token in range(len(logits)):
+        logits[token] = math.exp((logits[token] - likeliest) / temperature)
+        total += logits[token]
     if not 1 <= total < math.inf:
         return -1
-    for logit in logits:
-        summed += math.exp((logit - likeliest) / temperature) / total
+    for weight in logits:
+        summed += weight / total
         low += summed <= number - doubt
         high += summed <= number + doubt
     return min(low, len(logits) - 1) if low == high else -1

@@ -270,6 +270,8 @@ class ConvWaveNet(nn.Module):
             raise ConfigError(f"config is {config!r}; pass a WaveNetConfig, such as WaveNetConfig(fan_ins=(2, 2, 2))")
         factory = {"device": device, "dtype": dtype}
         self.config, self.context, self.dilations = config, config.context, config.dilations
+        spans = (*self.dilations[1:], self.context)
+        self._nodes = [self.context // span for span in spans]  # of each level in the tree of one window
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd, **factory)
         widths = (config.n_embd, *config.n_hidden)
         shapes = list(zip(widths, widths[1:], config.fan_ins, self.dilations))
@@ -309,7 +311,10 @@ class ConvWaveNet(nn.Module):
         if operands is None:
             return self.forward_conv1d(tokens, lengths).contiguous()
         table, levels, hidden, head_bias, head_weight = operands
-        x, outputs = self._embed(tokens, table).flatten(0, 1), time - self.context + 1
+        x, outputs = self._embed(tokens, table), time - self.context + 1
+        if outputs == 1 and not self.training:
+            x, levels = self._as_trees(x), [(*level[:-1], nodes) for level, nodes in zip(levels, self._nodes)]
+        x = x.flatten(0, 1)
         if self.config.gated:
             skips = None
             for level in levels:
@@ -323,6 +328,16 @@ class ConvWaveNet(nn.Module):
                 x = slide(x, batch, *level)
         logits = torch.addmm(head_bias, x, head_weight)
         return logits.view(outputs, batch, self.config.vocab_size).transpose(0, 1).contiguous()
+
+    def _as_trees(self, x: Tensor) -> Tensor:
+        """One window a name, `(context, batch, n_embd)`, in an order that spares all nodes which are not of its tree.
+
+        A level's taps then read as many equal parts of its children, the first child of every parent, the second, and
+        so on, which `_nodes` for dilations says to the slid pass. To that end a position's digits, in the mixed radix
+        of the fan-ins, are reversed, as those of a Fourier transform's inputs are.
+        """
+        digits = range(len(self.config.fan_ins))
+        return x.unflatten(0, self.config.fan_ins[::-1]).permute(*reversed(digits), -2, -1).flatten(0, len(digits) - 1)
 
     def forward_conv1d(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The definition of `forward`, and slower: every level as `nn.Conv1d` on `(batch, channel, time)`."""

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, SamplingError
+from .mapping import fold_batch_norm
 from .model import ConvWaveNet
 from .nodes import Carried, SharedNodes, number
 from .precision import exact_float32
-from .streaming import FEW_ROWS, Stream, compilable, loops
+from .streaming import FEW_ROWS, Stream, compilable
 from .vocabulary import END, Vocabulary
 
 BATCH = 2**17  # names that are drawn together,
@@ -276,10 +277,12 @@ class _Sampler:
             for row in drawing.undecided():
                 name = int(unfinished[row])
                 if n is None or name < n:
-                    drawing.decided[row] = self._decided(name, tokens[names == name].tolist())
+                    drawing.decided[row] = self._decided(name, tokens[names == name])
 
     def one_by_one(self, n: int | None) -> Iterator[str]:
         """One name after the other in compiled loops."""
+        from . import loops  # only now: Numba takes 0.3 s to import
+
         arrays, last = Stream(self.model, compiled=True).arrays, 2**62 if n is None else n
         start, room = np.array(self.start, dtype=np.int64), np.empty(ROOM, dtype=np.int64)
         going, decided, tokens = np.zeros(3, dtype=np.int64), -1, np.empty(0, dtype=np.int64)
@@ -290,12 +293,13 @@ class _Sampler:
             whole = 1 + max(np.flatnonzero(tokens == 0), default=-1)
             yield from self._names(tokens[:whole])
             tokens = tokens[whole:]
-            decided = self._decided(int(going[0]), tokens.tolist()) if doubtful else -1
+            decided = self._decided(int(going[0]), tokens) if doubtful else -1
 
-    def _decided(self, name: int, before: list[int]) -> int:
+    def _decided(self, name: int, before: np.ndarray) -> int:
         """The token of a name after those before it."""
-        context = self.model.context
-        window = torch.tensor([([0] * context + before)[-context:]], device=self.device)
+        window = torch.zeros(1, self.model.context, dtype=torch.int64, device=self.device)
+        last = torch.from_numpy(before[-self.model.context :])
+        window[0, self.model.context - len(last) :] = last
         return int(self.exactly(window, uniform(self.seed, torch.tensor([name]), torch.tensor([len(before)]))))
 
     def exactly(self, windows: Tensor, numbers: Tensor) -> Tensor:
@@ -316,7 +320,7 @@ class _Sampler:
 
     @cached_property
     def _exact(self) -> ConvWaveNet:
-        return copy.deepcopy(self.model).double()
+        return fold_batch_norm(copy.deepcopy(self.model).double())
 
     def bounds(self, numbers: Tensor) -> Tensor:
         """What is to fall on one token, for that to be the outcome: numbers float64 `(n,)` to `(n, 2)`."""
@@ -360,11 +364,11 @@ class _Rows:
 
     def _steps(self, until_unsure: bool = False) -> int:
         """Takes the steps, if so wished only until a row stands still; returns how many."""
-        for taken, drawn in enumerate(self.drawn, start=1):
+        for step, drawn in enumerate(self.drawn, start=1):
             self._step(drawn)
             if until_unsure and self.unsure.any():
-                break
-        return taken
+                return step
+        return STEPS
 
     def _step(self, drawn: Tensor) -> None:
         """Reads a token of every row and draws the next one."""

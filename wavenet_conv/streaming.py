@@ -10,7 +10,9 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,12 +23,8 @@ from .nodes import SharedNodes, tanh_
 from .precision import exact_float32
 from .vocabulary import check_tokens
 
-try:
-    from . import loops
-except ModuleNotFoundError as error:
-    if error.name != "numba":
-        raise
-    loops = None
+if TYPE_CHECKING:
+    from .loops import Arrays
 
 FEW_ROWS = 8  # up to here compiled loops take the steps, row after row, and read all weights for each
 
@@ -80,7 +78,7 @@ class Stream:
         with self._exact():
             self._prepare(SharedNodes(weights), model.dilations)
             self._advance(self.keys.clone(), start=True)
-        self.arrays = self._for_loops() if self.compiled else None
+        self.arrays = self._for_loops() if self.compiled else None  # of `loops`
         self.reset()
 
     def _prepare(self, nodes: SharedNodes, dilations: Sequence[int]) -> None:
@@ -127,7 +125,7 @@ class Stream:
     def next_logits(self, tokens: Tensor) -> Tensor:
         """`step` without its checks and without asking the device; the next step overwrites the logits."""
         if self.compiled:
-            loops.step(tokens.numpy(), *self.arrays)
+            self._loops.step(tokens.numpy(), *self.arrays)
         else:
             with torch.no_grad(), self._exact():
                 self._advance(tokens)
@@ -245,20 +243,26 @@ class Stream:
                 child = value[:, : self._gates.n_embd]
         torch.addmm(self._head_bias, child, self._head, out=self._logits)
 
-    def _for_loops(self) -> loops.Arrays:
+    def _for_loops(self) -> Arrays:
         """What `loops` reads and writes; from now on the levels' children are parts of it."""
-        like, (first, *above), gates = self._head, self._levels, []
+        from . import loops  # only now: Numba takes 0.3 s to import
+
+        self._loops = loops
+        like, (first, *above), gates, hidden = self._head, self._levels, [], self._head.new_empty(0, 0)
         if self._gates is not None:
             gates = list(zip(self._gates.matrices, self._gates.biases))[self._first :]
-            gates = [torch.cat([matrix, bias[None]]) for matrix, bias in gates]
-        matrices = [*[level.matrix for level in self._levels], *gates]
-        starts = [0, *accumulate(matrix.numel() for matrix in matrices)]
+            hidden = torch.cat([self._gates.hidden.t(), self._gates.hidden_bias[None]])
+        weights = [[*[tap.t() for tap in level.weight.split(level.shape[0])], level.bias] for level in self._levels]
+        weights += [[matrix.t(), bias] for matrix, bias in gates]
+        starts = [0, *accumulate(sum(part.numel() for part in parts) for parts in weights)]
         rows = [0, 0, *accumulate(len(level.children) for level in above)]  # the first level's children are elsewhere
-        widest = max(max(matrix.shape) for matrix in (*matrices, like))
+        widths = [*(width for level in self._levels for width in level.shape), *(len(bias) for _, bias in gates)]
+        widest = max(*widths, len(like))
+        widest += -widest % 16  # no row begins inside a cache line
         children = like.new_zeros(rows[-1], widest)
         levels = []
         for index, level in enumerate(self._levels):
-            gate = (starts[len(self._levels) + index], gates[index].shape[1]) if gates else (-1, 0)
+            gate = (starts[len(self._levels) + index], len(gates[index][1])) if gates else (-1, 0)
             early = index * self.batch * loops.AHEAD
             levels.append((len(level.back), level.dilation, *level.shape, starts[index], *gate, rows[index], early))
         for level, start in zip(above, rows[1:]):
@@ -272,31 +276,29 @@ class Stream:
             "children": children,
             "table": self._table,
             "values": like.new_empty(self._kinds, 0) if self._values is None else self._values.contiguous(),
-            "weights": torch.cat([matrix.flatten() for matrix in matrices]),
+            "weights": torch.cat([part.flatten() for parts in weights for part in parts]),
             "levels": torch.tensor(levels),
             "early": like.new_zeros(len(levels) * self.batch * loops.AHEAD, widest),
-            "hidden": like.new_empty(0, 0),
-            "head": torch.cat([self._head, self._head_bias[None]]),
+            "hidden": hidden,
+            "head": self._head.t().contiguous(),
+            "head_bias": self._head_bias,
             "logits": self._logits,
-            "scratch": like.new_zeros(3 + loops.AHEAD, widest),
+            "scratch": like.new_zeros(3, widest),
         }
-        if gates:
-            arrays["hidden"] = torch.cat([self._gates.hidden, self._gates.hidden_bias[None]])
         return loops.Arrays(self.vocab_size, *[arrays[name].numpy() for name in loops.Arrays._fields[1:]])
 
 
 class _Level:
     """A level's weights, and of every row its last children.
 
-    matrix: rows for each tap, oldest first, and the bias. children: those of row r at its step t are entry
-    `r * size + t % size`; the last entry is what `.` alone gives. back: how many steps each tap's child is back.
+    weight: `(fan_in * inputs, channels)`, rows for each tap, oldest first. children: those of row r at its step t are
+    entry `r * size + t % size`; the last entry is what `.` alone gives. back: how many steps each tap's child is back.
     """
 
     def __init__(self, taps: Tensor, bias: Tensor, dilation: int, batch: int):
         fan_in, inputs, channels = taps.shape
         self.dilation, self.shape = dilation, (inputs, channels)
-        self.matrix = torch.cat([taps.flatten(0, 1), bias[None]])
-        self.weight, self.bias = self.matrix[:-1], self.matrix[-1]
+        self.weight, self.bias = taps.flatten(0, 1), bias
         self.back = [(fan_in - 1 - tap) * dilation for tap in range(fan_in)]
         self.size = (fan_in - 1) * dilation + 1
         self.children = taps.new_empty(batch * self.size + 1, inputs)
@@ -304,7 +306,7 @@ class _Level:
 
 def compilable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether few rows can be read in compiled loops there."""
-    return loops is not None and device.type == "cpu" and dtype in (torch.float32, torch.float64)
+    return device.type == "cpu" and dtype in (torch.float32, torch.float64) and find_spec("numba") is not None
 
 
 def _digest(model: ConvWaveNet) -> bytes:
