@@ -314,7 +314,8 @@ class ConvWaveNet(nn.Module):
         x, outputs = self._embed(tokens, table), time - self.context + 1
         if outputs == 1 and not self.training:
             x, levels = self._as_trees(x), [(*level[:-1], nodes) for level, nodes in zip(levels, self._nodes)]
-        x = x.flatten(0, 1)
+        else:
+            x = x.flatten(0, 1)
         if self.config.gated:
             skips = None
             for level in levels:
@@ -330,14 +331,15 @@ class ConvWaveNet(nn.Module):
         return logits.view(outputs, batch, self.config.vocab_size).transpose(0, 1).contiguous()
 
     def _as_trees(self, x: Tensor) -> Tensor:
-        """One window a name, `(context, batch, n_embd)`, in an order that spares all nodes which are not of its tree.
+        """One window a name in an order that spares all nodes which are not of its tree.
 
-        A level's taps then read as many equal parts of its children, the first child of every parent, the second, and
-        so on, which `_nodes` for dilations says to the slid pass. To that end a position's digits, in the mixed radix
-        of the fan-ins, are reversed, as those of a Fourier transform's inputs are.
+        x `(context, batch, n_embd)` to `(context * batch, n_embd)`. A level's taps then read as many equal parts of its
+        children, the first child of every parent, the second, and so on, which `_nodes` for dilations says to the slid
+        pass. To that end a position's digits, in the mixed radix of the fan-ins, are reversed.
         """
-        digits = range(len(self.config.fan_ins))
-        return x.unflatten(0, self.config.fan_ins[::-1]).permute(*reversed(digits), -2, -1).flatten(0, len(digits) - 1)
+        fan_ins = self.config.fan_ins
+        digits = range(len(fan_ins))
+        return x.view(*reversed(fan_ins), *x.shape[1:]).permute(*reversed(digits), -2, -1).reshape(-1, x.size(2))
 
     def forward_conv1d(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The definition of `forward`, and slower: every level as `nn.Conv1d` on `(batch, channel, time)`."""
