@@ -43,7 +43,7 @@ WINDOW_BATCHES = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (1024, 4096, 1638
 OUR_BATCHES = {"cpu": (64, 1024, 16384, 65536, 131072), "cuda": (1024, 16384, 131072, 524288, 1048576)}
 GROWTH_LEVELS = range(3, 13)  # contexts 8, 16, ... 4096
 GROWTH_BATCH = 64  # rows of a stream
-GROWTH_CHARACTERS = {True: 65_536, False: 1_024}  # of the string that `sample` draws, in compiled loops or not
+GROWTH_CHARACTERS = {True: 65_536, False: 1_024}  # of the string that `sample` draws in compiled loops, or not
 COMPARED_BATCHES = (1, 9)  # rows of a stream that is compared with windows: compiled loops take the steps of few
 COMPARED_STEPS = 4  # characters after a full context
 NEAR = {"launches": "the limit of launches", "operations": "the limit of operations", "neither": "neither limit"}
@@ -476,7 +476,7 @@ def growth_row(levels: int, args: argparse.Namespace, device: torch.device) -> d
     model = growth_model(levels, args, device)
     model.head.bias[0] = -1e4
     vocab, compiled = Vocabulary("abcdefghijklmnopqrstuvwxyz"), compilable(device, torch.float32)
-    length = GROWTH_CHARACTERS[compiled]
+    length = GROWTH_CHARACTERS[compiled and not args.quick]
     trees = {"windows": reference.from_conv(model), "windows_folded": reference.from_conv(fold_batch_norm(model))}
     with CountingNodes(model.config.n_hidden) as counted:
         trees["windows"](torch.zeros(1, model.context, dtype=torch.int64, device=device))

@@ -25,6 +25,7 @@ SHAPES = [
     dict(fan_ins=(1,), n_embd=4, n_hidden=3),
 ]
 SHAPES += [shape | {"gated": True} for shape in SHAPES]
+SHAPES += [dict(fan_ins=fan_ins, n_embd=50, n_hidden=3, gated=True) for fan_ins in ((4,), (2, 2, 2))]
 DEEP = dict(fan_ins=(2,) * 6, n_embd=6, n_hidden=(16, 9, 20, 16, 16, 16))
 ABC = Vocabulary("abcdefghijklmnopqrstuvwxyz")
 # Rows, and whether compiled loops read them.

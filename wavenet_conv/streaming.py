@@ -125,7 +125,7 @@ class Stream:
     def next_logits(self, tokens: Tensor) -> Tensor:
         """`step` without its checks and without asking the device; the next step overwrites the logits."""
         if self.compiled:
-            self._loops.step(tokens.numpy(), *self.arrays)
+            self._loops.step(tokens.contiguous().numpy(), *self.arrays)
         else:
             with torch.no_grad(), self._exact():
                 self._advance(tokens)
@@ -256,8 +256,8 @@ class Stream:
         weights += [[matrix.t(), bias] for matrix, bias in gates]
         starts = [0, *accumulate(sum(part.numel() for part in parts) for parts in weights)]
         rows = [0, 0, *accumulate(len(level.children) for level in above)]  # the first level's children are elsewhere
-        widths = [*(width for level in self._levels for width in level.shape), *(len(bias) for _, bias in gates)]
-        widest = max(*widths, len(like))
+        values = like.new_empty(self._kinds, 0) if self._values is None else self._values.contiguous()
+        widest = max(values.shape[1], len(like), *(width for level in self._levels for width in level.shape))
         widest += -widest % 16  # no row begins inside a cache line
         children = like.new_zeros(rows[-1], widest)
         levels = []
@@ -275,7 +275,7 @@ class Stream:
             "bigrams": first.children,
             "children": children,
             "table": self._table,
-            "values": like.new_empty(self._kinds, 0) if self._values is None else self._values.contiguous(),
+            "values": values,
             "weights": torch.cat([part.flatten() for parts in weights for part in parts]),
             "levels": torch.tensor(levels),
             "early": like.new_zeros(len(levels) * self.batch * loops.AHEAD, widest),
