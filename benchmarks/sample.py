@@ -35,7 +35,7 @@ from wavenet_conv.checkpoint import Checkpoint, load_checkpoint
 from wavenet_conv.equivalence import TOLERANCE
 from wavenet_conv.nodes import SharedNodes
 from wavenet_conv.sampling import uniform
-from wavenet_conv.streaming import compilable
+from wavenet_conv.streaming import compiled_loops
 from wavenet_conv.vocabulary import Vocabulary
 
 LONGEST = 100  # characters; a name is cut there
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace, device: torch.device, trained: Checkpoint, pro
         "device": harness.machine(device),
         "torch": torch.__version__,
         "dtype": "float32",
-        "compiled": compilable(device, torch.float32),
+        "compiled": compilable(device),
         "model": {
             "checkpoint": "default",
             "fan_ins": list(config.fan_ins),
@@ -221,8 +221,9 @@ def equality(args: argparse.Namespace, device: torch.device, trained: Checkpoint
     `sample` in float32 too: it promises the names of float64. Then the logits of the streams whose growth is timed,
     against their windows', in float32.
     """
-    count, batches = 40 if args.quick else 200, (1, *batches_of(OUR_BATCHES, args, device))
-    task = progress.add_task("equality", total=2 + len(batches) + len(growth_levels(args)) * len(COMPARED_BATCHES))
+    count, ways = 40 if args.quick else 200, [(batch, False) for batch in (1, *batches_of(OUR_BATCHES, args, device))]
+    ways += [(1, True)] * compilable(device)
+    task = progress.add_task("equality", total=2 + len(ways) + len(growth_levels(args)) * len(COMPARED_BATCHES))
     tree = reference.from_conv(trained.model).to(device=device, dtype=torch.float64)
 
     def uniforms(name: int, position: int) -> float:
@@ -232,14 +233,15 @@ def equality(args: argparse.Namespace, device: torch.device, trained: Checkpoint
     progress.advance(task)
     found = {"windows": sample_windows(tree, count, count // 4, by_inverse_cdf(args.seed))}
     progress.advance(task)
-    for batch in batches:
+    for batch, compiled in ways:
         for dtype in (torch.float64, torch.float32):
             names = sample(
                 *(trained.model, trained.vocab, max(count, batch)),  # few names would not be drawn as a batch's are
                 **dict(max_length=LONGEST, seed=args.seed, batch=batch, device=device, dtype=dtype),
-                compiled=in_loops(batch, device),
+                compiled=compiled,
             )
-            found[f"sample, batch {batch:,}, {str(dtype)[6:]}"] = [tokens_of(name, trained) for name in names[:count]]
+            way = f"sample, {'compiled' if compiled else f'batch {batch:,}'}, {str(dtype)[6:]}"
+            found[way] = [tokens_of(name, trained) for name in names[:count]]
         progress.advance(task)
     different = {method: differing(names, expected) for method, names in found.items()}
     differences = []
@@ -258,9 +260,9 @@ def equality(args: argparse.Namespace, device: torch.device, trained: Checkpoint
     }
 
 
-def in_loops(batch: int, device: torch.device) -> bool:
-    """Whether names are drawn in compiled loops: one by one, where they can be."""
-    return batch == 1 and compilable(device, torch.float32)
+def compilable(device: torch.device) -> bool:
+    """Whether a name alone can be drawn in compiled loops."""
+    return compiled_loops(device, torch.float32) is not None
 
 
 def batches_of(batches: dict[str, tuple[int, ...]], args: argparse.Namespace, device: torch.device) -> tuple[int, ...]:
@@ -329,11 +331,11 @@ def methods_of(args: argparse.Namespace, device: torch.device, trained: Checkpoi
     def windows_of(tree: reference.Sequential) -> Callable[[int], list[list[int]]]:
         return lambda batch: sample_windows(tree, 4 * batch, batch, by_multinomial(args.seed, device))
 
-    def ours(batch: int) -> list[str]:
+    def ours(batch: int, count: int = many, compiled: bool = False) -> list[str]:
         return sample(
-            *(trained.model, trained.vocab, max(many, 4 * batch)),
+            *(trained.model, trained.vocab, max(count, 4 * batch)),
             **dict(max_length=LONGEST, seed=args.seed, batch=batch, device=device, dtype=torch.float32),
-            compiled=in_loops(batch, device),
+            compiled=compiled,
         )
 
     methods = {
@@ -341,7 +343,8 @@ def methods_of(args: argparse.Namespace, device: torch.device, trained: Checkpoi
         "loop_with_gradients": Method(loop_with_gradients, (1,)),
         "windows": Method(windows_of(tree), batches_of(WINDOW_BATCHES, args, device)),
         "windows_folded": Method(windows_of(folded_tree), batches_of(WINDOW_BATCHES, args, device)),
-        "sample_one_by_one": Method(ours, (1,)),
+        "sample_one_by_one": Method(lambda batch: ours(batch, compiled=compilable(device)), (1,)),
+        "sample_one_by_one_in_pytorch": Method(lambda batch: ours(batch, few), (1,)),
         "sample": Method(ours, batches_of(OUR_BATCHES, args, device)),
     }
     if TCN is not None:
@@ -475,7 +478,7 @@ def growth_row(levels: int, args: argparse.Namespace, device: torch.device) -> d
     """
     model = growth_model(levels, args, device)
     model.head.bias[0] = -1e4
-    vocab, compiled = Vocabulary("abcdefghijklmnopqrstuvwxyz"), compilable(device, torch.float32)
+    vocab, compiled = Vocabulary("abcdefghijklmnopqrstuvwxyz"), compilable(device)
     length = GROWTH_CHARACTERS[compiled and not args.quick]
     trees = {"windows": reference.from_conv(model), "windows_folded": reference.from_conv(fold_batch_norm(model))}
     with CountingNodes(model.config.n_hidden) as counted:
@@ -650,7 +653,7 @@ def methods_table(results: dict[str, Any]) -> tuple[str, Table, str]:
         )
     best = results["limits"]["sample"]
     shares = ", ".join(f"{name} {share:.0%}" for name, share in best["costliest_operators"].items())
-    one_by_one = "in compiled loops" if results["compiled"] else "in PyTorch, without Numba"
+    one_by_one = "in compiled loops" if results["compiled"] else "in PyTorch too, as Numba is not installed"
     remark = (
         f"Characters: the `.` at the end of a name among them. loop, windows and {PEER} draw by torch.multinomial and "
         f"give tokens; sample gives strings, one by one {one_by_one}, and its tables are made anew in every call. "

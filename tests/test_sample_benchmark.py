@@ -13,7 +13,10 @@ from benchmarks import sample
 from wavenet_conv.checkpoint import load_checkpoint
 
 SMALL = ["--quick", "--device", "cpu"]
-METHODS = ["loop", "loop_with_gradients", "windows", "windows_folded", "sample_one_by_one", "sample", "pytorch-tcn"]
+METHODS = [
+    *("loop", "loop_with_gradients", "windows", "windows_folded"),
+    *("sample_one_by_one", "sample_one_by_one_in_pytorch", "sample", "pytorch-tcn"),
+]
 
 
 def benchmark(*arguments):
@@ -61,9 +64,9 @@ def test_it_reports_what_it_ran(results):
 
 def test_equality_is_of_every_batch_and_of_long_contexts(results):
     equality = results["equality"]
-    batches = [1, *sample.OUR_BATCHES["cpu"][:2]]
+    ways = [f"batch {batch:,}" for batch in (1, *sample.OUR_BATCHES["cpu"][:2])] + ["compiled"] * (loops is not None)
     assert equality["equal"] and equality["names"] == 40 and equality["characters"] > 200
-    ours = [f"sample, batch {batch:,}, {dtype}" for batch in batches for dtype in ("float64", "float32")]
+    ours = [f"sample, {way}, {dtype}" for way in ways for dtype in ("float64", "float32")]
     assert equality["different_names"] == dict.fromkeys(["windows", *ours], 0)
     assert 0 < equality["max_abs_diff"] <= equality["tolerance"] == 1e-5
 
@@ -137,7 +140,7 @@ def test_tables_are_on_stdout_and_progress_on_stderr(done):
     assert "Equal to the lecture's loop" in done.stdout and "Limit of a step" in done.stdout
     assert "latency" in done.stderr and "latency" not in done.stdout
     tables = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert all(line.endswith("|") for line in tables) and len(tables) == 2 + 7 + 2 + 5 + 2 + 4
+    assert all(line.endswith("|") for line in tables) and len(tables) == 2 + 8 + 2 + 5 + 2 + 4
     peer = results["latency"][-1]
     assert (f"{peer['parameters']:,}" if peer["installed"] else peer["message"]) in done.stdout
 

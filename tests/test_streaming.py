@@ -190,6 +190,7 @@ def test_states_that_do_not_fit():
         (state | {"keys": state["keys"] + 10**6}, "are out of range; the state is damaged"),
         (state | {"level 0": state["level 0"] - 1}, "are out of range"),
         (state | {"clocks": state["clocks"] - 2}, "are out of range"),
+        (state | {"clocks": torch.tensor(3)}, "'clocks' of this state is .* the state is damaged"),
         (state | {"keys": state["keys"][:2]}, "'keys' of this state is .* the state is damaged"),
         (state | {"level 1": state["level 1"].double()}, "'level 1' of this state is torch.float64"),
         ([state], "a state is a dict of tensors"),
@@ -249,16 +250,14 @@ def test_what_older_children_contribute_ahead_of_time_is_forgotten_with_them(mon
     assert phase and not torch.equal(streamed(stream, tokens), expected)
 
 
-def test_compiled_steps_that_cannot_be(monkeypatch):
+def test_compiled_steps_that_cannot_be():
     conv = from_tree(random_tree(n_embd=6, n_hidden=16))
     with pytest.raises(WaveNetConvError, match="for up to 8 rows on the CPU.* pip install 'wavenet-conv.fast.'"):
         Stream(conv, FEW_ROWS + 1, compiled=True)
     with pytest.raises(WaveNetConvError, match="in float32 or float64"):
         Stream(conv.to(torch.bfloat16), compiled=True)
-    monkeypatch.setattr(streaming, "find_spec", lambda name: None)
-    with pytest.raises(WaveNetConvError, match="need Numba"):
-        Stream(conv, compiled=True)
-    assert not Stream(conv).compiled
+    with pytest.raises(WaveNetConvError, match="compiled is 'x'; it must be"):
+        Stream(conv, compiled="x")
 
 
 def test_what_cannot_be_read():
@@ -288,7 +287,7 @@ def test_what_cannot_be_read():
                 stream.push(wrong, lengths)
         with pytest.raises(WaveNetConvError, match="are not those of"):
             stream.push(["emma"], lengths)
-        for rows in (torch.zeros(batch), 0, torch.zeros(batch + 1, dtype=torch.bool), [[0]]):
+        for rows in (torch.zeros(batch), 0, torch.zeros(batch + 1, dtype=torch.bool), [[0]], "ab", 2**70):
             with pytest.raises(WaveNetConvError, match="rows is .* give a list of rows"):
                 stream.reset(rows)
         for copied in (copy.copy, copy.deepcopy, pickle.dumps):
@@ -300,6 +299,20 @@ def test_what_cannot_be_read():
     for batch in (0, -1, 1.5, None):
         with pytest.raises(WaveNetConvError, match="batch is"):
             Stream(conv, batch)
+
+
+@pytest.mark.parametrize(("batch", "compiled"), WAYS[1:])
+def test_made_in_inference_mode_or_under_another_default_device(batch, compiled):
+    conv, tokens = from_tree(random_tree(n_embd=6, n_hidden=16)), torch.ones(batch, 2, dtype=torch.int64)
+    expected = streamed(Stream(conv, batch, compiled=compiled), tokens)
+    with torch.inference_mode():
+        stream = Stream(conv, batch, compiled=compiled)
+        assert torch.equal(streamed(stream, tokens), expected)
+    stream.reset()
+    assert torch.equal(streamed(stream, tokens), expected)
+    with torch.device("meta"):
+        stream = Stream(conv, batch, compiled=compiled)
+    assert torch.equal(streamed(stream, tokens), expected)
 
 
 def test_other_precisions(names, vocab):

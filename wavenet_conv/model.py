@@ -270,8 +270,6 @@ class ConvWaveNet(nn.Module):
             raise ConfigError(f"config is {config!r}; pass a WaveNetConfig, such as WaveNetConfig(fan_ins=(2, 2, 2))")
         factory = {"device": device, "dtype": dtype}
         self.config, self.context, self.dilations = config, config.context, config.dilations
-        spans = (*self.dilations[1:], self.context)
-        self._nodes = [self.context // span for span in spans]  # of each level in the tree of one window
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd, **factory)
         widths = (config.n_embd, *config.n_hidden)
         shapes = list(zip(widths, widths[1:], config.fan_ins, self.dilations))
@@ -313,7 +311,8 @@ class ConvWaveNet(nn.Module):
         table, levels, hidden, head_bias, head_weight = operands
         x, outputs = self._embed(tokens, table), time - self.context + 1
         if outputs == 1 and not self.training:
-            x, levels = self._as_trees(x), [(*level[:-1], nodes) for level, nodes in zip(levels, self._nodes)]
+            x, spans = self._as_trees(x), (*self.dilations[1:], self.context)
+            levels = [(*level[:-1], self.context // span) for level, span in zip(levels, spans)]
         else:
             x = x.flatten(0, 1)
         if self.config.gated:
@@ -334,8 +333,8 @@ class ConvWaveNet(nn.Module):
         """One window a name in an order that spares all nodes which are not of its tree.
 
         x `(context, batch, n_embd)` to `(context * batch, n_embd)`. A level's taps then read as many equal parts of its
-        children, the first child of every parent, the second, and so on, which `_nodes` for dilations says to the slid
-        pass. To that end a position's digits, in the mixed radix of the fan-ins, are reversed.
+        children, the first child of every parent, the second, and so on: the slid pass does that with the number of a
+        level's nodes for its dilation. To that end a position's digits, in the radix of the fan-ins, are reversed.
         """
         fan_ins = self.config.fan_ins
         digits = range(len(fan_ins))

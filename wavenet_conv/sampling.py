@@ -21,7 +21,7 @@ from .mapping import fold_batch_norm
 from .model import ConvWaveNet
 from .nodes import Carried, SharedNodes, number
 from .precision import exact_float32
-from .streaming import FEW_ROWS, Stream, compilable
+from .streaming import FEW_ROWS, Stream, compiled_loops
 from .vocabulary import END, Vocabulary
 
 BATCH = 2**17  # names that are drawn together,
@@ -31,7 +31,8 @@ SHORT = 128  # a window of more tokens is not worth keeping for each prefix
 STREAMED = 1024  # rows of a stream
 STEPS = 16  # of a stream between two questions to its device
 ROOM = 2**16  # tokens that compiled loops draw between two looks at them
-WORTH = 2**20  # characters from which on compiled loops are worth compiling
+WORTH = 2**17  # characters at most from which on loops are worth compiling
+ENDLESS = 2**62  # names, and characters, that nobody sees the end of
 MAX_LENGTH = 100  # characters
 ROWS_TOKENS = 2**17  # tokens of context in all rows of a stream: some hundred MiB
 WINDOWS = 4096  # that are repeated in float64 together
@@ -75,9 +76,9 @@ def sample_stream(
     that both keep. Equally likely ones (logits 1e-9 apart) stay together. prefix: how every name begins, of any length.
     max_length: most characters in a name, the prefix included; a name is cut there. batch: names that are drawn side by
     side, which decides about speed and memory only. device and dtype: where and in what to compute (as the model is,
-    but at least in float32). compiled: whether loops that Numba compiles draw the names, one after the other; None:
-    where that is fastest and they can, as for a `Stream`, and without `top_k`, `top_p` and temperature 0. Rounding is
-    taken to be that of logits up to a thousand.
+    but at least in float32). compiled: whether loops that Numba compiles take the steps, for few names at a time, and
+    where every character may be drawn the draws, too; None: where that is fastest and can be, as for a `Stream`.
+    Rounding is taken to be that of logits up to a thousand.
     Raises `ConfigError` naming an option that is wrong, `NamesError` for a prefix with a character that is not in the
     vocabulary; the iterator raises `SamplingError` where logits are NaN, saying after what.
     """
@@ -94,31 +95,34 @@ def sample_stream(
     for what, value in (("max_length", max_length), ("batch", BATCH if batch is None else batch)):
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"{what} is {value!r}; it must be an integer of at least 1")
+    if compiled not in (None, True, False):
+        raise ConfigError(f"compiled is {compiled!r}; it must be True, False or None")
     start = vocab.encode([prefix], context=1)[0][0, 1:].tolist()
     if len(start) > max_length:
         raise ConfigError(
             f"the prefix {prefix[:40]!r} has {len(start)} characters and max_length is {max_length}; "
             f"give a max_length of at least {len(start)}"
         )
+    n, max_length = None if n is None else min(n, ENDLESS), min(max_length, ENDLESS)
     model = copy.deepcopy(model).to(device=device, dtype=dtype).eval()
     if model.embedding.weight.dtype.itemsize < 4:
         model = model.float()  # half precision rounds by far more than DOUBT
     sampler = _Sampler(model, vocab, draw, start, max_length, seed)
+    if compiled and compiled_loops(sampler.device, sampler.dtype) is None:
+        raise ConfigError(
+            "compiled loops are for the CPU and need Numba: pip install 'wavenet-conv[fast]', or leave out compiled"
+        )
     fitting = max(1, CHARACTERS // max(max_length + 1, len(vocab)))
     side_by_side = min(BATCH if batch is None else batch, fitting, n or BATCH)
-    rows = min(side_by_side, STREAMED, max(1, ROWS_TOKENS // model.context))
-    streamed = side_by_side < MANY or model.context > SHORT
-    possible = draw.all_are_kept and compilable(sampler.device, sampler.dtype)
-    if compiled and not possible:
-        raise ConfigError(
-            "compiled loops draw on the CPU, in float32 or float64, without top_k, top_p and temperature 0, and need "
-            "Numba: pip install 'wavenet-conv[fast]', or leave out compiled=True"
-        )
+    if not compiled and side_by_side >= MANY and model.context <= SHORT:
+        return sampler.by_prefix(n, side_by_side)
+    rows = min(side_by_side, FEW_ROWS if compiled else STREAMED, max(1, ROWS_TOKENS // model.context))
+    if rows > FEW_ROWS or sampler.device.type != "cpu":
+        return sampler.by_stream(n, rows)
     if compiled is None:
-        compiled = possible and streamed and rows <= FEW_ROWS and (n is None or n * max_length >= WORTH)
-    if compiled:
-        return sampler.one_by_one(n)
-    return sampler.by_stream(n, rows) if streamed else sampler.by_prefix(n, side_by_side)
+        worth = n is None or n * max_length >= WORTH
+        compiled = worth and compiled_loops(sampler.device, sampler.dtype) is not None
+    return sampler.one_by_one(n) if compiled and draw.all_are_kept else sampler.by_few(n, rows, compiled)
 
 
 def uniform(seed: int, names: Tensor, positions: Tensor) -> Tensor:
@@ -197,7 +201,7 @@ class _Draw:
 
 
 class _Sampler:
-    """Three ways to draw the same names.
+    """Four ways to draw the same names.
 
     A way gives, position by position, the distribution in the model's dtype; where a number is too near to another
     outcome in it, `exactly` decides.
@@ -211,6 +215,7 @@ class _Sampler:
         self.device, self.dtype = model.embedding.weight.device, model.embedding.weight.dtype
         self.mixed_seed = _mixed(torch.tensor(seed, device=self.device))
         self.doubt = draw.doubt(self.dtype)
+        self._blocks: dict[tuple[int, int], np.ndarray] = {}
         self._codes = np.array([ord(character) for character in END + vocab.characters], dtype=np.int32)
 
     def _text(self, tokens: np.ndarray) -> str:
@@ -277,30 +282,87 @@ class _Sampler:
             for row in drawing.undecided():
                 name = int(unfinished[row])
                 if n is None or name < n:
-                    drawing.decided[row] = self._decided(name, tokens[names == name])
+                    before = tokens[names == name]
+                    drawing.decided[row] = self._decided(name, len(before), before[-self.model.context :])
+
+    def by_few(self, n: int | None, rows: int, compiled: bool) -> Iterator[str]:
+        """The same on the host, for few rows: a step of them is sooner drawn from than the operations of many begun."""
+        stream, upcoming = Stream(self.model, rows, compiled=compiled), iter(count() if n is None else range(n))
+        names: list[int | None] = [next(upcoming, None) for _ in range(rows)]
+        drawn: list[list[int]] = [[] for _ in range(rows)]  # tokens of each row's name
+        finished: dict[int, list[int]] = {}
+        first, tokens = 0, torch.zeros(rows, dtype=torch.int64)  # the name that is given next; what is read next
+        while n is None or first < n:
+            summed, fresh = self._summed(stream.next_logits(tokens)), []
+            for row, name in enumerate(names):
+                if name is None:
+                    continue
+                tokens[row] = token = self._token(summed[row], name, drawn[row])
+                drawn[row].append(token)
+                if not token or len(drawn[row]) == self.max_length:
+                    finished[name], drawn[row] = drawn[row] + [0] * (token > 0), []
+                    names[row], tokens[row] = next(upcoming, None), 0
+                    fresh.append(row)
+            if fresh:
+                stream.reset(fresh)
+            while first in finished:
+                yield from self._names(np.array(finished.pop(first)))
+                first += 1
+
+    def _summed(self, logits: Tensor) -> np.ndarray:
+        """The summed distributions, NaN where which characters are kept is in doubt."""
+        summed, doubtful = self.draw.cumulative(logits)
+        if doubtful is not None:
+            summed[doubtful] = torch.nan
+        return summed.numpy()
+
+    def _token(self, summed: np.ndarray, name: int, before: list[int]) -> int:
+        """The token of a name after those before it."""
+        position = len(before)
+        if position < len(self.start):
+            return self.start[position]
+        low, high = summed.searchsorted(self._bounds_of(name // 64, position // 16)[name % 64, position % 16], "right")
+        if low == high and summed[-1] > 0.5:  # and not NaN
+            return min(int(low), len(summed) - 1)
+        return self._decided(name, position, np.array(before[-self.model.context :], dtype=np.int64))
+
+    def _bounds_of(self, names: int, positions: int) -> np.ndarray:
+        """`(64, 16, 2)`, of 64 names and 16 positions: made one by one they would take longer than the model."""
+        if (names, positions) not in self._blocks:
+            if len(self._blocks) > 2 * STREAMED:
+                self._blocks.clear()
+            places = torch.arange(64)[:, None] + names * 64, torch.arange(16) + positions * 16
+            self._blocks[names, positions] = self.bounds(uniform(self.seed, *places)).numpy()
+        return self._blocks[names, positions]
 
     def one_by_one(self, n: int | None) -> Iterator[str]:
         """One name after the other in compiled loops."""
-        from . import loops  # only now: Numba takes 0.3 s to import
-
-        arrays, last = Stream(self.model, compiled=True).arrays, 2**62 if n is None else n
+        stream, last = Stream(self.model, compiled=True), ENDLESS if n is None else n
+        draw_names = compiled_loops(self.device, self.dtype).draw_names
         start, room = np.array(self.start, dtype=np.int64), np.empty(ROOM, dtype=np.int64)
-        going, decided, tokens = np.zeros(3, dtype=np.int64), -1, np.empty(0, dtype=np.int64)
+        going, decided, parts = np.zeros(3, dtype=np.int64), -1, [np.empty(0, dtype=np.int64)]  # of names to be given
         options = last, start, self.max_length, float(self.draw.temperature), self.doubt
+        recent = parts[0]
         while going[0] < last:
-            count, doubtful = loops.draw_names(going, decided, self.seed, *options, room, *arrays)
-            tokens = np.concatenate([tokens, room[:count]])
-            whole = 1 + max(np.flatnonzero(tokens == 0), default=-1)
-            yield from self._names(tokens[:whole])
-            tokens = tokens[whole:]
-            decided = self._decided(int(going[0]), tokens) if doubtful else -1
+            drawn, doubtful = draw_names(going, decided, self.seed, *options, room, *stream.arrays)
+            parts.append(room[:drawn].copy())
+            whole = 1 + max(np.flatnonzero(parts[-1] == 0), default=-1)
+            if whole:
+                parts, unfinished = [*parts[:-1], parts[-1][:whole]], parts[-1][whole:]
+                yield from self._names(np.concatenate(parts))
+                parts = [unfinished]
+            recent = np.concatenate([recent, room[:drawn]])[-self.model.context :]
+            if doubtful:
+                name, position, _ = going.tolist()
+                decided = self._decided(name, position, recent[len(recent) - min(position, len(recent)) :])
+            else:
+                decided = -1
 
-    def _decided(self, name: int, before: np.ndarray) -> int:
-        """The token of a name after those before it."""
+    def _decided(self, name: int, position: int, before: np.ndarray) -> int:
+        """The token of a name at a position. before: those before it, the last `context` of them at the most."""
         window = torch.zeros(1, self.model.context, dtype=torch.int64, device=self.device)
-        last = torch.from_numpy(before[-self.model.context :])
-        window[0, self.model.context - len(last) :] = last
-        return int(self.exactly(window, uniform(self.seed, torch.tensor([name]), torch.tensor([len(before)]))))
+        window[0, self.model.context - len(before) :] = torch.from_numpy(before)
+        return int(self.exactly(window, uniform(self.seed, torch.tensor([name]), torch.tensor([position]))))
 
     def exactly(self, windows: Tensor, numbers: Tensor) -> Tensor:
         """The tokens that follow windows `(n, context)` for these numbers, in float64."""
@@ -323,8 +385,8 @@ class _Sampler:
         return fold_batch_norm(copy.deepcopy(self.model).double())
 
     def bounds(self, numbers: Tensor) -> Tensor:
-        """What is to fall on one token, for that to be the outcome: numbers float64 `(n,)` to `(n, 2)`."""
-        return torch.stack([numbers - self.doubt, numbers + self.doubt], 1).to(self.dtype)
+        """What is to fall on one token, for that to be the outcome: numbers float64 `(...)` to `(..., 2)`."""
+        return torch.stack([numbers - self.doubt, numbers + self.doubt], -1).to(self.dtype)
 
 
 class _Rows:
@@ -346,17 +408,27 @@ class _Rows:
     @torch.no_grad()
     def run(self) -> tuple[np.ndarray, np.ndarray]:
         """Up to STEPS steps: names that have become longer, and by which tokens, in the order of drawing."""
-        on_host, steps = self.sampler.device.type == "cpu", STEPS
-        if self.graph is not None:
-            self.graph.replay()
+        device, steps = self.sampler.device, STEPS
+        if device.type == "cpu":
+            steps = self._steps(until_unsure=True)
         else:
-            steps = self._steps(until_unsure=on_host)
-            if not on_host:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    self._steps()
+            with torch.cuda.device(device):
+                self._replay()
         names, tokens = self.drawn[:steps].transpose(0, 1).cpu().numpy()
         return names[tokens >= 0], tokens[tokens >= 0]
+
+    def _replay(self) -> None:
+        """The steps as a graph, on the current device; the first time one by one, which makes what a capture needs."""
+        if self.graph is not None:
+            return self.graph.replay()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._steps()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=side):
+            self._steps()
 
     def undecided(self) -> list[int]:
         """The rows that stand still."""

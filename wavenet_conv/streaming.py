@@ -10,8 +10,9 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
-from importlib.util import find_spec
+from functools import cache
 from itertools import accumulate
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,6 +49,7 @@ class Stream:
     Raises `ShapeError` for a batch below 1, `ConfigError` where `compiled` asks for what cannot be.
     """
 
+    @torch.inference_mode(False)  # else it could not be used outside
     @torch.no_grad()
     def __init__(
         self,
@@ -64,13 +66,15 @@ class Stream:
         like = weights.embedding.weight
         self.batch, self.context, self.vocab_size = batch, model.context, model.config.vocab_size
         self.device, self.dtype = like.device, like.dtype
-        possible = compilable(self.device, self.dtype) and batch <= FEW_ROWS
-        if compiled and not possible:
+        if compiled not in (None, True, False):
+            raise ConfigError(f"compiled is {compiled!r}; it must be True, False or None")
+        self._loops = None if compiled is False or batch > FEW_ROWS else compiled_loops(self.device, self.dtype)
+        self.compiled = self._loops is not None
+        if compiled and not self.compiled:
             raise ConfigError(
                 f"compiled steps are for up to {FEW_ROWS} rows on the CPU, in float32 or float64, and need Numba: "
                 f"pip install 'wavenet-conv[fast]', or leave out compiled=True"
             )
-        self.compiled = possible if compiled is None else compiled
         self._exact = exact_float32 if like.is_cuda else nullcontext
         self._digest = torch.frombuffer(bytearray(_digest(weights)), dtype=torch.uint8)
         self.clocks = torch.zeros(batch, dtype=torch.int64, device=self.device)  # steps since each row's start
@@ -164,7 +168,10 @@ class Stream:
 
         rows: numbers, or bool `(batch,)`. Raises `ShapeError` for anything else, naming a row that is not there.
         """
-        chosen = torch.arange(self.batch) if rows is None else torch.as_tensor(rows)
+        try:
+            chosen = torch.as_tensor(range(self.batch) if rows is None else rows, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            chosen = torch.empty(())
         if chosen.dtype == torch.bool and chosen.shape == (self.batch,):
             chosen = chosen.nonzero()[:, 0]
         if chosen.ndim != 1 or (len(chosen) and (chosen.is_floating_point() or chosen.dtype == torch.bool)):
@@ -172,8 +179,12 @@ class Stream:
         for row in chosen.tolist():
             if not 0 <= row < self.batch:
                 raise ShapeError(f"row {row} is not among the {self.batch} rows, 0 to {self.batch - 1}")
-        for counts in (self.clocks, self.keys):
-            counts[chosen.long().to(self.device)] = 0  # what stands before a row's start is never read
+        chosen = chosen.long().to(self.device)
+        self.clocks[chosen] = self.keys[chosen] = 0  # what stands before a row's start is never read
+        self._forget_early()
+
+    def _forget_early(self) -> None:
+        """Of what the compiled loops have computed ahead of time."""
         if self.compiled:
             self.arrays.phases[:] = 0
 
@@ -198,7 +209,7 @@ class Stream:
         own = self._parts()
         if not torch.equal(state.get("model", torch.zeros(0)).cpu(), self._digest) or state.keys() != own.keys():
             raise StateError("this state is of another model or dtype; load it into a stream of that one")
-        if len(state["clocks"]) != self.batch:
+        if state["clocks"].ndim == 1 and len(state["clocks"]) != self.batch:
             raise StateError(f"this state is of {len(state['clocks'])} rows; load it into a stream of that batch")
         for name, part in own.items():
             found = state[name]
@@ -212,8 +223,7 @@ class Stream:
             raise StateError("'keys' or 'clocks' of this state are out of range; the state is damaged, make another")
         for name, part in own.items():
             part.copy_(state[name])
-        if self.compiled:
-            self.arrays.phases[:] = 0
+        self._forget_early()
 
     def _advance(self, tokens: Tensor, start: bool = False) -> None:
         """One step in PyTorch, which leaves its logits in `_logits`; its operations never ask the device.
@@ -245,9 +255,7 @@ class Stream:
 
     def _for_loops(self) -> Arrays:
         """What `loops` reads and writes; from now on the levels' children are parts of it."""
-        from . import loops  # only now: Numba takes 0.3 s to import
-
-        self._loops = loops
+        loops = self._loops
         like, (first, *above), gates, hidden = self._head, self._levels, [], self._head.new_empty(0, 0)
         if self._gates is not None:
             gates = list(zip(self._gates.matrices, self._gates.biases))[self._first :]
@@ -277,7 +285,7 @@ class Stream:
             "table": self._table,
             "values": values,
             "weights": torch.cat([part.flatten() for parts in weights for part in parts]),
-            "levels": torch.tensor(levels),
+            "levels": torch.tensor(levels, device=self.device),
             "early": like.new_zeros(len(levels) * self.batch * loops.AHEAD, widest),
             "hidden": hidden,
             "head": self._head.t().contiguous(),
@@ -304,9 +312,18 @@ class _Level:
         self.children = taps.new_empty(batch * self.size + 1, inputs)
 
 
-def compilable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether few rows can be read in compiled loops there."""
-    return device.type == "cpu" and dtype in (torch.float32, torch.float64) and find_spec("numba") is not None
+def compiled_loops(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """The module `loops` where few rows can be read in compiled loops, else None."""
+    return _loops() if device.type == "cpu" and dtype in (torch.float32, torch.float64) else None
+
+
+@cache
+def _loops() -> ModuleType | None:
+    try:
+        from . import loops  # only when it is wanted: Numba takes 0.3 s to import
+    except ImportError:  # Numba is not there, or not made for the NumPy that is
+        return None
+    return loops
 
 
 def _digest(model: ConvWaveNet) -> bytes:
