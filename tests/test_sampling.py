@@ -141,7 +141,7 @@ def test_names_are_as_frequent_as_the_model_says(gated, options, way):
     assert wrong > len(common) + 6 * (2 * len(common)) ** 0.5  # and it would see another distribution
 
 
-@settings(max_examples=25)
+@settings(max_examples=16)
 @given(
     st.integers(1, 40) | st.sampled_from([MANY - 1, MANY, MANY + 1, BATCH]),
     st.integers(0, 2**63 - 1),
