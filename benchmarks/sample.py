@@ -43,7 +43,7 @@ WINDOW_BATCHES = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (1024, 4096, 1638
 OUR_BATCHES = {"cpu": (64, 1024, 16384, 65536, 131072), "cuda": (1024, 16384, 131072, 524288, 1048576)}
 GROWTH_LEVELS = range(3, 13)  # contexts 8, 16, ... 4096
 GROWTH_BATCH = 64  # rows of a stream
-GROWTH_CHARACTERS = {True: 65_536, False: 1_024}  # of the string that `sample` draws in compiled loops, or not
+GROWTH_CHARACTERS = {True: 131_072, False: 1_024}  # of the string that `sample` draws in compiled loops, or not
 COMPARED_BATCHES = (1, 9)  # rows of a stream that is compared with windows: compiled loops take the steps of few
 COMPARED_STEPS = 4  # characters after a full context
 NEAR = {"launches": "the limit of launches", "operations": "the limit of operations", "neither": "neither limit"}
@@ -505,7 +505,7 @@ def growth_row(levels: int, args: argparse.Namespace, device: torch.device) -> d
     one = timed({"windows": 1, "windows_folded": 1, "stream": 1}, 40 if args.quick else 200, 10)
     if len(one_string()[0]) != length:
         raise WaveNetConvError(f"context {model.context}: the string that `sample` draws ended early")
-    times = time_calls({"sample": one_string}, 3 if args.quick else 9, device, block=1)["sample"]
+    times = time_calls({"sample": one_string}, 3 if args.quick else 5, device, block=1)["sample"]
     one.append({"method": "sample", "batch": 1, "calls": len(times)})
     one[-1] |= with_quartiles("us_per_character", [time / length for time in times])
     sizes = sorted({max(1, tokens // model.context) for tokens in WINDOW_TOKENS[device.type]})

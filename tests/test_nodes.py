@@ -221,3 +221,18 @@ def test_the_bits_of_tanh_do_not_depend_on_the_place(threads):
                 assert (values == values[0, 0]).all()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["tanh", "gated"])
+@pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3, 2), (1, 4, 1, 2), (1,), (2,) * 7], ids=str)
+def test_windows_shared_and_each_alone(device, fan_ins, gated):
+    tree = random_tree(fan_ins, n_embd=6, n_hidden=20, gated=gated, device=device)
+    shared = SharedNodes(from_tree(tree))
+    windows = torch.randint(0, 27, (40, shared.context), generator=torch.Generator().manual_seed(0)).to(device)
+    windows[20:] = windows[:20]
+    with torch.no_grad():
+        expected = tree(windows)
+    for found in (shared.window_logits(windows), shared.tree_logits(windows), shared.tree_logits(windows.int())):
+        assert (found - expected).abs().max() < 1e-12
+    assert (shared.tree_logits(windows[:1]) - expected[:1]).abs().max() < 1e-12
+    assert shared.tree_logits(windows[:0]).shape == (0, 27)

@@ -102,14 +102,17 @@ def matrix_at(weights, start, rows, columns):
 
 @compiled
 def sum_of_older(row, clock, level, weights, children, batch, out):
-    """A level's bias and what its older children contribute at `clock`."""
+    """A level's bias and what its older children contribute: at `clock` and as many steps later as `out` has rows."""
     older, inputs, channels, start = level[FAN_IN] - 1, level[INPUTS], level[CHANNELS], level[MATRIX]
+    size, first = older * level[DILATION] + 1, level[CHILDREN]
     bias = start + level[FAN_IN] * channels * inputs
-    out[:channels] = weights[bias : bias + channels]
+    for step in range(len(out)):
+        out[step, :channels] = weights[bias : bias + channels]
     for tap in range(older):
+        matrix = matrix_at(weights, start + tap * channels * inputs, channels, inputs)
         then = clock - (older - tap) * level[DILATION]
-        child = children[level[CHILDREN] + place(row, then, older * level[DILATION] + 1, batch)]
-        add_product(matrix_at(weights, start + tap * channels * inputs, channels, inputs), child, out)
+        for step in range(len(out)):
+            add_product(matrix, children[first + place(row, then + step, size, batch)], out[step])
 
 
 @compiled
@@ -136,12 +139,11 @@ def read(row, token, arrays):
         else:
             children[level[CHILDREN] + now, :inputs] = x[:inputs]
             if dilation < AHEAD:
-                sum_of_older(row, clock, level, weights, children, batch, total)
+                sum_of_older(row, clock, level, weights, children, batch, arrays.scratch[1:2])
             else:
                 first = level[EARLY] + row * AHEAD
                 if phase == 0:
-                    for later in range(AHEAD):
-                        sum_of_older(row, clock + later, level, weights, children, batch, early[first + later])
+                    sum_of_older(row, clock, level, weights, children, batch, early[first : first + AHEAD])
                 total[:channels] = early[first + phase, :channels]
             add_product(matrix_at(weights, level[MATRIX] + older * channels * inputs, channels, inputs), x, total)
         tanh(total[:channels])

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, SamplingError
-from .mapping import fold_batch_norm
 from .model import ConvWaveNet
 from .nodes import Carried, SharedNodes, number
 from .precision import exact_float32
@@ -372,7 +371,7 @@ class _Sampler:
 
     @torch.no_grad()
     def _exact_cumulative(self, windows: Tensor) -> Tensor:
-        logits = torch.cat([self._exact(part)[:, 0] for part in windows.split(WINDOWS)])
+        logits = torch.cat([self._exact.tree_logits(part) for part in windows.split(WINDOWS)])
         summed, _ = self.draw.cumulative(logits)
         wrong = summed[:, -1].isnan().nonzero()
         if len(wrong):
@@ -381,8 +380,8 @@ class _Sampler:
         return summed
 
     @cached_property
-    def _exact(self) -> ConvWaveNet:
-        return fold_batch_norm(copy.deepcopy(self.model).double())
+    def _exact(self) -> SharedNodes:
+        return SharedNodes(copy.deepcopy(self.model).double())
 
     def bounds(self, numbers: Tensor) -> Tensor:
         """What is to fall on one token, for that to be the outcome: numbers float64 `(...)` to `(..., 2)`."""
