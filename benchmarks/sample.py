@@ -490,24 +490,31 @@ def growth_row(levels: int, args: argparse.Namespace, device: torch.device) -> d
         step = Stream(model, batch).step if method == "stream" else window_step(trees[method], window)
         return drawing(step, token, generator_of(args.seed, device))
 
+    def rows(samples: dict[str, list[float]], batches: dict[str, int]) -> list[dict[str, Any]]:
+        of = [{"method": method, "batch": batches[method], "calls": len(times)} for method, times in samples.items()]
+        for row, times in zip(of, samples.values()):
+            row |= with_quartiles("us_per_character", [time / row["batch"] for time in times])
+        return of
+
     def timed(batches: dict[str, int], calls: int, block: int) -> list[dict[str, Any]]:
         methods = {method: call(method, batch) for method, batch in batches.items()}
         time_calls(methods, block, device, block=block)
-        rows = []
-        for method, times in time_calls(methods, calls, device, block=block).items():
-            rows.append({"method": method, "batch": batches[method], "calls": len(times)})
-            rows[-1] |= with_quartiles("us_per_character", [time / batches[method] for time in times])
-        return rows
+        return rows(time_calls(methods, calls, device, block=block), batches)
 
     def one_string() -> list[str]:
         return sample(model, vocab, 1, max_length=length, seed=args.seed, batch=1, device=device, compiled=compiled)
 
-    one = timed({"windows": 1, "windows_folded": 1, "stream": 1}, 40 if args.quick else 200, 10)
     if len(one_string()[0]) != length:
         raise WaveNetConvError(f"context {model.context}: the string that `sample` draws ended early")
-    times = time_calls({"sample": one_string}, 3 if args.quick else 5, device, block=1)["sample"]
-    one.append({"method": "sample", "batch": 1, "calls": len(times)})
-    one[-1] |= with_quartiles("us_per_character", [time / length for time in times])
+    alone = {method: 1 for method in ("windows", "windows_folded", "stream", "sample")}
+    methods = {method: call(method, 1) for method in list(alone)[:3]}
+    samples: dict[str, list[float]] = {method: [] for method in alone}
+    for _ in range(3 if args.quick else 7):  # so that a slow moment of the machine is every method's
+        for method, times in time_calls(methods, 30, device, block=30).items():
+            samples[method] += times
+        [time] = time_calls({"sample": one_string}, 1, device, block=1)["sample"]
+        samples["sample"].append(time / length)
+    one = rows(samples, alone)
     sizes = sorted({max(1, tokens // model.context) for tokens in WINDOW_TOKENS[device.type]})
     tried = [row for size in sizes for row in timed({"windows_folded": size}, 1, 1)]
     best = min(tried, key=lambda row: row["us_per_character"])["batch"]
