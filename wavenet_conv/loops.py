@@ -32,7 +32,7 @@ def compiled(function: Callable) -> Callable:
 class Arrays(NamedTuple):
     """What a stream reads and writes, as NumPy's views of its tensors.
 
-    clocks, keys: int64 `(batch,)`. phases: int64 `(batch,)`, steps since `early` was computed, 0 for not yet. bigrams:
+    clocks, keys: int64 `(batch,)`. phases: int64 `(batch,)`, steps since `early` was computed, 0 for not yet. bottom:
     int64, the first level's children, which are nodes of the table; children: those of the levels above, which lie as
     `_Level` says. table: `(fan_in * kinds, channels)`; values: `(kinds, 2 * n_embd)`, or `(kinds, 0)` without gates.
     weights: of each level its taps' matrices, `(channels, inputs)` each, and the bias, then of each gate likewise;
@@ -46,7 +46,7 @@ class Arrays(NamedTuple):
     clocks: np.ndarray
     keys: np.ndarray
     phases: np.ndarray
-    bigrams: np.ndarray
+    bottom: np.ndarray
     children: np.ndarray
     table: np.ndarray
     values: np.ndarray
@@ -131,11 +131,11 @@ def read(row, token, arrays):
         older, inputs, channels, dilation = level[FAN_IN] - 1, level[INPUTS], level[CHANNELS], level[DILATION]
         now = place(row, clock, older * dilation + 1, batch)
         if index == 0:
-            arrays.bigrams[now] = key
+            arrays.bottom[now] = key
             total[:channels] = arrays.table[older * kinds + key]
             for tap in range(older):
                 then = place(row, clock - (older - tap) * dilation, older * dilation + 1, batch)
-                total[:channels] += arrays.table[tap * kinds + arrays.bigrams[then]]
+                total[:channels] += arrays.table[tap * kinds + arrays.bottom[then]]
         else:
             children[level[CHILDREN] + now, :inputs] = x[:inputs]
             if dilation < AHEAD:

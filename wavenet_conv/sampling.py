@@ -1,6 +1,6 @@
 """Names drawn from a model: few of them character by character from a stream, many of them prefix by prefix.
 
-The two ways, and any batch, draw the same names. Knows nothing of files and commands.
+All ways, and any batch, draw the same names. Knows nothing of files and commands.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def sample_stream(
     side, which decides about speed and memory only. device and dtype: where and in what to compute (as the model is,
     but at least in float32). compiled: whether loops that Numba compiles take the steps, for few names at a time, and
     where every character may be drawn the draws, too; None: where that is fastest and can be, as for a `Stream`.
-    Rounding is taken to be that of logits up to a thousand.
+    Rounding is taken to be that of logits up to about forty.
     Raises `ConfigError` naming an option that is wrong, `NamesError` for a prefix with a character that is not in the
     vocabulary; the iterator raises `SamplingError` where logits are NaN, saying after what.
     """
@@ -111,17 +111,7 @@ def sample_stream(
         raise ConfigError(
             "compiled loops are for the CPU and need Numba: pip install 'wavenet-conv[fast]', or leave out compiled"
         )
-    fitting = max(1, CHARACTERS // max(max_length + 1, len(vocab)))
-    side_by_side = min(BATCH if batch is None else batch, fitting, n or BATCH)
-    if not compiled and side_by_side >= MANY and model.context <= SHORT:
-        return sampler.by_prefix(n, side_by_side)
-    rows = min(side_by_side, FEW_ROWS if compiled else STREAMED, max(1, ROWS_TOKENS // model.context))
-    if rows > FEW_ROWS or sampler.device.type != "cpu":
-        return sampler.by_stream(n, rows)
-    if compiled is None:
-        worth = n is None or n * max_length >= WORTH
-        compiled = worth and compiled_loops(sampler.device, sampler.dtype) is not None
-    return sampler.one_by_one(n) if compiled and draw.all_are_kept else sampler.by_few(n, rows, compiled)
+    return sampler.names(n, batch, compiled)
 
 
 def uniform(seed: int, names: Tensor, positions: Tensor) -> Tensor:
@@ -216,6 +206,20 @@ class _Sampler:
         self.doubt = draw.doubt(self.dtype)
         self._blocks: dict[tuple[int, int], np.ndarray] = {}
         self._codes = np.array([ord(character) for character in END + vocab.characters], dtype=np.int32)
+
+    def names(self, n: int | None, batch: int | None, compiled: bool | None) -> Iterator[str]:
+        """`n` names in the way that is fastest for so many, of those that `batch` and `compiled` leave."""
+        fitting = max(1, CHARACTERS // max(self.max_length + 1, len(self._codes)))
+        side_by_side = min(BATCH if batch is None else batch, fitting, n or BATCH)
+        if not compiled and side_by_side >= MANY and self.model.context <= SHORT:
+            return self.by_prefix(n, side_by_side)
+        rows = min(side_by_side, FEW_ROWS if compiled else STREAMED, max(1, ROWS_TOKENS // self.model.context))
+        if rows > FEW_ROWS or self.device.type != "cpu":
+            return self.by_stream(n, rows)
+        if compiled is None:
+            worth = n is None or n * self.max_length >= WORTH
+            compiled = worth and compiled_loops(self.device, self.dtype) is not None
+        return self.one_by_one(n) if compiled and self.draw.all_are_kept else self.by_few(n, rows, compiled)
 
     def _text(self, tokens: np.ndarray) -> str:
         return self._codes[tokens].tobytes().decode("utf-32-le", "surrogatepass")

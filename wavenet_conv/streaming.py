@@ -280,7 +280,7 @@ class Stream:
             "clocks": self.clocks,
             "keys": self.keys,
             "phases": torch.zeros_like(self.clocks),
-            "bigrams": first.children,
+            "bottom": first.children,
             "children": children,
             "table": self._table,
             "values": values,
