@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# One thread, here and in the processes that tests start: operations are small, and on a busy machine two threads that
+# wait for each other take ten times as long. Tests of threads set their own number.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -14,6 +19,7 @@ from wavenet_conv.lists import lecture_names, read_names
 
 ROOT = Path(__file__).parent.parent
 
+torch.set_num_threads(1)
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from math import log
@@ -25,6 +26,16 @@ Names = Iterable[str] | tuple[Tensor, Tensor]
 # is less than the 32 MiB from which glibc hands out fresh pages at every allocation.
 CHUNK_TOKENS = 4_000_000
 CHUNK_NAMES = 2**17
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+# OpenMP's threads do not survive a fork: a forked child that asks for them waits forever. PyTorch's DataLoader sets one
+# thread in its workers for the same reason.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_use_one_thread)
 
 
 class Scorer:
@@ -67,6 +78,14 @@ class Scorer:
         self._carried: list[Carried] = []  # what the last call has left: room to write in, and nodes to remember
         with exact_float32():
             self.nodes = SharedNodes(weights)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling and copying: everything but the buffers that calls write into.
+
+        `multiprocessing` sends tensors through shared memory, so workers that got these buffers would all write into
+        the same ones. A copy starts with none, as a new scorer does.
+        """
+        return self.__dict__ | {"_carried": []}
 
     @classmethod
     def load(cls, path: str | Path = "default", **options: Any) -> Scorer:
