@@ -307,6 +307,10 @@ def _ranks(device: str) -> Iterator[torch.device]:
     place = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(place)
+    # If this module is first imported after init_process_group, its default arguments keep the group alive, and so its
+    # threads. A thread that frees a tensor while the interpreter shuts down aborts the process.
+    from torch.distributed.nn import functional  # noqa: F401
+
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
         yield place
