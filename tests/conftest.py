@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# One thread, here and in the processes that tests start: operations are small, and on a busy machine two threads that
-# wait for each other take ten times as long. Tests of threads set their own number.
-os.environ["OMP_NUM_THREADS"] = "1"
+# One thread, here and in the processes that tests start, since operations are small. Tests of threads set their own
+# number. A thread that waits sleeps: on a busy machine, threads that spin take ten times as long.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import pytest
 import torch

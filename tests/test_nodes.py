@@ -204,7 +204,7 @@ def test_chunks_give_the_scores_of_one_call(names, vocab, fan_ins):
 
 def test_the_fast_tanh_is_tanh():
     x = torch.cat([torch.linspace(-20, 20, 40_001), torch.tensor([0.0, -0.0, 1e-8, 1e-30, torch.inf, -torch.inf])])
-    assert (nodes.tanh_(x.clone()) - x.double().tanh()).abs().max() < 2e-6  # sigmoid's error, doubled, is 2e-7
+    assert (nodes.tanh_(x.clone()) - x.double().tanh()).abs().max() < 2e-6  # 1.8e-7 on the processors tried
     assert nodes.tanh_(torch.tensor([torch.nan])).isnan().all()
     assert torch.equal(nodes.tanh_(x.double()), x.double().tanh())
 

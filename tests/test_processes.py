@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -16,27 +17,28 @@ from wavenet_conv import Scorer, Vocabulary, from_tree
 
 ABC = Vocabulary("abcdefghijklmnopqrstuvwxyz")
 WORKERS = 2
-TASKS = 8  # several for each worker, so that both score at the same time
+TASKS = 8  # several per worker, so that both score at the same time
+ONE_THREAD = {"initializer": torch.set_num_threads, "initargs": (1,)}  # as in the tests: bits depend on the number
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["forgets", "remembers"])
+@pytest.fixture(
+    scope="module", params=[(False, False), (False, True), (True, False)], ids=["tanh", "remember", "gated"]
+)
 def used_scorer(request, names):
-    """A scorer with one call behind it, and that call's scores; one thread, as in the workers."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # scores have the same bits for the same number of threads
-    scorer = Scorer(from_tree(random_tree(dtype=torch.float32)), ABC, remember=request.param)
-    yield scorer, scorer.score(names)
-    torch.set_num_threads(before)
+    """A scorer that has scored once, and the scores."""
+    gated, remember = request.param
+    tree = random_tree(n_hidden=48, gated=gated, dtype=torch.float32)
+    scorer = Scorer(from_tree(tree), ABC, remember=remember)
+    return scorer, scorer.score(names)
 
 
 def pool_map(context, function, parts):
-    with context.Pool(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with context.Pool(WORKERS, **ONE_THREAD) as pool:
         return pool.map(function, parts, chunksize=1)
 
 
 def executor_map(context, function, parts):
-    options = {"mp_context": context, "initializer": torch.set_num_threads, "initargs": (1,)}
-    with ProcessPoolExecutor(WORKERS, **options) as executor:
+    with ProcessPoolExecutor(WORKERS, mp_context=context, **ONE_THREAD) as executor:
         return list(executor.map(function, parts))
 
 
@@ -77,7 +79,7 @@ def test_a_fork_after_two_threads_have_run_does_not_hang():
 def test_threads_give_the_same_bits(used_scorer, names):
     scorer, expected = used_scorer
     parts = [names[start::TASKS] for start in range(TASKS)]
-    with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+    with ThreadPoolExecutor(WORKERS, **ONE_THREAD) as executor:
         for start, part in enumerate(executor.map(scorer.score, parts)):
             assert torch.equal(part, expected[start::TASKS])
 
@@ -87,7 +89,7 @@ def pickled(scorer):
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickled])
-def test_copies_share_no_buffers_with_the_original(used_scorer, names, duplicate):
+def test_copies_give_the_same_bits(used_scorer, names, duplicate):
     scorer, expected = used_scorer
     twin = duplicate(scorer)
     assert torch.equal(twin.score(names[::3]), expected[::3])
@@ -95,8 +97,12 @@ def test_copies_share_no_buffers_with_the_original(used_scorer, names, duplicate
     assert torch.equal(twin.score(names[1::3]), expected[1::3])
 
 
-def test_a_pickle_does_not_grow_with_use(names):
-    scorer = Scorer(from_tree(random_tree(n_embd=6, n_hidden=16)), ABC, remember=True)
-    size = len(pickle.dumps(scorer))
+@pytest.mark.parametrize("pickler", [pickle, ForkingPickler], ids=["pickle", "multiprocessing"])
+def test_a_pickle_holds_the_weights_and_no_buffers(names, pickler):
+    """Handles of shared memory would be smaller, and would move the weights while another thread may read them."""
+    conv = from_tree(random_tree())
+    scorer = Scorer(conv, ABC, remember=True)
+    size = len(pickler.dumps(scorer))
+    assert size > 8 * sum(parameter.numel() for parameter in conv.parameters())  # bytes in float64
     scorer.score(names[:100])
-    assert len(pickle.dumps(scorer)) == size
+    assert len(pickler.dumps(scorer)) == size

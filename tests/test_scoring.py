@@ -103,6 +103,14 @@ COMPANY = {gated: small_scorer(gated=gated) for gated in (False, True)}
 ALONE: dict[bool, dict[str, torch.Tensor]] = {False: {}, True: {}}  # scores of names scored one by one
 
 
+@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("fan_ins", "widths"),
     [
@@ -113,7 +121,7 @@ ALONE: dict[bool, dict[str, torch.Tensor]] = {False: {}, True: {}}  # scores of 
     ],
     ids=str,
 )
-def test_company_does_not_matter_in_a_real_list(names, device, fan_ins, widths):
+def test_company_does_not_matter_in_a_real_list(names, device, threads, fan_ins, widths):
     """Widths of the lecture's size, where a matrix product has other kernels for other shapes, and narrow ones."""
     tree = random_tree(fan_ins, **widths, dtype=torch.float32)
     scorer = Scorer(from_tree(tree), ABC, device=device, remember=fan_ins == (2, 2, 2))

@@ -181,7 +181,7 @@ def test_two_ranks_train_as_one(run, tmp_path, listed):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert ranks.returncode == 0, ranks.stderr
     code, text, _ = run(listed, "-o", one, *arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from math import log
@@ -28,14 +29,10 @@ CHUNK_TOKENS = 4_000_000
 CHUNK_NAMES = 2**17
 
 
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 # OpenMP's threads do not survive a fork: a forked child that asks for them waits forever. PyTorch's DataLoader sets one
 # thread in its workers for the same reason.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_use_one_thread)
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 class Scorer:
@@ -79,13 +76,16 @@ class Scorer:
         with exact_float32():
             self.nodes = SharedNodes(weights)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickling and copying: everything but the buffers that calls write into.
+    def __getstate__(self) -> bytes:
+        """For pickling and copying: the values of everything but the buffers that calls write into.
 
-        `multiprocessing` sends tensors through shared memory, so workers that got these buffers would all write into
-        the same ones. A copy starts with none, as a new scorer does.
+        `multiprocessing` would move the tensors themselves to shared memory. Then all workers would write into the same
+        buffers, and a thread that is scoring would lose the weights that it reads.
         """
-        return self.__dict__ | {"_carried": []}
+        return pickle.dumps(self.__dict__ | {"_carried": []})
+
+    def __setstate__(self, state: bytes) -> None:
+        self.__dict__.update(pickle.loads(state))
 
     @classmethod
     def load(cls, path: str | Path = "default", **options: Any) -> Scorer:
