@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # One thread, here and in the processes that tests start, since operations are small. Tests of threads set their own
@@ -20,6 +21,9 @@ from wavenet_conv.lists import lecture_names, read_names
 ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)
+# A shell starts background jobs with SIGINT ignored, and their commands inherit that: those that tests interrupt would
+# never end.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 
