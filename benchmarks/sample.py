@@ -41,7 +41,7 @@ from wavenet_conv.vocabulary import Vocabulary
 LONGEST = 100  # characters; a name is cut there
 WINDOW_BATCHES = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (1024, 4096, 16384, 65536, 262144)}
 OUR_BATCHES = {"cpu": (64, 1024, 16384, 65536, 131072), "cuda": (1024, 16384, 131072, 524288, 1048576)}
-GROWTH_LEVELS = range(3, 13)  # contexts 8, 16, ... 4096
+GROWTH_LAYERS = range(3, 13)  # contexts 8, 16, ... 4096
 GROWTH_BATCH = 64  # rows of a stream
 GROWTH_CHARACTERS = {True: 131_072, False: 1_024}  # of the string that `sample` draws in compiled loops, or not
 COMPARED_BATCHES = (1, 9)  # rows of a stream that is compared with windows: compiled loops take the steps of few
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace, device: torch.device, trained: Checkpoint, pro
         "compiled": compilable(device),
         "model": {
             "checkpoint": "default",
-            "fan_ins": list(config.fan_ins),
+            "kernel_sizes": list(config.kernel_sizes),
             "context": model.context,
             "n_embd": config.n_embd,
             "n_hidden": list(config.n_hidden),
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace, device: torch.device, trained: Checkpoint, pro
     results["methods"] = method_rows(args, methods, device, progress)
     results["latency"], narrow = latency_rows(args, device, trained, progress)
     results["growth"] = [
-        growth_row(levels, args, device) for levels in progress.track(growth_levels(args), description="growth")
+        growth_row(layers, args, device) for layers in progress.track(growth_levels(args), description="growth")
     ]
     results["limits"] = limits(results, narrow, methods["sample"], model, device)
     return results
@@ -245,9 +245,9 @@ def equality(args: argparse.Namespace, device: torch.device, trained: Checkpoint
         progress.advance(task)
     different = {method: differing(names, expected) for method, names in found.items()}
     differences = []
-    for levels in growth_levels(args):
+    for layers in growth_levels(args):
         for batch in COMPARED_BATCHES:
-            differences.append(stream_difference(levels, batch, args, device))
+            differences.append(stream_difference(layers, batch, args, device))
             progress.advance(task)
     worst = float(torch.tensor(differences).max())  # NaN where there is one
     return {
@@ -287,19 +287,19 @@ def characters_of(names: Sequence[Sequence]) -> int:
 
 
 def growth_levels(args: argparse.Namespace) -> Sequence[int]:
-    """Levels of the models whose growth is timed; with `--quick` every third."""
-    return GROWTH_LEVELS[:: 3 if args.quick else 1]
+    """Layers of the models whose growth is timed; with `--quick` every third."""
+    return GROWTH_LAYERS[:: 3 if args.quick else 1]
 
 
-def growth_model(levels: int, args: argparse.Namespace, device: torch.device) -> ConvWaveNet:
-    """Fan-ins of 2, the lecture's widths and random weights: context `2 ** levels`."""
+def growth_model(layers: int, args: argparse.Namespace, device: torch.device) -> ConvWaveNet:
+    """Kernel sizes of 2, the lecture's widths and random weights: context `2 ** layers`."""
     torch.manual_seed(args.seed)
-    return ConvWaveNet(WaveNetConfig(fan_ins=(2,) * levels)).eval().to(device)
+    return ConvWaveNet(WaveNetConfig(kernel_sizes=(2,) * layers)).eval().to(device)
 
 
-def stream_difference(levels: int, batch: int, args: argparse.Namespace, device: torch.device) -> float:
+def stream_difference(layers: int, batch: int, args: argparse.Namespace, device: torch.device) -> float:
     """The largest difference of a stream's logits from the tree's, after a random context that fills its state."""
-    model = growth_model(levels, args, device)
+    model = growth_model(layers, args, device)
     tokens = torch.randint(1, model.config.vocab_size, (batch, model.context), device=device)
     stream, tree = Stream(model, batch), window_step(reference.from_conv(model), tokens)
     stream.push(F.pad(tokens, (1, 0)), torch.full((batch,), model.context))
@@ -425,14 +425,14 @@ def latency_rows(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Microseconds of one character's logits at batch 1, tokens ready on the device; and of a narrow stream.
 
-    The narrow stream has the same levels, one channel wide: hardly any arithmetic, so its time is that of the calls.
+    The narrow stream has the same layers, one channel wide: hardly any arithmetic, so its time is that of the calls.
     """
     model = trained.model
     folded = fold_batch_norm(model)
     tree, folded_tree = reference.from_conv(model), reference.from_conv(folded)
     token = torch.ones(1, dtype=torch.int64, device=device)
     window = torch.ones(1, model.context, dtype=torch.int64, device=device)
-    config = WaveNetConfig(model.config.vocab_size, n_embd=1, n_hidden=1, fan_ins=model.config.fan_ins)
+    config = WaveNetConfig(model.config.vocab_size, n_embd=1, n_hidden=1, kernel_sizes=model.config.kernel_sizes)
     stream, narrow = Stream(model), Stream(ConvWaveNet(config).eval().to(device))
     methods: dict[str, harness.Call] = {
         "tree": lambda: tree(window),
@@ -470,13 +470,13 @@ def latency_rows(
 # Growth
 
 
-def growth_row(levels: int, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """A character at context `2 ** levels`, drawn from windows, from folded windows, from a stream and by `sample`.
+def growth_row(layers: int, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """A character at context `2 ** layers`, drawn from windows, from folded windows, from a stream and by `sample`.
 
     At batch 1, and then with many names: folded windows at the best of several batch sizes against a stream. `sample`
     draws one string that never ends, what it prepares counted in.
     """
-    model = growth_model(levels, args, device)
+    model = growth_model(layers, args, device)
     model.head.bias[0] = -1e4
     vocab, compiled = Vocabulary("abcdefghijklmnopqrstuvwxyz"), compilable(device)
     length = GROWTH_CHARACTERS[compiled and not args.quick]
@@ -522,9 +522,9 @@ def growth_row(levels: int, args: argparse.Namespace, device: torch.device) -> d
     windows, folded, stream, drawn, best_folded, best_stream = (row["us_per_character"] for row in one + many)
     return {
         "context": model.context,
-        "levels": levels,
-        "nodes_per_character": {"windows": sum(counted.nodes), "stream": levels},
-        "tabulated_levels": SharedNodes(model).tabulated,
+        "layers": layers,
+        "nodes_per_character": {"windows": sum(counted.nodes), "stream": layers},
+        "tabulated_layers": SharedNodes(model).tabulated,
         "times_windows": windows / drawn,
         "times_windows_folded": folded / drawn,
         "times_windows_same_draw": windows / stream,
@@ -579,7 +579,7 @@ def limits(
     step = next(row for row in results["latency"] if row["method"] == "stream")
     row = next(row for row in results["methods"] if row["method"] == "sample")
     tabulated = SharedNodes(model).tabulated
-    work = shared_multiply_adds(model.config, [0] * tabulated + [1] * (len(model.config.fan_ins) - tabulated))
+    work = shared_multiply_adds(model.config, [0] * tabulated + [1] * (len(model.config.kernel_sizes) - tabulated))
     with CountingProducts() as counted:
         best.run(row["batch"])
     launches = harness.count_launches(lambda: best.run(row["batch"]), device)
@@ -624,13 +624,13 @@ def print_tables(results: dict[str, Any]) -> None:
     model, equal = results["model"], results["equality"]
     different = ", ".join(f"{name} {count:,}" for name, count in equal["different_names"].items() if count) or "none"
     console.print(
-        f"{results['device']}, PyTorch {results['torch']}, {results['dtype']}; the model that ships: fan-ins "
-        f"{model['fan_ins']}, embedding {model['n_embd']}, hidden {model['n_hidden']}, {model['parameters']:,} "
+        f"{results['device']}, PyTorch {results['torch']}, {results['dtype']}; the model that ships: kernel sizes "
+        f"{model['kernel_sizes']}, embedding {model['n_embd']}, hidden {model['n_hidden']}, {model['parameters']:,} "
         f"parameters.",
         f"{'Equal' if equal['equal'] else 'NOT EQUAL'} to the lecture's loop in float64, {equal['names']:,} names, "
         f"{equal['characters']:,} characters from the same uniform numbers, of the windows and of sample at every "
-        f"batch, in float32 too; names that differ: {different}. Streams of context {2 ** GROWTH_LEVELS[0]:,} to "
-        f"{2 ** GROWTH_LEVELS[-1]:,} against the tree: largest difference "
+        f"batch, in float32 too; names that differ: {different}. Streams of context {2 ** GROWTH_LAYERS[0]:,} to "
+        f"{2 ** GROWTH_LAYERS[-1]:,} against the tree: largest difference "
         f"{equal['max_abs_diff']:.2g}, tolerance {equal['tolerance']:g}.",
         sep="\n",
     )
@@ -699,7 +699,7 @@ def latency_table(results: dict[str, Any]) -> tuple[str, Table, str]:
         f"Launches: operators of PyTorch on the CPU, kernels on CUDA; a stream's compiled loops are none. Each "
         f"of {PEER}'s blocks holds two convolutions, so it has more parameters and sees more tokens. Without the draw; "
         f"tokens are tensors on the device beforehand.\n"
-        f"Limit of a step: its calls alone, on a model of the same levels one channel wide, take "
+        f"Limit of a step: its calls alone, on a model of the same layers one channel wide, take "
         f"{step['narrow_us']:.1f} of its {step['us']:.1f} us ({step['share_of_launches']:.0%}); its "
         f"{step['multiply_adds']:,} multiply-adds {step['share_of_matmul_rate']:.1%} at the rate of a matrix product: "
         f"near {NEAR[step['near']]}."
@@ -724,9 +724,9 @@ def growth_table(results: dict[str, Any]) -> tuple[str, Table, str]:
         )
     remark = (
         f"Microseconds a character at batch 1, then of many names: the windows at their best batch, the stream at "
-        f"{GROWTH_BATCH}. Fan-ins of 2, random weights; a character is its logits and a draw, by torch.multinomial but "
-        f"for sample. Of the stream's levels the lowest {results['growth'][0]['tabulated_levels']} are looked up in a "
-        f"table. One name's step reads every level's weights for one row; the nodes of a window share them."
+        f"{GROWTH_BATCH}. Kernel sizes of 2, random weights; a character is its logits and a draw, by torch.multinomial but "
+        f"for sample. Of the stream's layers the lowest {results['growth'][0]['tabulated_layers']} are looked up in a "
+        f"table. One name's step reads every layer's weights for one row; the nodes of a window share them."
     )
     return "Growth with the context", table, remark
 

@@ -50,7 +50,7 @@ try:
 except ImportError:
     TCN = None
 
-ARCHITECTURE = argparse.Namespace(fan_ins=(2, 2, 2), n_embd=24, n_hidden=128)  # the lecture's last network
+ARCHITECTURE = argparse.Namespace(kernel_sizes=(2, 2, 2), n_embd=24, n_hidden=128)  # the lecture's last network
 TOLERANCE = 2e-5  # of a name's log-likelihood, in nats
 METHODS = ("loop", "windows", "windows_folded", "slid", "shared")
 PEER = "pytorch-tcn"
@@ -133,7 +133,7 @@ def run(
         "torch": torch.__version__,
         "dtype": "float32",
         "model": {
-            "fan_ins": list(ARCHITECTURE.fan_ins),
+            "kernel_sizes": list(ARCHITECTURE.kernel_sizes),
             "context": models.conv.context,
             "n_embd": ARCHITECTURE.n_embd,
             "n_hidden": ARCHITECTURE.n_hidden,
@@ -154,7 +154,7 @@ def run(
     if not results["equality"]["equal"]:
         return results
     results["distinct_nodes"] = distinct_nodes(
-        sequences_by_length(names, vocab, models.conv.context, device), ARCHITECTURE.fan_ins
+        sequences_by_length(names, vocab, models.conv.context, device), ARCHITECTURE.kernel_sizes
     )
     rates = {
         "matmul_multiply_adds_per_second": harness.matmul_rate(device),
@@ -297,7 +297,7 @@ class Peer(nn.Module):
 
     def __init__(self, config: WaveNetConfig):
         super().__init__()
-        self.kernel_size, self.dilations = config.fan_ins[0], config.dilations
+        self.kernel_size, self.dilations = config.kernel_sizes[0], config.dilations
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.tcn = TCN(
             num_inputs=config.n_embd,
@@ -327,7 +327,7 @@ class Peer(nn.Module):
 def differences_of(
     models: Models, methods: dict[str, Method], names: list[str], vocab: Vocabulary, progress: Progress
 ) -> tuple[dict[str, float], dict[str, list[int]]]:
-    """Every method's largest difference from the float64 tree's windows, and the nodes a level that it evaluates."""
+    """Every method's largest difference from the float64 tree's windows, and the nodes a layer that it evaluates."""
     task = progress.add_task("equality", total=len(METHODS) + 1)
     exact = dict(zip(names, exact_scores(models.tree, names, vocab).tolist()))
     progress.advance(task)
@@ -378,7 +378,7 @@ def exact_scores(tree: reference.Sequential, names: list[str], vocab: Vocabulary
 
 
 def counted(method: Method, conv: ConvWaveNet) -> tuple[Tensor, list[int]]:
-    """One run's log-likelihoods, and the nodes a level that it evaluated; the tabulated ones of `shared` count 0."""
+    """One run's log-likelihoods, and the nodes a layer that it evaluated; the tabulated ones of `shared` count 0."""
     if isinstance(method.run, SharedRun):
         with evaluated_nodes(method.run.scorer) as nodes:
             return method.run(0), nodes
@@ -388,17 +388,17 @@ def counted(method: Method, conv: ConvWaveNet) -> tuple[Tensor, list[int]]:
 
 @contextmanager
 def evaluated_nodes(scorer: Scorer) -> Iterator[list[int]]:
-    """Inside the `with`, counts a level the nodes that `scorer` evaluates: those that its numbering tells apart.
+    """Inside the `with`, counts a layer the nodes that `scorer` evaluates: those that its numbering tells apart.
 
-    Low levels that are tabulated, once for all names, count 0.
+    Low layers that are tabulated, once for all names, count 0.
     """
-    nodes, number = [0] * len(scorer.nodes.fan_ins), scorer.nodes.number
+    nodes, number = [0] * len(scorer.nodes.kernel_sizes), scorer.nodes.number
 
     def counting(*args: Any) -> Any:
-        levels, *rest = number(*args)
-        for level, children in enumerate(levels, start=scorer.nodes.tabulated):
-            nodes[level] += len(children)
-        return (levels, *rest)
+        layers, *rest = number(*args)
+        for layer, children in enumerate(layers, start=scorer.nodes.tabulated):
+            nodes[layer] += len(children)
+        return (layers, *rest)
 
     scorer.nodes.number = counting
     try:
@@ -554,23 +554,23 @@ def copy_bandwidth(device: torch.device, *, quick: bool = False) -> float:
 
 
 def shared_multiply_adds(config: WaveNetConfig, nodes: Sequence[int]) -> int:
-    """Multiply-adds for that many distinct nodes a level.
+    """Multiply-adds for that many distinct nodes a layer.
 
-    A node's are its products with each tap of its parents' level, `fan_in * channels * parent's channels`; on the last
-    level with the head, `channels * vocab`. Levels that are tabulated once for all count 0 nodes.
+    A node's are its products with each tap of its parents' layer, `kernel_size * channels * parent's channels`; on the last
+    layer with the head, `channels * vocab`. Layers that are tabulated once for all count 0 nodes.
     """
-    widths, fan_ins = config.n_hidden, config.fan_ins
-    inner = [n * fan_ins[level + 1] * widths[level] * widths[level + 1] for level, n in enumerate(nodes[:-1])]
+    widths, kernel_sizes = config.n_hidden, config.kernel_sizes
+    inner = [n * kernel_sizes[layer + 1] * widths[layer] * widths[layer + 1] for layer, n in enumerate(nodes[:-1])]
     return sum(inner) + nodes[-1] * widths[-1] * config.vocab_size
 
 
 def shared_bytes(config: WaveNetConfig, nodes: Sequence[int], names: Sequence[str]) -> int:
-    """The fewest bytes that go through memory for that many distinct nodes a level, in float32:
+    """The fewest bytes that go through memory for that many distinct nodes a layer, in float32:
 
-        a node:     fan_in * channels * 4  rows of contributions gathered
-                    fan_in * 8             numbers of its children
-        inner node: parents' fan_in * parents' channels * 4  contributions written
-        last level: 4                      a log-probability written; no logits
+        a node:     kernel_size * channels * 4  rows of contributions gathered
+                    kernel_size * 8             numbers of its children
+        inner node: parents' kernel_size * parents' channels * 4  contributions written
+        last layer: 4                      a log-probability written; no logits
         a token:    1                      the encoded text, context tokens before each name among them
         an output:  8 + 4                  the number of its node, the log-probability read
         a name:     4                      its score
@@ -578,9 +578,9 @@ def shared_bytes(config: WaveNetConfig, nodes: Sequence[int], names: Sequence[st
     Every gathered row counts as one from memory, though rows that are wanted often come from a cache; what the
     numbering itself moves does not count.
     """
-    widths, fan_ins = config.n_hidden, config.fan_ins
-    gathered = sum(n * fan_in * (4 * width + 8) for n, fan_in, width in zip(nodes, fan_ins, widths))
-    inner = sum(4 * n * fan_ins[level + 1] * widths[level + 1] for level, n in enumerate(nodes[:-1]))
+    widths, kernel_sizes = config.n_hidden, config.kernel_sizes
+    gathered = sum(n * kernel_size * (4 * width + 8) for n, kernel_size, width in zip(nodes, kernel_sizes, widths))
+    inner = sum(4 * n * kernel_sizes[layer + 1] * widths[layer + 1] for layer, n in enumerate(nodes[:-1]))
     positions = outputs(names)
     tokens = positions + (config.context - 1) * len(names)
     return gathered + inner + 4 * nodes[-1] + tokens + 12 * positions + 4 * len(names)
@@ -689,7 +689,7 @@ def print_tables(results: dict[str, Any]) -> None:
     model, names, equal = results["model"], results["names"], results["equality"]
     differences = ", ".join(f"{name} {difference:.2g}" for name, difference in equal["max_abs_diffs"].items())
     console.print(
-        f"{results['device']}, PyTorch {results['torch']}, {results['dtype']}; fan-ins {model['fan_ins']}, "
+        f"{results['device']}, PyTorch {results['torch']}, {results['dtype']}; kernel sizes {model['kernel_sizes']}, "
         f"embedding {model['n_embd']}, hidden {model['n_hidden']}, {model['parameters']:,} parameters.",
         f"{'Equal' if equal['equal'] else 'NOT EQUAL'} to the float64 tree in the log-likelihoods of {names['used']:,} "
         f"names, {names['positions']:,} positions, to {equal['tolerance']:g}; largest differences: {differences}.",
@@ -716,7 +716,7 @@ def methods_table(results: dict[str, Any]) -> tuple[str, Table, str]:
     rows, limits = {row["method"]: row for row in results["methods"]}, results["limits"]
     table = table_of(
         *("method", "batch", "positions/s", "quartiles", "x windows", "x loop", "multiply-adds a position"),
-        *("nodes a level", "peak memory"),
+        *("nodes a layer", "peak memory"),
     )
     for name, row in rows.items():
         times = [f"{row['positions_per_second'] / rows[of]['positions_per_second']:.2f}" for of in ("windows", "loop")]
@@ -726,7 +726,7 @@ def methods_table(results: dict[str, Any]) -> tuple[str, Table, str]:
     operations, memory = limits["operations_floor_seconds"], limits["bytes_floor_seconds"]
     remark = (
         f"The loop ran on {rows['loop']['names']:,} of the names. shared starts at a list of strings, the others at "
-        f"tensors of tokens. Distinct nodes: {counts(results['distinct_nodes'])}; shared tabulates the levels "
+        f"tensors of tokens. Distinct nodes: {counts(results['distinct_nodes'])}; shared tabulates the layers "
         f"that show 0.\n"
         f"Limits: {limits['matmul_multiply_adds_per_second'] / 1e9:,.0f} billion multiply-adds a second in a matrix "
         f"product, {limits['copy_bytes_per_second'] / 1e9:,.1f} GB a second in a copy. shared took "
@@ -765,7 +765,7 @@ def growth_table(results: dict[str, Any]) -> tuple[str, Table, str]:
     """The time a name as the names grow in number."""
     table = table_of(
         *("distinct names", "us a name", "quartiles", "positions/s", "windows evaluated", "multiply-adds a position"),
-        *("nodes a level", "share of the larger floor"),
+        *("nodes a layer", "share of the larger floor"),
     )
     for row in results["growth"]:
         table.add_row(

@@ -36,7 +36,7 @@ from wavenet_conv.equivalence import TOLERANCE
 from wavenet_conv.lists import read_names
 
 GROWTH_TOKENS = 4096
-GROWTH_LEVELS = range(3, 11)  # contexts 8, 16, ... 1024
+GROWTH_LAYERS = range(3, 11)  # contexts 8, 16, ... 1024
 WINDOW_BATCHES = {"cpu": (256, 512, 1024, 2048, 4096, 8192), "cuda": (4096, 8192, 16384, 32768, 65536, 131072)}
 NAME_BATCHES = {"cpu": (64, 128, 256, 512, 1024, 2048), "cuda": (512, 1024, 2048, 4096, 8192, 16384)}  # of one length
 GROWTH_BATCHES = {"cpu": (2**12, 2**14, 2**16), "cuda": (2**16, 2**18, 2**20)}  # tokens in the windows of one call
@@ -80,8 +80,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--names", metavar="FILE", default=str(harness.NAMES), help="one name a line (names.txt)")
     parser.add_argument("--name", default="analisa", help="the name that one pass is timed on (analisa)")
     parser.add_argument("--n-embd", type=positive, default=24, help="width of the embedding (24)")
-    parser.add_argument("--n-hidden", type=positive, default=128, help="width of every level (128)")
-    parser.add_argument("--fan-ins", type=fan_ins, default=(2, 2, 2), help="nodes that each level fuses (2,2,2)")
+    parser.add_argument("--n-hidden", type=positive, default=128, help="width of every layer (128)")
+    parser.add_argument("--kernel-sizes", type=kernel_sizes, default=(2, 2, 2), help="nodes that each layer fuses (2,2,2)")
     parser.add_argument("--repeats", type=positive, help="calls timed for one name (2000; with --quick 400)")
     parser.add_argument("--seed", type=int, default=42, help="of the random weights (42)")
     parser.add_argument("--json", metavar="FILE|-", help="write the results as JSON; - prints it instead of the tables")
@@ -96,8 +96,8 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def fan_ins(text: str) -> tuple[int, ...]:
-    """Fan-ins such as 2,2,2."""
+def kernel_sizes(text: str) -> tuple[int, ...]:
+    """Kernel sizes such as 2,2,2."""
     return tuple(positive(part) for part in text.split(","))
 
 
@@ -122,7 +122,7 @@ def run(
         "torch": torch.__version__,
         "dtype": "float32",
         "model": {
-            "fan_ins": list(args.fan_ins),
+            "kernel_sizes": list(args.kernel_sizes),
             "context": context,
             "n_embd": args.n_embd,
             "n_hidden": args.n_hidden,
@@ -137,14 +137,14 @@ def run(
         return results
     by_length = sequences_by_length(names, vocab, context, device)
     results["distinct_nodes"] = {
-        "one_name": distinct_nodes([one_name], args.fan_ins),
-        "whole_list": distinct_nodes(by_length, args.fan_ins),
+        "one_name": distinct_nodes([one_name], args.kernel_sizes),
+        "whole_list": distinct_nodes(by_length, args.kernel_sizes),
     }
     results["matmul_multiply_adds_per_second"] = harness.matmul_rate(device)
     results["one_name"] = one_name_rows(models, one_name, args, progress)
     results["whole_list"] = whole_list_rows(models, by_length, args, progress)
-    levels = progress.track(GROWTH_LEVELS, description="growth")
-    results["growth"] = [growth_row(level_count, args, device) for level_count in levels]
+    layers = progress.track(GROWTH_LAYERS, description="growth")
+    results["growth"] = [growth_row(level_count, args, device) for level_count in layers]
     differences = [results["equality"]["max_abs_diff"]] + [row["max_abs_diff"] for row in results["growth"]]
     results["equality"]["equal"] = all(difference <= TOLERANCE[torch.float32] for difference in differences)
     return results
@@ -152,7 +152,7 @@ def run(
 
 def random_models(args: argparse.Namespace, names: list[str], vocab: Vocabulary, device: torch.device) -> Models:
     """Random weights, and the batch statistics of the names' own windows."""
-    tree = reference.build(args.fan_ins, vocab_size=len(vocab), n_embd=args.n_embd, n_hidden=args.n_hidden)
+    tree = reference.build(args.kernel_sizes, vocab_size=len(vocab), n_embd=args.n_embd, n_hidden=args.n_hidden)
     for _ in range(20):
         sample = [names[i] for i in torch.randint(len(names), (64,))]
         reference.window_logits(tree, vocab.encode(sample, context=reference.context_of(tree))[0])
@@ -214,14 +214,14 @@ def one_name_rows(models: Models, tokens: Tensor, args: argparse.Namespace, prog
 
 
 def nodes_of(call: harness.Call, conv: ConvWaveNet) -> list[int]:
-    """Nodes a level that one call computes, counted while it runs."""
+    """Nodes a layer that one call computes, counted while it runs."""
     with CountingNodes(conv.config.n_hidden) as counted:
         call()
     return counted.nodes
 
 
 def captured(conv: ConvWaveNet, tokens: Tensor) -> tuple[harness.Call, list[int]]:
-    """The slid pass as a CUDA graph, copying in the tokens included, and the nodes counted while it was captured."""
+    """The convolutional pass as a CUDA graph, copying in the tokens included, and the nodes counted while it was captured."""
     static = tokens.clone()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -309,7 +309,7 @@ def whole_list_rows(
 
 
 def growth_row(level_count: int, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Windows against the slid pass at context `2 ** level_count`, fan-ins of 2, on one long random sequence.
+    """Windows against the convolutional pass at context `2 ** level_count`, kernel sizes of 2, on one long random sequence.
 
     Both with batch norm folded, the windows at the best of several batch sizes. With `--quick` the windows are a sample
     of all positions, which the row counts.
@@ -338,7 +338,7 @@ def growth_row(level_count: int, args: argparse.Namespace, device: torch.device)
     nodes_per_position = {method: sum(row["nodes"]) / row["positions"] for method, row in rows.items()}
     return {
         "context": context,
-        "levels": level_count,
+        "layers": level_count,
         "max_abs_diff": float((logits["windows"] - logits["slid"][::stride]).abs().max()),
         "theory_node_ratio": (context - 1) / level_count,
         "node_ratio": nodes_per_position["windows"] / nodes_per_position["slid"],
@@ -352,7 +352,7 @@ def print_tables(results: dict[str, Any]) -> None:
     console = Console(width=200, highlight=False, soft_wrap=True)  # a table that wraps is no Markdown
     model, names, equal = results["model"], results["names"], results["equality"]
     console.print(
-        f"{results['device']}, PyTorch {results['torch']}, {results['dtype']}; fan-ins {model['fan_ins']}, "
+        f"{results['device']}, PyTorch {results['torch']}, {results['dtype']}; kernel sizes {model['kernel_sizes']}, "
         f"embedding {model['n_embd']}, hidden {model['n_hidden']}, {model['parameters']:,} parameters.",
         f"{'Equal' if equal['equal'] else 'NOT EQUAL'} at all {equal['positions']:,} positions of {names['used']:,} "
         f"names: largest difference {equal['max_abs_diff']:.2g}, tolerance {equal['tolerance']:g}.",
@@ -372,7 +372,7 @@ def table_of(*columns: str) -> Table:
 
 
 def counts(nodes: Sequence[int]) -> str:
-    """Nodes a level, lowest first."""
+    """Nodes a layer, lowest first."""
     return " ".join(f"{n:,}" for n in nodes)
 
 
@@ -381,7 +381,7 @@ def one_name_table(results: dict[str, Any]) -> tuple[str, Table, str]:
     name, rows = results["names"]["one_name"], results["one_name"]
     median = {row["method"]: row["median_us"] for row in rows}
     launched = "kernels" if any(row["method"] == "slid_graph" for row in rows) else "operators"
-    table = table_of("method", "nodes a level", launched, "median us", "quartiles", "x loop", "x windows")
+    table = table_of("method", "nodes a layer", launched, "median us", "quartiles", "x loop", "x windows")
     for row in rows:
         table.add_row(
             row["method"],
@@ -404,7 +404,7 @@ def whole_list_table(results: dict[str, Any]) -> tuple[str, Table, str]:
     rows = {row["method"]: row for row in results["whole_list"]}
     ceiling, windows, slid = results["matmul_multiply_adds_per_second"], rows["windows"], rows["slid"]
     table = table_of(
-        *("method", "batch", "nodes a level", "positions/s", "quartiles", "x windows"),
+        *("method", "batch", "nodes a layer", "positions/s", "quartiles", "x windows"),
         *("multiply-adds a position", "share of matmul rate"),
     )
     for method, row in rows.items():
@@ -422,7 +422,7 @@ def whole_list_table(results: dict[str, Any]) -> tuple[str, Table, str]:
     remark = (
         f"The loop ran on {rows['loop']['names']} of the names. Distinct nodes: "
         f"{counts(results['distinct_nodes']['whole_list'])}. On short names the padding before each is most of the "
-        f"slid pass's work: it does only {fewer:.2f} times fewer multiply-adds than the windows. "
+        f"convolutional pass's work: it does only {fewer:.2f} times fewer multiply-adds than the windows. "
         f"Matmul rate: {ceiling / 1e9:.0f} billion multiply-adds a second."
     )
     return f"The whole list, {windows['names']:,} names, {windows['positions']:,} positions", table, remark
@@ -432,7 +432,7 @@ def growth_table(results: dict[str, Any]) -> tuple[str, Table, str]:
     """Nodes and times a position as the context grows."""
     table = table_of(
         *("context", "windows: nodes a position", "us a position", "slid: nodes a position", "us a position"),
-        *("node ratio", "(context - 1) / levels", "time ratio", "largest difference"),
+        *("node ratio", "(context - 1) / layers", "time ratio", "largest difference"),
     )
     for row in results["growth"]:
         cells = [str(row["context"])]
@@ -442,9 +442,9 @@ def growth_table(results: dict[str, Any]) -> tuple[str, Table, str]:
         table.add_row(*cells, f"{row['max_abs_diff']:.1g}")
     remark = (
         f"Node ratio: windows over slid, counted; a sequence of {GROWTH_TOKENS:,} tokens is finite, so it stays "
-        f"below its limit, (context - 1) / levels. Both with batch norm folded."
+        f"below its limit, (context - 1) / layers. Both with batch norm folded."
     )
-    return f"Growth with the context, fan-ins of 2, a sequence of {GROWTH_TOKENS:,} tokens", table, remark
+    return f"Growth with the context, kernel sizes of 2, a sequence of {GROWTH_TOKENS:,} tokens", table, remark
 
 
 if __name__ == "__main__":

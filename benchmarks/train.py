@@ -179,7 +179,7 @@ def throughput_rows(
 
 
 def step_calls(vocab: Vocabulary, names: list[str], device: torch.device) -> dict[str, Callable[[], None]]:
-    """A training step on all windows of `names`: the tree's, the slid pass's and that of shared nodes."""
+    """A training step on all windows of `names`: the tree's, the convolutional pass's and that of shared nodes."""
     tree = new_tree(0, len(vocab)).to(device).train()
     slid, shared = from_tree(tree).train(), from_tree(tree).train()
     X, Y = windows_of(vocab, names, slid.context, device)
@@ -198,12 +198,12 @@ def step_calls(vocab: Vocabulary, names: list[str], device: torch.device) -> dic
     }
 
     def stepping(parameters: list[Tensor], loss: Callable[[], Tensor]) -> Callable[[], None]:
-        optimiser = torch.optim.SGD(parameters, lr=0.01)
+        optimizer = torch.optim.SGD(parameters, lr=0.01)
 
         def step() -> None:
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss().backward()
-            optimiser.step()
+            optimizer.step()
 
         return step
 

@@ -17,7 +17,7 @@ def from_conv(conv: Any) -> Sequential:
     The mapping read backwards: `Conv1d.weight[o, c, j]` is `Linear.weight[j * C + c, o]` (README: Tree to convolution).
     Raises `ValueError` for anything that is not one.
     """
-    if not hasattr(conv, "levels"):
+    if not hasattr(conv, "layers"):
         raise ValueError(f"from_conv takes a ConvWaveNet, not a {type(conv).__name__}; from_tree goes the other way")
     with torch.random.fork_rng(devices=[]):  # a new layer draws weights, which are replaced at once
         return _tree(conv)
@@ -25,11 +25,11 @@ def from_conv(conv: Any) -> Sequential:
 
 def _tree(conv: Any) -> Sequential:
     layers: list[Layer] = [_filled(Embedding(*conv.embedding.weight.shape), weight=conv.embedding.weight)]
-    for level in conv.levels:
+    for level in conv.layers:
         if hasattr(level, "skip"):
             layers.append(_block(level))
             continue
-        layers += [FlattenConsecutive(level.fan_in), _linear(level.conv)]
+        layers += [FlattenConsecutive(level.kernel_size), _linear(level.conv)]
         if level.norm is not None:
             norm = BatchNorm1d(len(level.norm.weight), eps=level.norm.eps, momentum=level.norm.momentum)
             norm.training = conv.training
@@ -52,7 +52,7 @@ def _tree(conv: Any) -> Sequential:
 
 def _block(level: Any) -> GatedBlock:
     gate, channels, last = level.skip.in_channels, level.skip.out_channels, level.residual is None
-    block = GatedBlock(level.fan_in, channels, gate, last)
+    block = GatedBlock(level.kernel_size, channels, gate, last)
     block.linear, block.skip = _linear(level.conv), _linear(level.skip)
     block.residual = None if last else _linear(level.residual)
     return block

@@ -1,4 +1,4 @@
-"""The networks of the lecture series' last three parts, a gated one, and any other list of fan-ins."""
+"""The networks of the lecture series' last three parts, a gated one, and any other list of kernel sizes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from .layers import BatchNorm1d, Embedding, FlattenConsecutive, GatedBlock, Laye
 
 # name: (arguments of `build`, parameters), for the lecture's vocabulary of 27 tokens
 NETWORKS: dict[str, tuple[dict, int]] = {
-    "mlp-2-100": (dict(fan_ins=(3,), n_embd=2, n_hidden=100, batch_norm=False), 3_481),
-    "mlp-2-300": (dict(fan_ins=(3,), n_embd=2, n_hidden=300, batch_norm=False), 10_281),
-    "mlp-10-200": (dict(fan_ins=(3,), n_embd=10, n_hidden=200, batch_norm=False), 11_897),
-    "mlp-bn": (dict(fan_ins=(3,), n_embd=10, n_hidden=200), 12_097),
-    "flat": (dict(fan_ins=(8,), n_embd=10, n_hidden=200), 22_097),
-    "tree-200": (dict(fan_ins=(2, 2, 2), n_embd=10, n_hidden=200), 170_897),
-    "tree-68": (dict(fan_ins=(2, 2, 2), n_embd=10, n_hidden=68), 22_397),
-    "wide": (dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=128), 76_579),
-    "gated-96": (dict(fan_ins=(2, 2, 2, 2), n_embd=96, n_hidden=96, gated=True), 227_931),
+    "mlp-2-100": (dict(kernel_sizes=(3,), n_embd=2, n_hidden=100, batch_norm=False), 3_481),
+    "mlp-2-300": (dict(kernel_sizes=(3,), n_embd=2, n_hidden=300, batch_norm=False), 10_281),
+    "mlp-10-200": (dict(kernel_sizes=(3,), n_embd=10, n_hidden=200, batch_norm=False), 11_897),
+    "mlp-bn": (dict(kernel_sizes=(3,), n_embd=10, n_hidden=200), 12_097),
+    "flat": (dict(kernel_sizes=(8,), n_embd=10, n_hidden=200), 22_097),
+    "tree-200": (dict(kernel_sizes=(2, 2, 2), n_embd=10, n_hidden=200), 170_897),
+    "tree-68": (dict(kernel_sizes=(2, 2, 2), n_embd=10, n_hidden=68), 22_397),
+    "wide": (dict(kernel_sizes=(2, 2, 2), n_embd=24, n_hidden=128), 76_579),
+    "gated-96": (dict(kernel_sizes=(2, 2, 2, 2), n_embd=96, n_hidden=96, gated=True), 227_931),
 }
 
 
 def build(
-    fan_ins: Sequence[int] = (2, 2, 2),
+    kernel_sizes: Sequence[int] = (2, 2, 2),
     *,
     vocab_size: int = 27,
     n_embd: int = 24,
@@ -35,32 +35,32 @@ def build(
 ) -> Sequential:
     """A tree in training mode with the lecture's initialisation: the head's weights are ten times smaller.
 
-    Per fan-in: FlattenConsecutive, Linear (with a bias only where there is no batch norm), BatchNorm1d, Tanh; gated:
+    Per kernel size: FlattenConsecutive, Linear (with a bias only where there is no batch norm), BatchNorm1d, Tanh; gated:
     a GatedBlock, n_hidden wide inside the gate, no batch norm, and ReLU, Linear, ReLU before the head. n_hidden: one
     width for all levels, or one a level. per_position: the lecture's batch-norm bug. Raises `ValueError` naming a
-    fan-in or a width below 1, and for a gated tree with batch norm.
+    kernel size or a width below 1, and for a gated tree with batch norm.
     """
     if gated and (batch_norm or per_position):
         raise ValueError("gated and batch_norm or per_position; a gated tree has no batch norm, leave it out")
     batch_norm = not gated if batch_norm is None else batch_norm
-    if not isinstance(fan_ins, Sequence) or not fan_ins:
-        raise ValueError(f"fan_ins is {fan_ins!r}; give at least one, such as (2, 2, 2)")
-    widths = list(n_hidden) if isinstance(n_hidden, Sequence) else [n_hidden] * len(fan_ins)
-    if len(widths) != len(fan_ins):
-        raise ValueError(f"{len(fan_ins)} fan-ins and {len(widths)} widths; give one width for all, or one each")
-    for what, sizes in (("fan-in", fan_ins), ("width", [n_embd, *widths]), ("vocabulary", [vocab_size])):
+    if not isinstance(kernel_sizes, Sequence) or not kernel_sizes:
+        raise ValueError(f"kernel_sizes is {kernel_sizes!r}; give at least one, such as (2, 2, 2)")
+    widths = list(n_hidden) if isinstance(n_hidden, Sequence) else [n_hidden] * len(kernel_sizes)
+    if len(widths) != len(kernel_sizes):
+        raise ValueError(f"{len(kernel_sizes)} kernel sizes and {len(widths)} widths; give one width for all, or one each")
+    for what, sizes in (("kernel size", kernel_sizes), ("width", [n_embd, *widths]), ("vocabulary", [vocab_size])):
         for size in sizes:
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"a {what} of {size!r}; it must be an integer of at least 1")
     layers: list[Layer] = [Embedding(vocab_size, n_embd, generator=generator)]
     channels = n_embd
-    for level, (fan_in, width) in enumerate(zip(fan_ins, widths), start=1):
+    for level, (kernel_size, width) in enumerate(zip(kernel_sizes, widths), start=1):
         if gated:
-            layers.append(GatedBlock(fan_in, n_embd, width, last=level == len(widths), generator=generator))
+            layers.append(GatedBlock(kernel_size, n_embd, width, last=level == len(widths), generator=generator))
         else:
             layers += [
-                FlattenConsecutive(fan_in),
-                Linear(fan_in * channels, width, bias=not batch_norm, generator=generator),
+                FlattenConsecutive(kernel_size),
+                Linear(kernel_size * channels, width, bias=not batch_norm, generator=generator),
                 *([BatchNorm1d(width, per_position=per_position)] if batch_norm else []),
                 Tanh(),
             ]

@@ -11,7 +11,7 @@ from .layers import FlattenConsecutive, GatedBlock, Sequential
 
 
 def context_of(tree: Sequential) -> int:
-    """Tokens that one prediction of `tree` sees: the product of its fan-ins."""
+    """Tokens that one prediction of `tree` sees: the product of its kernel sizes."""
     return prod(layer.n for layer in tree.layers if isinstance(layer, (FlattenConsecutive, GatedBlock)))
 
 

@@ -72,13 +72,13 @@ def parts_of(tree) -> list[reference.layers.Layer]:
     return [part for parts in inside for part in parts if isinstance(part, reference.layers.Layer)]
 
 
-def random_tree(fan_ins=(2, 2, 2), dtype=torch.float64, device="cpu", seed=0, **sizes) -> reference.Sequential:
+def random_tree(kernel_sizes=(2, 2, 2), dtype=torch.float64, device="cpu", seed=0, **sizes) -> reference.Sequential:
     """A tree in evaluation mode in which no weight, bias, gamma, beta or running statistic has its first value.
 
     Statistics of 0 and 1 would hide a batch norm that is dropped, folded twice or read in the wrong order.
     """
     generator = torch.Generator().manual_seed(seed)
-    tree = reference.build(fan_ins, generator=generator, **sizes)
+    tree = reference.build(kernel_sizes, generator=generator, **sizes)
     with torch.no_grad():
         for layer in parts_of(tree):
             if isinstance(layer, reference.BatchNorm1d):

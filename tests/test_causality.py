@@ -10,9 +10,9 @@ TIME = 40
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3,), (3, 2, 2), (2, 5), (1, 4), (4, 1, 3)])
-def test_the_receptive_field_is_the_context(device, fan_ins, gated):
-    conv = from_tree(random_tree(fan_ins, n_embd=24, n_hidden=12, gated=gated, device=device))
+@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (8,), (3,), (3, 2, 2), (2, 5), (1, 4), (4, 1, 3)])
+def test_the_receptive_field_is_the_context(device, kernel_sizes, gated):
+    conv = from_tree(random_tree(kernel_sizes, n_embd=24, n_hidden=12, gated=gated, device=device))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, 27, (1, TIME), generator=generator).to(device)
     for model in (conv, conv.forward_conv1d, fold_batch_norm(conv)):

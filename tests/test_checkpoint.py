@@ -23,8 +23,8 @@ from wavenet_conv.errors import CheckpointError
 from wavenet_conv.files import write_whole
 
 AB = Vocabulary("ab")
-SMALL = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, fan_ins=(2, 2))
-GATED = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, fan_ins=(2, 2), gated=True)
+SMALL = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, kernel_sizes=(2, 2))
+GATED = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, kernel_sizes=(2, 2), gated=True)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -76,16 +76,16 @@ def path(tmp_path) -> Path:
         {"batch_norm": False},
         {"bias": True},
         {"batch_norm": False, "bias": False},
-        {"n_hidden": (5, 1, 4), "fan_ins": (3, 1, 2)},
-        {"n_hidden": (5, 1, 4), "fan_ins": (3, 1, 2), "gated": True},
+        {"n_hidden": (5, 1, 4), "kernel_sizes": (3, 1, 2)},
+        {"n_hidden": (5, 1, 4), "kernel_sizes": (3, 1, 2), "gated": True},
     ],
     ids=str,
 )
 def test_every_bit_comes_back(tmp_path, sizes, dtype):
     model = small(WaveNetConfig(**{"vocab_size": 3, "n_embd": 2, "n_hidden": 3, **sizes}), dtype)
-    for level in model.levels:
-        if level.norm is not None:
-            level.norm.eps, level.norm.momentum = 1e-3 / 7, 0.2 / 3
+    for layer in model.layers:
+        if layer.norm is not None:
+            layer.norm.eps, layer.norm.momentum = 1e-3 / 7, 0.2 / 3
     model.train()
     save_checkpoint(tmp_path / "m", model, AB)
     loaded = load_checkpoint(tmp_path / "m")
@@ -96,12 +96,12 @@ def test_every_bit_comes_back(tmp_path, sizes, dtype):
     for name, tensor in loaded.model.state_dict().items():
         bits = BITS[tensor.element_size()]
         assert tensor.dtype == dtype and torch.equal(tensor.view(bits), there[name].view(bits)), name
-        # A level reads its weights as the tree's matrix, so the layout matters too; along an axis of 1 there is none.
+        # A layer reads its weights as the tree's matrix, so the layout matters too; along an axis of 1 there is none.
         layouts = [[step for step, size in zip(t.stride(), t.shape) if size > 1] for t in (tensor, there[name])]
         assert layouts[0] == layouts[1], name
-    for level, other in zip(loaded.model.levels, model.levels):
-        assert (level.norm is None) == (other.norm is None)
-        assert level.norm is None or (level.norm.eps, level.norm.momentum) == (other.norm.eps, other.norm.momentum)
+    for layer, other in zip(loaded.model.layers, model.layers):
+        assert (layer.norm is None) == (other.norm is None)
+        assert layer.norm is None or (layer.norm.eps, layer.norm.momentum) == (other.norm.eps, other.norm.momentum)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -266,16 +266,16 @@ def test_a_header_that_lies_about_its_tensors_is_refused(path):
         ({"vocabulary": ".a"}, "cannot be one of its characters"),
         ({"vocabulary": ""}, "at least one character"),
         ({"config": {"width": 3}}, "other fields"),
-        ({"config": {"fan_ins": [2, 0]}}, "fan_ins[1] is 0"),
-        ({"config": {"fan_ins": "22"}}, "fan_ins[0] is '2'"),
-        ({"config": {"n_hidden": [3]}}, "n_hidden has 1 widths for 2 levels"),
+        ({"config": {"kernel_sizes": [2, 0]}}, "kernel_sizes[1] is 0"),
+        ({"config": {"kernel_sizes": "22"}}, "kernel_sizes[0] is '2'"),
+        ({"config": {"n_hidden": [3]}}, "n_hidden has 1 widths for 2 layers"),
         ({"config": {"batch_norm": "no"}}, "batch_norm in its config is 'no'"),
         ({"config": {"gated": 1}}, "gated in its config is 1, not true or false"),
         ({"config": {"gated": True}}, "batch_norm is True and gated too"),
         ({"config": {"gated": True, "batch_norm": False}}, "bias is False and gated is True"),
         ({"config": {"gated": True, "batch_norm": False, "bias": True, "norms": []}}, "conv.weight is of shape"),
         ({"config": {"batch_norm": False}}, "norms in its config"),
-        ({"config": {"norms": [[1e-5, 0.1]]}}, "2 levels with batch norm"),
+        ({"config": {"norms": [[1e-5, 0.1]]}}, "2 layers with batch norm"),
         ({"config": {"norms": [[1e-5, 0.1], [float("nan"), 0.1]]}}, "norms in its config"),
         ({"config": {"n_embd": 10**18}}, "cannot be built"),
         ({"config": {"n_embd": 10**30}}, "cannot be built"),
@@ -283,16 +283,16 @@ def test_a_header_that_lies_about_its_tensors_is_refused(path):
             {"config": {"n_embd": 10**11}},
             "embedding.weight is of shape (3, 2) and its config asks for (3, 100000000000)",
         ),
-        ({"config": {"bias": True}}, "there is no tensor levels.0.conv.bias"),
+        ({"config": {"bias": True}}, "there is no tensor layers.0.conv.bias"),
         ({"without": ("head.bias",)}, "there is no tensor head.bias"),
         ({"tensors": {"head.scale": torch.ones(1)}}, "a tensor 'head.scale', which its config has no place for"),
         (
-            {"tensors": {"levels.1.conv.weight": torch.ones(3, 3, 4)}},
-            "levels.1.conv.weight is of shape (3, 3, 4) and its config asks for (3, 3, 2)",
+            {"tensors": {"layers.1.conv.weight": torch.ones(3, 3, 4)}},
+            "layers.1.conv.weight is of shape (3, 3, 4) and its config asks for (3, 3, 2)",
         ),
         (
-            {"tensors": {"levels.0.norm.weight": torch.tensor([1.0, torch.nan, torch.inf])}},
-            "levels.0.norm.weight has 2",
+            {"tensors": {"layers.0.norm.weight": torch.tensor([1.0, torch.nan, torch.inf])}},
+            "layers.0.norm.weight has 2",
         ),
         (
             {"tensors": {"head.bias": torch.tensor([1.0, -torch.inf, 0.0])}},
@@ -314,17 +314,17 @@ def test_what_does_not_fit_is_refused(path, change, complaint):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"without": ("levels.0.residual.bias",)}, "there is no tensor levels.0.residual.bias"),
-        ({"tensors": {"levels.1.residual.bias": torch.ones(2)}}, "'levels.1.residual.bias', which its config has no"),
+        ({"without": ("layers.0.residual.bias",)}, "there is no tensor layers.0.residual.bias"),
+        ({"tensors": {"layers.1.residual.bias": torch.ones(2)}}, "'layers.1.residual.bias', which its config has no"),
         (
-            {"tensors": {"levels.1.skip.weight": torch.ones(3, 2, 1)}},
-            "levels.1.skip.weight is of shape (3, 2, 1) and its config asks for (2, 3, 1)",
+            {"tensors": {"layers.1.skip.weight": torch.ones(3, 2, 1)}},
+            "layers.1.skip.weight is of shape (3, 2, 1) and its config asks for (2, 3, 1)",
         ),
         (
             {"config": {"n_hidden": [3, 4]}},
-            "levels.1.conv.weight is of shape (6, 2, 2) and its config asks for (8, 2, 2)",
+            "layers.1.conv.weight is of shape (6, 2, 2) and its config asks for (8, 2, 2)",
         ),
-        ({"config": {"gated": False}}, "levels.0.conv.weight is of shape (6, 2, 2) and its config asks for (3, 2, 2)"),
+        ({"config": {"gated": False}}, "layers.0.conv.weight is of shape (6, 2, 2) and its config asks for (3, 2, 2)"),
         ({"tensors": {"hidden.bias": torch.tensor([1.0, torch.nan])}}, "hidden.bias has 1 values that are NaN"),
     ],
     ids=lambda value: str(value)[:50] if isinstance(value, str) else "",
@@ -358,8 +358,8 @@ def test_saving_refuses_what_loading_would(path, change, complaint):
 def test_weights_that_are_not_finite_are_not_saved(path, value):
     model, before = small(), path.read_bytes()
     with torch.no_grad():
-        model.levels[1].conv.weight[0, 0, 0] = value
-    with pytest.raises(CheckpointError, match=r"levels\.1\.conv\.weight has 1 values that are NaN or infinite"):
+        model.layers[1].conv.weight[0, 0, 0] = value
+    with pytest.raises(CheckpointError, match=r"layers\.1\.conv\.weight has 1 values that are NaN or infinite"):
         save_checkpoint(path, model, AB)
     assert path.read_bytes() == before
 

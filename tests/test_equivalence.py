@@ -11,8 +11,8 @@ from hypothesis import given, settings
 import reference
 from wavenet_conv import Vocabulary, exact_float32, fold_batch_norm, from_tree, precision, verify
 
-WIDE = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=128)
-GATED = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=32, gated=True)
+WIDE = dict(kernel_sizes=(2, 2, 2), n_embd=24, n_hidden=128)
+GATED = dict(kernel_sizes=(2, 2, 2), n_embd=24, n_hidden=32, gated=True)
 
 
 @pytest.mark.parametrize(("sizes", "every"), [(WIDE, 1), (GATED, 4)], ids=["wide", "gated"])
@@ -91,9 +91,9 @@ def clamp_for_tanh(monkeypatch):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3,), (3, 2), (1, 4, 1, 2)])
-def test_to_the_bit_where_arithmetic_is_exact(names, vocab, device, clamp_for_tanh, fan_ins, gated):
-    tree = to_exact(random_tree(fan_ins, n_embd=6, n_hidden=16, gated=gated)).to(device)
+@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (8,), (3,), (3, 2), (1, 4, 1, 2)])
+def test_to_the_bit_where_arithmetic_is_exact(names, vocab, device, clamp_for_tanh, kernel_sizes, gated):
+    tree = to_exact(random_tree(kernel_sizes, n_embd=6, n_hidden=16, gated=gated)).to(device)
     conv = from_tree(tree)
     folded = fold_batch_norm(conv)
     context = conv.context
@@ -102,7 +102,7 @@ def test_to_the_bit_where_arithmetic_is_exact(names, vocab, device, clamp_for_ta
     with torch.no_grad():
         expected = reference.window_logits(tree, tokens)
         assert expected[inside].unique().numel() > 100  # the network says something
-        # Few enough bits that no sum rounds: each gated level squares the finest step, and there are up to four.
+        # Few enough bits that no sum rounds: each gated layer squares the finest step, and there are up to four.
         assert torch.equal(expected * 2**30, (expected * 2**30).round()) and expected.abs().max() < 2**15
         for logits in (conv(tokens), conv.forward_conv1d(tokens), folded(tokens)):
             assert torch.equal(logits[inside], expected[inside])
@@ -111,10 +111,10 @@ def test_to_the_bit_where_arithmetic_is_exact(names, vocab, device, clamp_for_ta
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["tanh", "gated"])
-@pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3, 2), (2, 3, 2), (1, 4, 1, 2), (2,) * 7], ids=str)
-def test_a_window_alone_is_its_tree(device, clamp_for_tanh, fan_ins, gated):
+@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (8,), (3, 2), (2, 3, 2), (1, 4, 1, 2), (2,) * 7], ids=str)
+def test_a_window_alone_is_its_tree(device, clamp_for_tanh, kernel_sizes, gated):
     """Without the nodes between, which a pass over more than a window slides over: to the bit."""
-    tree = to_exact(random_tree(fan_ins, n_embd=6, n_hidden=16, gated=gated)).to(device)
+    tree = to_exact(random_tree(kernel_sizes, n_embd=6, n_hidden=16, gated=gated)).to(device)
     conv = from_tree(tree)
     tokens = torch.randint(0, 27, (5, conv.context), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
@@ -126,17 +126,17 @@ def test_a_window_alone_is_its_tree(device, clamp_for_tanh, fan_ins, gated):
 
 @st.composite
 def problems(draw):
-    """Any fan-ins, widths, vocabulary, batch norm or none or gates, and ragged names in any order."""
-    fan_ins = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
-    widths = draw(st.lists(st.integers(1, 9), min_size=len(fan_ins), max_size=len(fan_ins)))
+    """Any kernel sizes, widths, vocabulary, batch norm or none or gates, and ragged names in any order."""
+    kernel_sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    widths = draw(st.lists(st.integers(1, 9), min_size=len(kernel_sizes), max_size=len(kernel_sizes)))
     alphabet = draw(st.sampled_from(["a", "ab", "abcdefghijklmnopqrstuvwxyz", "-é 😀ß"]))
-    context = torch.tensor(fan_ins).prod().item()
+    context = torch.tensor(kernel_sizes).prod().item()
     longest = 3 * context if context <= 60 else context + 9  # several contexts long, up to what is quick
     lengths = st.integers(0, longest) | st.sampled_from([0, 1, longest])
     name = lengths.flatmap(lambda n: st.text(alphabet, min_size=n, max_size=n))
     return (
         dict(
-            fan_ins=fan_ins,
+            kernel_sizes=kernel_sizes,
             n_hidden=widths,
             n_embd=draw(st.integers(1, 7)),
             vocab_size=len(set(alphabet)) + 1,

@@ -35,7 +35,7 @@ def run(listed, capsys):
 def trainer_of(names, vocab, steps):
     torch.manual_seed(0)
     model = ConvWaveNet(WaveNetConfig(n_embd=4, n_hidden=8), dtype=torch.float64)
-    recipe = Recipe(steps=steps, batch=16, optimiser="sgd", schedule="constant", weight_decay=0.0)
+    recipe = Recipe(steps=steps, batch=16, optimizer="sgd", schedule="constant", weight_decay=0.0)
     return Trainer(model, vocab, names[:100], names[100:110], recipe)
 
 
@@ -81,12 +81,12 @@ def test_the_suggestion_is_the_rate_of_the_lowest_row(run, tmp_path):
         f"{row[1]:.4f}" for row in table
     ]
     assert results["suggestion"] == results["rates"][table.index((rate, loss))]
-    assert (results["steps"], results["batch"], results["seed"], results["optimiser"]) == (60, 32, 3, "adamw")
+    assert (results["steps"], results["batch"], results["seed"], results["optimizer"]) == (60, 32, 3, "adamw")
 
 
 def test_an_explosion_ends_it_early_and_is_normal(run, monkeypatch):
     monkeypatch.setattr(find_lr_command, "EXPONENTS", (-3.0, 6.0))
-    code, out, err = run("--steps", "100", "--batch", "32", "--optimiser", "sgd")
+    code, out, err = run("--steps", "100", "--batch", "32", "--optimizer", "sgd")
     assert (code, err) == (0, "") and "of 100 steps: the loss exploded\nsuggestion: --lr " in out
     assert len(out.splitlines()) < 20
 

@@ -16,7 +16,7 @@ NAMES = ["", "a", "emma", "olivia", "maximiliano", "xzqjkwvxzqjkwvxzqjkwv"]
 
 
 def losses(tree, conv, names):
-    """Mean cross-entropy of the next token over all real positions, through the tree's windows and the slid pass."""
+    """Mean cross-entropy of the next token over all real positions, through the tree's windows and the convolutional pass."""
     context = conv.context
     tokens, lengths = VOCAB.encode(names, context=context)
     inside = torch.arange(tokens.shape[1] - context + 1) <= lengths[:, None]
@@ -30,24 +30,24 @@ def losses(tree, conv, names):
 def assert_same_gradients(tree, conv):
     linears = [layer for layer in parts_of(tree) if isinstance(layer, reference.Linear)]
     norms = [layer for layer in tree.layers if isinstance(layer, reference.BatchNorm1d)]
-    convs = [of for level in conv.levels for of in level.convs()] + [conv.hidden, conv.head][conv.hidden is None :]
+    convs = [of for layer in conv.layers for of in layer.convs()] + [conv.hidden, conv.head][conv.hidden is None :]
     pairs = [(conv.embedding.weight.grad, tree.layers[0].weight.grad)]
     assert len(convs) == len(linears)
     for of, linear in zip(convs, linears):
         pairs.append((of.weight.grad, rearrange(linear.weight.grad, "(j c) o -> o c j", j=of.kernel_size[0])))
         if of.bias is not None:
             pairs.append((of.bias.grad, linear.bias.grad))
-    for level, norm in zip(conv.levels, norms):
-        pairs += [(level.norm.weight.grad, norm.gamma.grad), (level.norm.bias.grad, norm.beta.grad)]
+    for layer, norm in zip(conv.layers, norms):
+        pairs += [(layer.norm.weight.grad, norm.gamma.grad), (layer.norm.bias.grad, norm.beta.grad)]
     for found, expected in pairs:
         assert (found - expected).abs().max() < 1e-10  # float64: about 1e-15 a sum, magnified by small variances
     assert sum(float(expected.abs().sum()) for _, expected in pairs) > 0.1
 
 
-@pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3,), (3, 1, 2)])
+@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (8,), (3,), (3, 1, 2)])
 @pytest.mark.parametrize("kind", [{"batch_norm": True}, {"batch_norm": False}, {"gated": True}], ids=str)
-def test_gradients_in_evaluation_mode(device, fan_ins, kind):
-    tree = random_tree(fan_ins, n_embd=6, n_hidden=10, **kind, device=device)
+def test_gradients_in_evaluation_mode(device, kernel_sizes, kind):
+    tree = random_tree(kernel_sizes, n_embd=6, n_hidden=10, **kind, device=device)
     conv = from_tree(tree)
     expected, found = losses(tree, conv, NAMES)
     assert abs(expected - found) < 1e-12
@@ -58,14 +58,14 @@ def test_gradients_in_evaluation_mode(device, fan_ins, kind):
 
 @settings(max_examples=40)
 @given(
-    fan_ins=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    kernel_sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     names=st.lists(st.text("abcxyz", max_size=12), min_size=2, max_size=6),
     seed=st.integers(0, 99),
     gated=st.booleans(),
 )
-def test_training_mode_is_the_trees(fan_ins, names, seed, gated):
+def test_training_mode_is_the_trees(kernel_sizes, names, seed, gated):
     """Loss, gradients and running statistics, on ragged batches: a node counts once for each window that uses it."""
-    tree = random_tree(fan_ins, n_embd=5, n_hidden=7, seed=seed, gated=gated)
+    tree = random_tree(kernel_sizes, n_embd=5, n_hidden=7, seed=seed, gated=gated)
     conv = from_tree(tree).train()
     tree.train()
     expected, found = losses(tree, conv, [*names, "abcxyz"])  # one name with a variance of its own
@@ -74,9 +74,9 @@ def test_training_mode_is_the_trees(fan_ins, names, seed, gated):
     found.backward()
     assert_same_gradients(tree, conv)
     norms = [layer for layer in tree.layers if isinstance(layer, reference.BatchNorm1d)]
-    for level, norm in zip(conv.levels, norms):
-        assert (level.norm.running_mean - norm.running_mean.flatten()).abs().max() < 1e-12
-        assert (level.norm.running_var - norm.running_var.flatten()).abs().max() < 1e-12
+    for layer, norm in zip(conv.layers, norms):
+        assert (layer.norm.running_mean - norm.running_mean.flatten()).abs().max() < 1e-12
+        assert (layer.norm.running_var - norm.running_var.flatten()).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -20,7 +20,7 @@ from conftest import ROOT, needs_cuda
 
 from wavenet_conv import kernels
 from wavenet_conv.errors import ShapeError
-from wavenet_conv.kernels import KernelError, last_level, last_level_ref
+from wavenet_conv.kernels import KernelError, last_layer, last_layer_ref
 
 tl, kernels_tanh = getattr(kernels, "tl", None), kernels._tanh
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -49,11 +49,11 @@ def numpy_rounds_rows_alike():
 NOT_ALIKE = "needs a NumPy that rounds equal rows alike, as OpenBLAS does on some machines only"
 
 
-def problem(n, fan_in=2, channels=128, vocab=27, kinds=50, scale=1.0, seed=0, device="cpu"):
-    """Arguments of `last_level`: preactivations of size `scale`, logits of size about 2."""
+def problem(n, kernel_size=2, channels=128, vocab=27, kinds=50, scale=1.0, seed=0, device="cpu"):
+    """Arguments of `last_layer`: preactivations of size `scale`, logits of size about 2."""
     generator = torch.Generator().manual_seed(seed)
-    contributions = torch.randn(fan_in, kinds, channels, generator=generator) * scale / fan_in**0.5
-    children = torch.randint(kinds, (n, fan_in), generator=generator)
+    contributions = torch.randn(kernel_size, kinds, channels, generator=generator) * scale / kernel_size**0.5
+    children = torch.randint(kinds, (n, kernel_size), generator=generator)
     targets = torch.randint(vocab, (n,), generator=generator)
     head = torch.randn(channels, vocab, generator=generator) * 2 / channels**0.5
     head_bias = torch.randn(vocab, generator=generator)
@@ -61,14 +61,14 @@ def problem(n, fan_in=2, channels=128, vocab=27, kinds=50, scale=1.0, seed=0, de
 
 
 def in_float64(contributions, children, targets, head, head_bias):
-    return last_level_ref(contributions.double(), children, targets, head.double(), head_bias.double())
+    return last_layer_ref(contributions.double(), children, targets, head.double(), head_bias.double())
 
 
 def distance(arguments):
     """Largest difference to float64, with every entry of the output written and none beside it."""
     n = len(arguments[1])
     around = torch.full((n + 130,), float("nan"), device=arguments[0].device)
-    out = last_level(*arguments, out=around[65 : 65 + n])
+    out = last_layer(*arguments, out=around[65 : 65 + n])
     assert out.data_ptr() == around[65:].data_ptr() and out.dtype == torch.float32
     assert around[:65].isnan().all() and around[65 + n :].isnan().all()
     assert not out.isnan().any()
@@ -76,7 +76,7 @@ def distance(arguments):
 
 
 def test_the_definition_is_the_formula():
-    contributions, children, targets, head, head_bias = problem(3, fan_in=3, channels=4, vocab=5, kinds=6)
+    contributions, children, targets, head, head_bias = problem(3, kernel_size=3, channels=4, vocab=5, kinds=6)
     expected = []
     for row, target in zip(children.tolist(), targets.tolist()):
         sums = [math.fsum(contributions[tap, child, c].item() for tap, child in enumerate(row)) for c in range(4)]
@@ -85,17 +85,17 @@ def test_the_definition_is_the_formula():
         expected.append(logits[target] - math.log(sum(map(math.exp, logits))))
     found = in_float64(contributions, children, targets, head, head_bias)
     assert (found - torch.tensor(expected, dtype=torch.float64)).abs().max() < 1e-14
-    stacked = last_level_ref(contributions, children, targets, head, head_bias)
-    assert torch.equal(last_level_ref(list(contributions), children, targets, head, head_bias), stacked)
+    stacked = last_layer_ref(contributions, children, targets, head, head_bias)
+    assert torch.equal(last_layer_ref(list(contributions), children, targets, head, head_bias), stacked)
 
 
 @pytest.mark.parametrize("vocab", [2, 27, 40])
 @pytest.mark.parametrize("channels", [5, 16, 128, 200])
 def test_equal_to_float64(device, channels, vocab):
-    for n, fan_in in itertools.product([1, 63, 64, 65, 300], [1, 2, 3, 5]):
-        if n == 300 and fan_in != 2:
+    for n, kernel_size in itertools.product([1, 63, 64, 65, 300], [1, 2, 3, 5]):
+        if n == 300 and kernel_size != 2:
             continue  # the interpreter is slow
-        assert distance(problem(n, fan_in, channels, vocab, seed=n + fan_in, device=device)) < TOLERANCE
+        assert distance(problem(n, kernel_size, channels, vocab, seed=n + kernel_size, device=device)) < TOLERANCE
 
 
 @pytest.mark.parametrize("vocab", [1, 16, 17, 65, 300, 513, 1024])
@@ -105,11 +105,11 @@ def test_any_vocabulary_up_to_the_limit(device, vocab):
 
 
 def test_many_taps(device):
-    assert distance(problem(65, fan_in=16, channels=24, device=device)) < TOLERANCE
+    assert distance(problem(65, kernel_size=16, channels=24, device=device)) < TOLERANCE
 
 
 def test_no_rows(device):
-    assert last_level(*problem(0, device=device)).shape == (0,)
+    assert last_layer(*problem(0, device=device)).shape == (0,)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-6, 1e-3, 0.1, 5.0, 40.0, 1e30])
@@ -143,17 +143,17 @@ def test_large_logits(device):
 def test_a_row_has_the_same_bits_wherever_it_stands(device):
     if INTERPRETED and not numpy_rounds_rows_alike():
         pytest.skip(NOT_ALIKE)
-    contributions, children, targets, head, head_bias = problem(300, fan_in=3, kinds=40, device=device)
-    whole = last_level(contributions, children, targets, head, head_bias)
+    contributions, children, targets, head, head_bias = problem(300, kernel_size=3, kinds=40, device=device)
+    whole = last_layer(contributions, children, targets, head, head_bias)
     generator = torch.Generator().manual_seed(1)
     for _ in range(5):
         order = torch.randperm(300, generator=generator).to(device)
-        assert torch.equal(last_level(contributions, children[order], targets[order], head, head_bias), whole[order])
+        assert torch.equal(last_layer(contributions, children[order], targets[order], head, head_bias), whole[order])
     for start, stop in [(0, 1), (299, 300), (1, 64), (1, 66), (63, 128), (7, 300), (150, 151)]:
-        part = last_level(contributions, children[start:stop], targets[start:stop], head, head_bias)
+        part = last_layer(contributions, children[start:stop], targets[start:stop], head, head_bias)
         assert torch.equal(part, whole[start:stop])
     more = torch.cat([contributions, contributions.flip(1)], 1)  # other nodes beside the same ones
-    assert torch.equal(last_level(more, children, targets, head, head_bias), whole)
+    assert torch.equal(last_layer(more, children, targets, head, head_bias), whole)
 
 
 def test_not_a_number_stays_in_its_own_rows(device):
@@ -162,7 +162,7 @@ def test_not_a_number_stays_in_its_own_rows(device):
     contributions[1, 8, 127] = float("inf")  # tanh makes 1 of it
     hit = children[:, 0] == 7
     assert hit.any() and not hit.all()
-    out = last_level(contributions, children, targets, head, head_bias)
+    out = last_layer(contributions, children, targets, head, head_bias)
     assert torch.equal(out.isnan(), hit)
     assert (out - in_float64(contributions, children, targets, head, head_bias))[~hit].abs().max() < TOLERANCE
 
@@ -180,9 +180,9 @@ def test_misfits_are_refused(device):
         (4, head_bias[:-1]),
     ]:
         with pytest.raises(ShapeError):
-            last_level(*good[:index], wrong, *good[index + 1 :])
+            last_layer(*good[:index], wrong, *good[index + 1 :])
     with pytest.raises(ShapeError, match=r"out \(n,\)"):
-        last_level(*good, out=contributions.new_empty(11))
+        last_layer(*good, out=contributions.new_empty(11))
 
 
 def test_other_precisions_and_gradients_are_refused(device):
@@ -190,13 +190,13 @@ def test_other_precisions_and_gradients_are_refused(device):
     assert kernels.usable(device, torch.float32) and not kernels.usable(device, torch.float64)
     assert kernels.usable(device, torch.float32, 1024) and not kernels.usable(device, torch.float32, 1025)
     with pytest.raises(KernelError, match="float32, not torch.float64"):
-        last_level(contributions.double(), children, targets, head.double(), head_bias.double())
+        last_layer(contributions.double(), children, targets, head.double(), head_bias.double())
     with pytest.raises(KernelError, match="float32, not torch.bfloat16"):
-        last_level(contributions, children, targets, head.bfloat16(), head_bias)
+        last_layer(contributions, children, targets, head.bfloat16(), head_bias)
     with pytest.raises(KernelError, match="no gradient"):
-        last_level(contributions, children, targets, head.requires_grad_(), head_bias)
+        last_layer(contributions, children, targets, head.requires_grad_(), head_bias)
     with torch.no_grad():
-        last_level(contributions, children, targets, head, head_bias)
+        last_layer(contributions, children, targets, head, head_bias)
 
 
 @needs_cuda
@@ -208,8 +208,8 @@ def test_contributions_beyond_32_bit_offsets():
     contributions, children, targets, head, head_bias = problem(300, channels=128, device="cuda")
     far = torch.empty(2, 2**23 + 50, 128, device="cuda")
     far[:, 2**23 :] = contributions
-    whole = last_level(contributions, children, targets, head, head_bias)
-    assert torch.equal(last_level(far, children + 2**23, targets, head, head_bias), whole)
+    whole = last_layer(contributions, children, targets, head, head_bias)
+    assert torch.equal(last_layer(far, children + 2**23, targets, head, head_bias), whole)
 
 
 @needs_triton
@@ -231,12 +231,12 @@ from triton.compiler import ASTSource
 from wavenet_conv import kernels
 
 types = ["*fp32", "*i64", "*i64", "*fp32", "*fp32", "*fp32", "i32", "i32"]
-for capability, fan_in, channels, vocab in SIZES:
-    blocks = kernels._blocks(fan_in, channels, vocab)
+for capability, kernel_size, channels, vocab in SIZES:
+    blocks = kernels._blocks(kernel_size, channels, vocab)
     constants = {name: value for name, value in blocks.items() if name.isupper()}
     options = {name: value for name, value in blocks.items() if not name.isupper()}
-    signature = dict(zip(kernels._last_level.arg_names, types)) | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernels._last_level, signature, constants)
+    signature = dict(zip(kernels._last_layer.arg_names, types)) | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernels._last_layer, signature, constants)
     kernel = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     code = kernel.asm["ptx"]
     print(kernel.metadata.shared, "fma.rn.f32" in code, "mma" in code, "tf32" in code)
@@ -246,7 +246,7 @@ for capability, fan_in, channels, vocab in SIZES:
 @needs_triton
 @compiling
 def test_compiles_for_gpus_in_ieee_float32(tmp_path):
-    """For (capability, fan-in, channels, vocabulary), without a GPU: no tensor cores, which would round to TF32.
+    """For (capability, kernel size, channels, vocabulary), without a GPU: no tensor cores, which would round to TF32.
 
     Shared memory is 64 KiB a block on Turing (75) and 99 KiB on the smallest after it.
     """
@@ -266,8 +266,8 @@ def test_refused_where_neither_gpu_nor_interpreter_runs_it():
     reason = kernels.why_not("cpu", torch.float32)
     assert ("TRITON_INTERPRET=1" if kernels.AVAILABLE else "pip install triton") in reason
     assert not kernels.usable("cpu", torch.float32)
-    with pytest.raises(KernelError, match="last_level cannot run: "):
-        last_level(*problem(10))
+    with pytest.raises(KernelError, match="last_layer cannot run: "):
+        last_layer(*problem(10))
 
 
 @needs_triton
@@ -301,8 +301,8 @@ def test_without_triton_it_is_refused_by_name(without_triton):
         assert "pip install triton" in without_triton.why_not(kind, torch.float32)
     arguments = problem(10)
     with pytest.raises(without_triton.KernelError, match="pip install triton"):
-        without_triton.last_level(*arguments)
-    assert torch.equal(without_triton.last_level_ref(*arguments), last_level_ref(*arguments))
+        without_triton.last_layer(*arguments)
+    assert torch.equal(without_triton.last_layer_ref(*arguments), last_layer_ref(*arguments))
 
 
 def test_without_triton_it_is_said_once(without_triton):

@@ -15,8 +15,8 @@ def notebook():
     """The classes as somebody would type them along with the lecture: nothing shared with `reference` but the names."""
 
     class Linear:
-        def __init__(self, fan_in, fan_out, bias=True):
-            self.weight = torch.randn((fan_in, fan_out)) / fan_in**0.5
+        def __init__(self, kernel_size, fan_out, bias=True):
+            self.weight = torch.randn((kernel_size, fan_out)) / kernel_size**0.5
             self.bias = torch.randn(fan_out) if bias else None
 
         def __call__(self, x):
@@ -87,30 +87,30 @@ def notebook():
     return Classes
 
 
-def typed_along(fan_ins=(2, 2, 2), batch_norm=True, n_embd=6, n_hidden=10):
+def typed_along(kernel_sizes=(2, 2, 2), batch_norm=True, n_embd=6, n_hidden=10):
     c = notebook()
     layers, channels = [c.Embedding(27, n_embd)], n_embd
-    for fan_in in fan_ins:
-        flatten = c.Flatten() if fan_ins == (8,) else c.FlattenConsecutive(fan_in)
-        layers += [flatten, c.Linear(channels * fan_in, n_hidden, bias=not batch_norm)]
+    for kernel_size in kernel_sizes:
+        flatten = c.Flatten() if kernel_sizes == (8,) else c.FlattenConsecutive(kernel_size)
+        layers += [flatten, c.Linear(channels * kernel_size, n_hidden, bias=not batch_norm)]
         layers += [c.BatchNorm1d(n_hidden)] if batch_norm else []
         layers += [c.Tanh()]
         channels = n_hidden
     tree = c.Sequential([*layers, c.Linear(channels, 27)])
-    tokens = torch.randint(27, (64, 8 if fan_ins != (3,) else 3))
+    tokens = torch.randint(27, (64, 8 if kernel_sizes != (3,) else 3))
     tree(tokens)  # in training mode: the statistics take the shapes that they take in the lecture
     for layer in tree.layers:
         layer.training = False
     return tree
 
 
-@pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3,)])
+@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (8,), (3,)])
 @pytest.mark.parametrize("batch_norm", [True, False])
-def test_a_notebooks_own_classes_map(names, vocab, fan_ins, batch_norm):
+def test_a_notebooks_own_classes_map(names, vocab, kernel_sizes, batch_norm):
     torch.manual_seed(0)
-    tree = typed_along(fan_ins, batch_norm)
+    tree = typed_along(kernel_sizes, batch_norm)
     conv = from_tree(tree)
-    assert conv.config.fan_ins == fan_ins and not conv.training
+    assert conv.config.kernel_sizes == kernel_sizes and not conv.training
     assert verify(tree, conv, names[::50], vocab).equal
     assert verify(tree, from_tree(tree.layers), names[::50], vocab).equal  # a bare list of layers too
 
@@ -120,7 +120,7 @@ def test_a_deep_stack_without_flatten_has_fan_in_1(names, vocab):
     layers = [c.Embedding(27, 4), c.FlattenConsecutive(3), c.Linear(12, 5), c.Tanh(), c.Linear(5, 6), c.Tanh()]
     tree = c.Sequential([*layers, c.Linear(6, 27)])
     conv = from_tree(tree)
-    assert conv.config.fan_ins == (3, 1) and conv.dilations == (1, 3) and conv.config.n_hidden == (5, 6)
+    assert conv.config.kernel_sizes == (3, 1) and conv.dilations == (1, 3) and conv.config.n_hidden == (5, 6)
     assert verify(tree, conv, names[::50], vocab).equal
 
 
@@ -141,12 +141,12 @@ class BatchNormOfLast(nn.BatchNorm1d):
 
 
 def torch_tree(bias=False):
-    levels = []
+    layers = []
     for c_in in (6, 10, 10):
-        levels.append(
+        layers.append(
             nn.Sequential(FlattenConsecutive(2), nn.Linear(2 * c_in, 10, bias=bias), BatchNormOfLast(10), nn.Tanh())
         )
-    return nn.Sequential(nn.Embedding(27, 6), *levels, nn.Linear(10, 27))
+    return nn.Sequential(nn.Embedding(27, 6), *layers, nn.Linear(10, 27))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -168,17 +168,17 @@ def test_a_flat_torch_sequential_maps(names, vocab):
     tree = nn.Sequential(*layers, nn.Linear(10, 27, bias=False))
     tree(torch.randint(27, (64, 8)))
     conv = from_tree(tree.eval())
-    assert conv.config.fan_ins == (8,)
+    assert conv.config.kernel_sizes == (8,)
     assert verify(tree, conv, names[::50], vocab).equal
 
 
 @pytest.mark.parametrize("shape", [(10,), (1, 10), (1, 1, 10)])
 def test_running_statistics_of_every_shared_shape_are_read(names, vocab, shape):
     tree = random_tree(n_embd=6, n_hidden=10)
-    for layer in (tree.layers[3], tree.layers[7]):  # the levels with three axes
+    for layer in (tree.layers[3], tree.layers[7]):  # the layers with three axes
         layer.running_mean, layer.running_var = layer.running_mean.view(shape), layer.running_var.view(shape)
     conv = from_tree(tree)
-    assert conv.levels[0].norm.running_mean.shape == (10,)
+    assert conv.layers[0].norm.running_mean.shape == (10,)
     assert verify(tree, conv, names[::50], vocab).equal
 
 
@@ -232,8 +232,8 @@ def replaced(index, *others):
 
 def torch_batch_norm_over_positions():
     """4 nodes of 4 channels: torch's batch norm runs, over the wrong axis."""
-    levels = [FlattenConsecutive(2), nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Tanh(), FlattenConsecutive(4)]
-    return nn.Sequential(nn.Embedding(27, 4), *levels, nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 27))
+    layers = [FlattenConsecutive(2), nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Tanh(), FlattenConsecutive(4)]
+    return nn.Sequential(nn.Embedding(27, 4), *layers, nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 27))
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def torch_batch_norm_over_positions():
         (lambda: torch_batch_norm_over_positions(), r"layer 3 \(BatchNorm1d\) normalises axis 1"),
         (
             lambda: parts()[:5] + [notebook().FlattenConsecutive(2), notebook().Linear(10, 5)] + parts()[4:],
-            r"layer 6 \(Linear\) has no batch norm but other levels do",
+            r"layer 6 \(Linear\) has no batch norm but other layers do",
         ),
     ],
 )
@@ -281,10 +281,10 @@ def test_any_other_object_is_refused_by_name():
         from_tree(nn.GRU(3, 4))
 
 
-@pytest.mark.parametrize("fan_ins", [(2, 2, 2), (3, 1, 2)])
+@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (3, 1, 2)])
 @pytest.mark.parametrize("kind", [{"batch_norm": True}, {"batch_norm": False}, {"gated": True}], ids=str)
-def test_both_ways_round_give_the_same_bits(fan_ins, kind):
-    tree = random_tree(fan_ins, n_embd=6, n_hidden=10, **kind, dtype=torch.float32)
+def test_both_ways_round_give_the_same_bits(kernel_sizes, kind):
+    tree = random_tree(kernel_sizes, n_embd=6, n_hidden=10, **kind, dtype=torch.float32)
     conv = from_tree(tree)
     back = reference.from_conv(conv)
     assert [type(layer) for layer in back.layers] == [type(layer) for layer in tree.layers]
@@ -310,17 +310,17 @@ def test_eps_and_momentum_come_along():
     tree = random_tree(n_embd=6, n_hidden=10)
     tree.layers[3].eps, tree.layers[3].momentum = 1e-3, 0.01
     conv = from_tree(tree)
-    assert (conv.levels[0].norm.eps, conv.levels[0].norm.momentum) == (1e-3, 0.01)
+    assert (conv.layers[0].norm.eps, conv.layers[0].norm.momentum) == (1e-3, 0.01)
     back = reference.from_conv(conv)
     assert (back.layers[3].eps, back.layers[3].momentum) == (1e-3, 0.01)
 
 
 def test_a_fresh_slid_model_goes_to_a_tree(names, vocab):
     torch.manual_seed(0)
-    conv = ConvWaveNet(WaveNetConfig(fan_ins=(2, 3), n_embd=4, n_hidden=(5, 6), bias=True)).eval()
+    conv = ConvWaveNet(WaveNetConfig(kernel_sizes=(2, 3), n_embd=4, n_hidden=(5, 6), bias=True)).eval()
     assert verify(reference.from_conv(conv), conv, names[::50], vocab).equal
     assert reference.from_conv(conv.train()).layers[3].training
-    conv = ConvWaveNet(WaveNetConfig(fan_ins=(2, 3), n_embd=4, n_hidden=(5, 6), gated=True)).eval()
+    conv = ConvWaveNet(WaveNetConfig(kernel_sizes=(2, 3), n_embd=4, n_hidden=(5, 6), gated=True)).eval()
     assert verify(reference.from_conv(conv), conv, names[::50], vocab).equal
 
 
@@ -351,7 +351,7 @@ def gated_classes():
 
 
 def gated_parts(bias=True, **kinds):
-    """Two levels: 4 channels, gates of 5 and 3; `kinds` replaces attributes of the first block."""
+    """Two layers: 4 channels, gates of 5 and 3; `kinds` replaces attributes of the first block."""
     c, (GatedBlock, ReLU) = notebook(), gated_classes()
     blocks = [GatedBlock(2, 4, 5, bias=bias), GatedBlock(3, 4, 3, last=True, bias=bias)]
     for name, value in kinds.items():
@@ -382,7 +382,7 @@ def test_a_torch_gated_sequential_maps(names, vocab):
     blocks = nn.Sequential(GatedBlock(3, 6, 4), GatedBlock(1, 6, 5), GatedBlock(2, 6, 7, last=True))
     tree = nn.Sequential(nn.Embedding(27, 6), blocks, nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 27)).double()
     conv = from_tree(tree.eval())
-    assert conv.config.n_hidden == (4, 5, 7) and conv.levels[2].residual is None
+    assert conv.config.n_hidden == (4, 5, 7) and conv.layers[2].residual is None
     assert verify(tree, conv, names[::50], vocab).equal
 
 
@@ -407,7 +407,7 @@ def gated_without(place):
         ),
         (lambda: gated_parts(residual=None), r"layer 1 \(GatedBlock\) has no residual that is a linear layer"),
         (lambda: gated_parts(skip=None), r"layer 1 \(GatedBlock\) has no skip that is a linear layer"),
-        (lambda: gated_parts(n=None), r"layer 1 \(GatedBlock\) has no n that is a whole number, its fan-in"),
+        (lambda: gated_parts(n=None), r"layer 1 \(GatedBlock\) has no n that is a whole number, its kernel size"),
         (lambda: gated_parts(n=3), r"layer 1 .* a linear of 8 inputs and 10 outputs; 3 nodes of 4 channels come in"),
         (lambda: gated_parts(linear=notebook().Linear(8, 9)), "8 inputs and 9 outputs; .* as many filters as gates"),
         (
@@ -442,7 +442,7 @@ def test_folding_leaves_the_original_and_takes_away_the_norm():
     conv = from_tree(random_tree(n_embd=6, n_hidden=10))
     before = {name: value.clone() for name, value in conv.state_dict().items()}
     folded = fold_batch_norm(conv)
-    assert all(level.norm is None and level.conv.bias is not None for level in folded.levels)
+    assert all(layer.norm is None and layer.conv.bias is not None for layer in folded.layers)
     assert all(torch.equal(conv.state_dict()[name], value) for name, value in before.items())
     twice = fold_batch_norm(folded)
     assert all(torch.equal(p, q) for p, q in zip(twice.parameters(), folded.parameters()))
@@ -459,7 +459,7 @@ def test_the_wrong_way_round_is_named():
 def test_a_momentum_of_zero_stays_zero():
     tree = random_tree(n_embd=6, n_hidden=10)
     tree.layers[3].momentum = 0.0
-    assert from_tree(tree).levels[0].norm.momentum == 0.0
+    assert from_tree(tree).layers[0].norm.momentum == 0.0
 
 
 def test_mapping_draws_no_random_numbers():

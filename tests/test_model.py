@@ -9,7 +9,7 @@ from conftest import needs_cuda, random_tree
 from torch import nn
 
 from wavenet_conv import ConvWaveNet, WaveNetConfig, WaveNetConvError, fold_batch_norm, from_tree
-from wavenet_conv.model import GatedLevel
+from wavenet_conv.model import GatedLayer
 
 TOKENS = torch.randint(27, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -23,32 +23,32 @@ def test_it_is_a_stack_of_dilated_convolutions():
     conv = ConvWaveNet(WaveNetConfig())
     assert (conv.context, conv.dilations) == (8, (1, 2, 4))
     assert sum(p.numel() for p in conv.parameters()) == 76_579
-    for level, dilation, c_in in zip(conv.levels, (1, 2, 4), (24, 128, 128)):
-        assert type(level.conv) is nn.Conv1d and level.conv.bias is None
-        assert level.conv.kernel_size == (2,) and level.conv.dilation == (dilation,) and level.conv.padding == (0,)
-        assert level.conv.weight.shape == (128, c_in, 2)
+    for layer, dilation, c_in in zip(conv.layers, (1, 2, 4), (24, 128, 128)):
+        assert type(layer.conv) is nn.Conv1d and layer.conv.bias is None
+        assert layer.conv.kernel_size == (2,) and layer.conv.dilation == (dilation,) and layer.conv.padding == (0,)
+        assert layer.conv.weight.shape == (128, c_in, 2)
     assert type(conv.head) is nn.Conv1d and conv.head.kernel_size == (1,)
-    mixed = small(fan_ins=(3, 1, 4, 2))
+    mixed = small(kernel_sizes=(3, 1, 4, 2))
     assert (mixed.context, mixed.dilations) == (24, (1, 3, 3, 12))
     with torch.no_grad():
         assert conv.eval()(TOKENS).shape == (3, 13, 27)
 
 
 def test_a_gated_model_is_the_papers_stack():
-    conv = ConvWaveNet(WaveNetConfig(fan_ins=(2, 2, 2, 2), n_embd=96, n_hidden=96, gated=True))
+    conv = ConvWaveNet(WaveNetConfig(kernel_sizes=(2, 2, 2, 2), n_embd=96, n_hidden=96, gated=True))
     assert conv.config.batch_norm is False and conv.config.bias is True
     assert sum(p.numel() for p in conv.parameters()) == 227_931
-    for level, dilation in zip(conv.levels, (1, 2, 4, 8)):
-        assert isinstance(level, GatedLevel) and level.norm is None
-        assert (level.fan_in, level.dilation) == (2, dilation) == (level.conv.kernel_size[0], level.conv.dilation[0])
-        assert level.conv.weight.shape == (192, 96, 2) and level.skip.weight.shape == (96, 96, 1)
-        assert (level.residual is None) == (dilation == 8)
+    for layer, dilation in zip(conv.layers, (1, 2, 4, 8)):
+        assert isinstance(layer, GatedLayer) and layer.norm is None
+        assert (layer.kernel_size, layer.dilation) == (2, dilation) == (layer.conv.kernel_size[0], layer.conv.dilation[0])
+        assert layer.conv.weight.shape == (192, 96, 2) and layer.skip.weight.shape == (96, 96, 1)
+        assert (layer.residual is None) == (dilation == 8)
     assert conv.hidden.weight.shape == (96, 96, 1) and conv.head.weight.shape == (27, 96, 1)
     assert not any(bias.any() for name, bias in conv.named_parameters() if name.endswith("bias"))
     for of, inputs, factor in (
-        (conv.levels[1].conv, 192, 1),
-        (conv.levels[1].residual, 96, 1),
-        (conv.levels[3].skip, 96, 1),
+        (conv.layers[1].conv, 192, 1),
+        (conv.layers[1].residual, 96, 1),
+        (conv.layers[3].skip, 96, 1),
         (conv.hidden, 96, 1),
         (conv.head, 96, 0.1),
     ):
@@ -58,31 +58,31 @@ def test_a_gated_model_is_the_papers_stack():
 
 def test_gates_by_hand():
     """The residual and the skip sum of an output are those along the right spine of its tree."""
-    conv = small(fan_ins=(3, 2), n_hidden=(5, 4), gated=True).double()
-    first, second = conv.levels
+    conv = small(kernel_sizes=(3, 2), n_hidden=(5, 4), gated=True).double()
+    first, second = conv.layers
     with torch.no_grad():
         for parameter in conv.parameters():
             parameter.normal_()
         h = conv.embedding(TOKENS[0, :6]).T  # (n_embd, 6)
 
-        def gate(level, children):
-            wide = torch.einsum("ocj,cj->o", level.conv.weight, children) + level.conv.bias
+        def gate(layer, children):
+            wide = torch.einsum("ocj,cj->o", layer.conv.weight, children) + layer.conv.bias
             return wide[: len(wide) // 2].tanh() * wide[len(wide) // 2 :].sigmoid()
 
         z = [gate(first, h[:, start : start + 3]) for start in (0, 3)]
         below = [first.residual.weight[..., 0] @ of + first.residual.bias for of in z]
         top = gate(second, torch.stack([below[0] + h[:, 2], below[1] + h[:, 5]], 1))
-        skips = [level.skip.weight[..., 0] @ of + level.skip.bias for level, of in ((first, z[1]), (second, top))]
+        skips = [layer.skip.weight[..., 0] @ of + layer.skip.bias for layer, of in ((first, z[1]), (second, top))]
         hidden = (conv.hidden.weight[..., 0] @ (skips[0] + skips[1]).relu() + conv.hidden.bias).relu()
         logits = conv.head.weight[..., 0] @ hidden + conv.head.bias
         assert torch.allclose(conv(TOKENS[:1, :6])[0, 0], logits, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3,), (1,), (2, 1, 5)])
+@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (8,), (3,), (1,), (2, 1, 5)])
 @pytest.mark.parametrize("kind", [{"batch_norm": True}, {"batch_norm": False}, {"gated": True}], ids=str)
 @pytest.mark.parametrize("gradients", [True, False])
-def test_the_fast_pass_is_the_conv1d_pass(device, fan_ins, kind, gradients):
-    conv = from_tree(random_tree(fan_ins, n_embd=6, n_hidden=10, **kind, device=device))
+def test_the_fast_pass_is_the_conv1d_pass(device, kernel_sizes, kind, gradients):
+    conv = from_tree(random_tree(kernel_sizes, n_embd=6, n_hidden=10, **kind, device=device))
     with torch.set_grad_enabled(gradients):
         for batch in (0, 1, 3):
             tokens = TOKENS[:batch].to(device)
@@ -93,31 +93,31 @@ def test_the_fast_pass_is_the_conv1d_pass(device, fan_ins, kind, gradients):
 
 
 CHANGES = {
-    "in place": lambda conv: conv.levels[1].conv.weight.data.mul_(2),
+    "in place": lambda conv: conv.layers[1].conv.weight.data.mul_(2),
     "a new tensor in .data": lambda conv: setattr(conv.head.bias, "data", conv.head.bias.data + 1),
     "a new parameter": lambda conv: setattr(conv.embedding, "weight", nn.Parameter(conv.embedding.weight * 2)),
-    "a new module": lambda conv: conv.levels.__setitem__(1, type(conv.levels[1])(10, 10, 2, 2, True, False).eval()),
+    "a new module": lambda conv: conv.layers.__setitem__(1, type(conv.layers[1])(10, 10, 2, 2, True, False).eval()),
     "a new submodule": lambda conv: setattr(conv, "head", nn.Conv1d(10, 27, 1)),
     "another dtype": lambda conv: conv.double(),
     "loaded weights": lambda conv: conv.load_state_dict(small_state()),
     "assigned weights": lambda conv: conv.load_state_dict(small_state(), assign=True),
-    "batch statistics": lambda conv: conv.levels[0].norm.running_mean.add_(1),
-    "weight norm": lambda conv: scaled(nn.utils.parametrizations.weight_norm(conv.levels[1].conv)),
+    "batch statistics": lambda conv: conv.layers[0].norm.running_mean.add_(1),
+    "weight norm": lambda conv: scaled(nn.utils.parametrizations.weight_norm(conv.layers[1].conv)),
     "a hook": lambda conv: conv.head.register_forward_hook(lambda *call: call[-1] + 1),
     "a transposed weight": lambda conv: setattr(
-        conv.levels[1].conv.weight, "data", swapped(conv.levels[1].conv.weight)
+        conv.layers[1].conv.weight, "data", swapped(conv.layers[1].conv.weight)
     ),
     "another mode": lambda conv: conv.train(),
 }
 
 
 GATED_CHANGES = {
-    "a convolution in place": lambda conv: conv.levels[1].conv.weight.data.mul_(2),
-    "a new residual": lambda conv: setattr(conv.levels[1], "residual", nn.Conv1d(10, 6, 1)),
-    "a new tensor in a skip's bias": lambda conv: setattr(conv.levels[2].skip, "bias", nn.Parameter(torch.ones(6))),
+    "a convolution in place": lambda conv: conv.layers[1].conv.weight.data.mul_(2),
+    "a new residual": lambda conv: setattr(conv.layers[1], "residual", nn.Conv1d(10, 6, 1)),
+    "a new tensor in a skip's bias": lambda conv: setattr(conv.layers[2].skip, "bias", nn.Parameter(torch.ones(6))),
     "a new hidden": lambda conv: setattr(conv, "hidden", nn.Conv1d(6, 6, 1)),
-    "weight norm of a residual": lambda conv: scaled(nn.utils.parametrizations.weight_norm(conv.levels[0].residual)),
-    "a hook on a skip": lambda conv: conv.levels[0].skip.register_forward_hook(lambda *call: call[-1] + 1),
+    "weight norm of a residual": lambda conv: scaled(nn.utils.parametrizations.weight_norm(conv.layers[0].residual)),
+    "a hook on a skip": lambda conv: conv.layers[0].skip.register_forward_hook(lambda *call: call[-1] + 1),
     "a hook on hidden": lambda conv: conv.hidden.register_forward_hook(lambda *call: call[-1] + 1),
     "another dtype": lambda conv: conv.double(),
 }
@@ -161,15 +161,15 @@ def test_a_batch_norm_that_was_not_there_is_noticed():
     folded = fold_batch_norm(small())
     with torch.no_grad():
         before = folded(TOKENS)
-        folded.levels[1].norm = copy.deepcopy(small().levels[1].norm).eval()
-        folded.levels[1].norm.bias.add_(1)
+        folded.layers[1].norm = copy.deepcopy(small().layers[1].norm).eval()
+        folded.layers[1].norm.bias.add_(1)
         assert not torch.equal(folded(TOKENS), before)
         assert torch.allclose(folded(TOKENS), folded.forward_conv1d(TOKENS), rtol=0, atol=1e-5)
 
 
 def test_weight_norm_trains_and_autocast_runs():
     conv = small(batch_norm=False)
-    nn.utils.parametrizations.weight_norm(conv.levels[1].conv)
+    nn.utils.parametrizations.weight_norm(conv.layers[1].conv)
     for _ in range(2):
         with torch.no_grad():
             assert torch.equal(conv(TOKENS), conv.forward_conv1d(TOKENS))
@@ -218,7 +218,7 @@ def test_gradients_flow_after_a_pass_without(gated):
 
 def test_the_same_seed_gives_the_same_model():
     assert all(torch.equal(p, q) for p, q in zip(small().parameters(), small().parameters()))
-    weights = ConvWaveNet(WaveNetConfig(n_embd=64, n_hidden=256)).levels[1].conv.weight
+    weights = ConvWaveNet(WaveNetConfig(n_embd=64, n_hidden=256)).layers[1].conv.weight
     assert abs(weights.std() * (2 * 256) ** 0.5 - 1) < 0.02  # the lecture's 1 / sqrt(fan-in)
 
 
@@ -269,13 +269,13 @@ def test_int32_tokens_are_the_same():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (dict(fan_ins=(2, 0, 2)), r"fan_ins\[1\] is 0"),
-        (dict(fan_ins=(2, -1)), r"fan_ins\[1\] is -1"),
-        (dict(fan_ins=(2.0,)), r"fan_ins\[0\] is 2.0"),
-        (dict(fan_ins=(True, 2)), r"fan_ins\[0\] is True"),
-        (dict(fan_ins=()), "at least one level"),
-        (dict(fan_ins=8), "at least one level"),
-        (dict(n_hidden=(4, 5)), "2 widths for 3 levels"),
+        (dict(kernel_sizes=(2, 0, 2)), r"kernel_sizes\[1\] is 0"),
+        (dict(kernel_sizes=(2, -1)), r"kernel_sizes\[1\] is -1"),
+        (dict(kernel_sizes=(2.0,)), r"kernel_sizes\[0\] is 2.0"),
+        (dict(kernel_sizes=(True, 2)), r"kernel_sizes\[0\] is True"),
+        (dict(kernel_sizes=()), "at least one layer"),
+        (dict(kernel_sizes=8), "at least one layer"),
+        (dict(n_hidden=(4, 5)), "2 widths for 3 layers"),
         (dict(n_hidden=0), r"n_hidden\[0\] is 0"),
         (dict(n_embd=0), "n_embd is 0"),
         (dict(vocab_size="27"), "vocab_size is '27'"),

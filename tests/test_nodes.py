@@ -1,4 +1,4 @@
-"""Distinct nodes: numbered right by every way of numbering, and each worth what the slid pass says."""
+"""Distinct nodes: numbered right by every way of numbering, and each worth what the convolutional pass says."""
 
 import random
 
@@ -47,22 +47,22 @@ def test_numbering_goes_on_from_chunk_to_chunk():
 @settings(max_examples=60)
 @given(
     chunks=st.lists(st.lists(st.tuples(*[st.integers(0, 5)] * 3), min_size=1, max_size=60), min_size=1, max_size=4),
-    fan_in=st.integers(1, 3),
+    kernel_size=st.integers(1, 3),
     few=st.integers(1, 7),
     dtype=st.sampled_from([torch.uint8, torch.int32, torch.int64]),
 )
-def test_windows_are_numbered_from_chunk_to_chunk(chunks, fan_in, few, dtype):
+def test_windows_are_numbered_from_chunk_to_chunk(chunks, kernel_size, few, dtype):
     """Early ones keep their numbers while the nodes below grow in number; the others are numbered behind them."""
     carried, known, kinds = Carried(), {}, 1
     for rows in chunks:
-        rows = [row[:fan_in] for row in rows]
+        rows = [row[:kernel_size] for row in rows]
         kinds = max(kinds, 1 + max(map(max, rows)))
         before = carried.windows.count
         taps = [torch.tensor(tap, dtype=dtype) for tap in zip(*rows)]
         children, numbers = number_windows(taps, kinds, few, carried)
         known |= dict(enumerate(map(tuple, children.tolist()), start=before))
         assert [known[number] for number in numbers.tolist()] == rows
-        early = [row for row in known.values() if fan_in > 1 and row[-2] < few and not any(row[:-2])]
+        early = [row for row in known.values() if kernel_size > 1 and row[-2] < few and not any(row[:-2])]
         assert len(set(early)) == len(early) == carried.windows.count  # each once, (0, ..., 0) always among them
 
 
@@ -86,13 +86,13 @@ def test_node_positions_are_those_inside_a_name(lengths, context, data):
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
-    "fan_ins", [(2, 2, 2), (8,), (3,), (1,), (3, 2, 2), (1, 4, 2), (2, 5, 3), (2, 4, 1), (2, 2, 2, 2, 2)]
+    "kernel_sizes", [(2, 2, 2), (8,), (3,), (1,), (3, 2, 2), (1, 4, 2), (2, 5, 3), (2, 4, 1), (2, 2, 2, 2, 2)]
 )
 @pytest.mark.parametrize("setting", [{}, {"DIRECT": 0}, {"NEARLY_ALL": 0.0}, {"TABULATED": 0}, {"TILE": 16}], ids=str)
-def test_logits_are_the_slid_passs(names, vocab, device, monkeypatch, fan_ins, setting, gated):
+def test_logits_are_the_slid_passs(names, vocab, device, monkeypatch, kernel_sizes, setting, gated):
     for name, value in setting.items():
         monkeypatch.setattr(nodes, name, value)
-    conv = from_tree(random_tree(fan_ins, n_embd=6, n_hidden=16, gated=gated, device=device))
+    conv = from_tree(random_tree(kernel_sizes, n_embd=6, n_hidden=16, gated=gated, device=device))
     some = [*names[::97], "", "a" * 50]
     packed, lengths, _ = vocab.pack(some, context=conv.context)
     distinct, rows, targets = SharedNodes(conv).logits(packed.to(device), lengths.to(device))
@@ -110,9 +110,9 @@ def test_each_distinct_node_is_evaluated_once(names, vocab):
     shared = SharedNodes(conv)
     assert shared.tabulated == 1  # 27 * 27 bigrams
     packed, lengths, _ = vocab.pack(names, context=8)
-    levels, rows, _ = shared.number(packed, lengths)
+    layers, rows, _ = shared.number(packed, lengths)
     padded = ["." * 8 + name for name in names]
-    for children, span in zip(levels, (4, 8)):
+    for children, span in zip(layers, (4, 8)):
         spans = {name[i : i + span] for name in padded for i in range(len(name) - span + 1)}
         assert len(children) == len(spans)
     assert len(rows) == sum(len(name) + 1 for name in names)
@@ -125,9 +125,9 @@ def test_where_nearly_every_node_is_distinct_none_is_looked_for():
     names = ["".join(vocab.characters[c] for c in row) for row in letters.tolist()]
     shared = SharedNodes(from_tree(random_tree((4, 2, 2), n_embd=4, n_hidden=4)))
     packed, lengths, _ = vocab.pack(names, context=16)
-    levels, rows, _ = shared.number(packed, lengths)
+    layers, rows, _ = shared.number(packed, lengths)
     outputs = sum(len(name) + 1 for name in names)
-    assert len(levels[-1]) == outputs and torch.equal(rows, torch.arange(outputs))
+    assert len(layers[-1]) == outputs and torch.equal(rows, torch.arange(outputs))
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -144,9 +144,9 @@ def test_chunks_of_a_stream_share_their_nodes(names, vocab, monkeypatch, room, g
     evaluated, of = [], SharedNodes.number
 
     def counting(*args):
-        levels, *rest = of(*args)
-        evaluated.append([len(children) for children in levels])
-        return levels, *rest
+        layers, *rest = of(*args)
+        evaluated.append([len(children) for children in layers])
+        return layers, *rest
 
     monkeypatch.setattr(SharedNodes, "number", counting)
     scores = torch.cat(list(scorer.stream(names, chunk=4000)))
@@ -196,9 +196,9 @@ def test_other_names_between_two_calls(vocab):
         assert torch.equal(scorer.score(names), fresh.score(names))
 
 
-@pytest.mark.parametrize("fan_ins", [(2, 2, 2, 2), (3, 2, 2), (2, 5, 3), (1, 4, 2), (3,), (2, 4, 1)])
-def test_chunks_give_the_scores_of_one_call(names, vocab, fan_ins):
-    scorer = Scorer(from_tree(random_tree(fan_ins, n_embd=6, n_hidden=16)), vocab)
+@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2, 2), (3, 2, 2), (2, 5, 3), (1, 4, 2), (3,), (2, 4, 1)])
+def test_chunks_give_the_scores_of_one_call(names, vocab, kernel_sizes):
+    scorer = Scorer(from_tree(random_tree(kernel_sizes, n_embd=6, n_hidden=16)), vocab)
     assert torch.equal(torch.cat(list(scorer.stream(names[::2], chunk=3000))), scorer.score(names[::2]))
 
 
@@ -224,9 +224,9 @@ def test_the_bits_of_tanh_do_not_depend_on_the_place(threads):
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["tanh", "gated"])
-@pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3, 2), (1, 4, 1, 2), (1,), (2,) * 7], ids=str)
-def test_windows_shared_and_each_alone(device, fan_ins, gated):
-    tree = random_tree(fan_ins, n_embd=6, n_hidden=20, gated=gated, device=device)
+@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (8,), (3, 2), (1, 4, 1, 2), (1,), (2,) * 7], ids=str)
+def test_windows_shared_and_each_alone(device, kernel_sizes, gated):
+    tree = random_tree(kernel_sizes, n_embd=6, n_hidden=20, gated=gated, device=device)
     shared = SharedNodes(from_tree(tree))
     windows = torch.randint(0, 27, (40, shared.context), generator=torch.Generator().manual_seed(0)).to(device)
     windows[20:] = windows[:20]

@@ -138,11 +138,11 @@ def test_the_same_generator_gives_the_same_tree():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(fan_ins=(2, 0)), "a fan-in of 0; it must be an integer of at least 1"),
-        (dict(fan_ins=()), r"fan_ins is \(\); give at least one"),
-        (dict(fan_ins=8), "fan_ins is 8; give at least one"),
-        (dict(fan_ins=(2.0,)), "a fan-in of 2.0"),
-        (dict(fan_ins=(2, 2), n_hidden=[3]), "2 fan-ins and 1 widths"),
+        (dict(kernel_sizes=(2, 0)), "a kernel size of 0; it must be an integer of at least 1"),
+        (dict(kernel_sizes=()), r"kernel_sizes is \(\); give at least one"),
+        (dict(kernel_sizes=8), "kernel_sizes is 8; give at least one"),
+        (dict(kernel_sizes=(2.0,)), "a kernel size of 2.0"),
+        (dict(kernel_sizes=(2, 2), n_hidden=[3]), "2 kernel sizes and 1 widths"),
         (dict(n_hidden=0), "at least 1"),
         (dict(gated=True, batch_norm=True), "a gated tree has no batch norm"),
         (dict(gated=True, per_position=True), "a gated tree has no batch norm"),

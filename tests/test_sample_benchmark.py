@@ -27,7 +27,7 @@ def benchmark(*arguments):
 @pytest.fixture
 def smaller(monkeypatch):
     """A benchmark of two contexts and small batches, to run in this process."""
-    monkeypatch.setattr(sample, "GROWTH_LEVELS", range(3, 5))
+    monkeypatch.setattr(sample, "GROWTH_LAYERS", range(3, 5))
     monkeypatch.setattr(sample, "WINDOW_BATCHES", {"cpu": (16,)})
     monkeypatch.setattr(sample, "OUR_BATCHES", {"cpu": (64,)})
 
@@ -58,7 +58,7 @@ def test_it_reports_what_it_ran(results):
     ]
     assert results["compiled"] == (loops is not None)
     assert results["torch"] == torch.__version__ and results["dtype"] == "float32" and results["device"]
-    assert results["model"]["fan_ins"] == [2, 2, 2] and results["model"]["n_hidden"] == [128] * 3
+    assert results["model"]["kernel_sizes"] == [2, 2, 2] and results["model"]["n_hidden"] == [128] * 3
     assert results["model"]["parameters"] == 76_579
 
 
@@ -93,7 +93,7 @@ def test_latency_says_what_each_model_is(results):
     peer = latency.pop("pytorch-tcn")
     assert {row["receptive_field"] for row in latency.values()} == {8}
     assert latency["tree"]["parameters"] == latency["stream"]["parameters"] == 76_579
-    # Of a level's batch norm, gamma goes into the weights and beta becomes the bias.
+    # Of a layer's batch norm, gamma goes into the weights and beta becomes the bias.
     assert latency["slid"]["parameters"] == latency["tree_folded"]["parameters"] == 76_579 - 3 * 128
     if peer["installed"]:
         assert peer["receptive_field"] == 1 + 2 * (1 + 2 + 4) and peer["parameters"] > 76_579
@@ -103,12 +103,12 @@ def test_latency_says_what_each_model_is(results):
     assert latency["tree"]["launches"] > latency["tree_folded"]["launches"] > 0
 
 
-def test_growth_counts_a_tree_against_its_levels(results):
+def test_growth_counts_a_tree_against_its_layers(results):
     growth = results["growth"]
-    assert [row["context"] for row in growth] == [2**level for level in (3, 6, 9, 12)]
+    assert [row["context"] for row in growth] == [2**layer for layer in (3, 6, 9, 12)]
     for row in growth:
-        assert row["nodes_per_character"] == {"windows": row["context"] - 1, "stream": row["levels"]}
-        assert row["tabulated_levels"] == 1  # 729 bigrams
+        assert row["nodes_per_character"] == {"windows": row["context"] - 1, "stream": row["layers"]}
+        assert row["tabulated_layers"] == 1  # 729 bigrams
         assert [method["method"] for method in row["one"]] == ["windows", "windows_folded", "stream", "sample"]
         assert [method["method"] for method in row["many"]] == ["windows_folded", "stream"]
         assert {method["batch"] for method in row["one"]} == {1} and row["many"][1]["batch"] == sample.GROWTH_BATCH

@@ -346,8 +346,8 @@ def test_a_model_whose_logits_are_nan(run, tmp_path):
     model = ConvWaveNet(WaveNetConfig(n_embd=4, n_hidden=8, vocab_size=5), dtype=torch.float64).eval()
     with torch.no_grad():
         model.embedding.weight.fill_(1e200)
-        model.levels[0].conv.weight.copy_(
-            torch.tensor([1e200, -1e200], dtype=torch.float64).expand_as(model.levels[0].conv.weight)
+        model.layers[0].conv.weight.copy_(
+            torch.tensor([1e200, -1e200], dtype=torch.float64).expand_as(model.layers[0].conv.weight)
         )
     save_checkpoint(tmp_path / "wild.safetensors", model, Vocabulary("abcd"))
     for number in (20, 5000):

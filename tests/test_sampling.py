@@ -28,8 +28,8 @@ from wavenet_conv.sampling import BATCH, DOUBT, MANY, uniform
 
 ABC = Vocabulary("abcdefghijklmnopqrstuvwxyz")
 AB = Vocabulary("ab")
-WIDE = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=64)
-GATED = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=24, gated=True)
+WIDE = dict(kernel_sizes=(2, 2, 2), n_embd=24, n_hidden=64)
+GATED = dict(kernel_sizes=(2, 2, 2), n_embd=24, n_hidden=24, gated=True)
 COMPILED = pytest.param({"compiled": True}, marks=needs_numba)
 WAYS = [{"batch": 3}, {"batch": 9}, {}, COMPILED]  # few and many by stream, prefix by prefix, in compiled loops
 
@@ -67,10 +67,10 @@ def test_10_000_names_of_the_lectures_loop(sizes, count):
         assert sample(conv, ABC, count, compiled=True, dtype=torch.float32) == expected
 
 
-@pytest.mark.parametrize("fan_ins", [(3,), (8,), (3, 2), (1, 2, 1)], ids=str)
+@pytest.mark.parametrize("kernel_sizes", [(3,), (8,), (3, 2), (1, 2, 1)], ids=str)
 @pytest.mark.parametrize("prefix", ["", "an", "maximilianothethird"])
-def test_other_shapes_and_prefixes(device, fan_ins, prefix):
-    tree = short_tree(fan_ins=fan_ins, n_embd=6, n_hidden=16)
+def test_other_shapes_and_prefixes(device, kernel_sizes, prefix):
+    tree = short_tree(kernel_sizes=kernel_sizes, n_embd=6, n_hidden=16)
     start = ABC.encode([prefix], context=1)[0][0, 1:].tolist()
     expected = lecture_names(tree, ABC, 100, seed=7, prefix=start, max_length=25)
     assert all(name.startswith(prefix) for name in expected)
@@ -414,7 +414,7 @@ def test_other_vocabularies_and_long_contexts():
         expected = lecture_names(tree, vocab, 40, max_length=20)
         assert sample(from_tree(tree), vocab, 40, max_length=20) == expected
         assert sample(from_tree(tree), vocab, MANY, max_length=20)[:40] == expected
-    tree = short_tree(fan_ins=(2,) * 8, n_embd=6, n_hidden=16)
+    tree = short_tree(kernel_sizes=(2,) * 8, n_embd=6, n_hidden=16)
     expected = lecture_names(tree, ABC, 20)
     assert sample(from_tree(tree), ABC, MANY)[:20] == expected
     assert loops is None or sample(from_tree(tree), ABC, MANY, compiled=True)[:20] == expected

@@ -25,7 +25,7 @@ def benchmark(*arguments):
 
 
 def spans_of(names, context=8):
-    """All spans of 2, 4 and 8 tokens, by level."""
+    """All spans of 2, 4 and 8 tokens, by layer."""
     padded = ["." * context + name for name in names]
     return [[name[i : i + span] for name in padded for i in range(len(name) - span + 1)] for span in (2, 4, 8)]
 
@@ -63,7 +63,7 @@ def test_it_reports_what_it_ran(results, used):
         "peer",
     ]
     assert results["torch"] == torch.__version__ and results["dtype"] == "float32" and results["device"]
-    assert results["model"]["fan_ins"] == [2, 2, 2] and results["model"]["n_hidden"] == 128
+    assert results["model"]["kernel_sizes"] == [2, 2, 2] and results["model"]["n_hidden"] == 128
     positions = sum(len(name) + 1 for name in used)
     assert results["names"] == {"file": "names.txt", "used": len(used), "of": 464, "positions": positions}
 
@@ -81,8 +81,8 @@ def test_the_nodes_of_the_methods_are_the_formulas(results, rows, used):
     for method in ("loop", "windows", "windows_folded"):
         assert [n / rows[method]["positions"] for n in rows[method]["nodes"]] == [4, 2, 1]
     assert rows["windows"]["positions"] == rows["shared"]["positions"] == positions
-    assert rows["slid"]["nodes"] == [len(level) for level in spans]
-    distinct = [len(set(level)) for level in spans]
+    assert rows["slid"]["nodes"] == [len(layer) for layer in spans]
+    distinct = [len(set(layer)) for layer in spans]
     assert results["distinct_nodes"] == distinct
     # Bigrams are tabulated. The windows are numbered, or nearly all distinct and not numbered at all.
     bigrams, fourgrams, windows = rows["shared"]["nodes"]
@@ -160,7 +160,7 @@ def test_without_the_peer(monkeypatch, tmp_path, capsys, names):
 def test_models_that_differ_end_it_with_exit_code_1_and_no_timings(monkeypatch, tmp_path, capsys, names):
     def off_by_a_little(*arguments):
         models = random_models(*arguments)
-        models.conv.levels[1].conv.weight.data[0, 0, 0] += 0.1  # the tree and the folded models stay as they are
+        models.conv.layers[1].conv.weight.data[0, 0, 0] += 0.1  # the tree and the folded models stay as they are
         return models
 
     random_models = score.random_models
@@ -216,12 +216,12 @@ def test_the_peak_of_a_method_is_what_a_process_of_its_own_held(tmp_path, names)
     args = score.parse(["--names", str(tmp_path / "names.txt"), "--seed", "1"])
     with score.harness.progress_bar() as progress:
         peaks = score.peak_memory(args, ["windows"], {"windows": 8192}, torch.device("cpu"), progress)
-    # One level's activations at least: four nodes of 128 channels for each of 8,192 windows, in and out of batch norm.
+    # One layer's activations at least: four nodes of 128 channels for each of 8,192 windows, in and out of batch norm.
     assert 8192 * 4 * 128 * 4 < peaks["windows"] < 2**30
 
 
 def test_the_floors_by_hand():
-    config = WaveNetConfig(vocab_size=5, n_embd=4, n_hidden=(6, 7), fan_ins=(3, 2))
+    config = WaveNetConfig(vocab_size=5, n_embd=4, n_hidden=(6, 7), kernel_sizes=(3, 2))
     assert shared_multiply_adds(config, [10, 20]) == 10 * 2 * 6 * 7 + 20 * 7 * 5
     names = ["ab", "abc"]
     gathered, written = 10 * 3 * (6 * 4 + 8) + 20 * 2 * (7 * 4 + 8), 10 * 2 * 7 * 4 + 20 * 4

@@ -43,9 +43,9 @@ def small_scorer(dtype=torch.float32, gated=False, **options):
     return Scorer(from_tree(random_tree(n_embd=6, n_hidden=16, dtype=dtype, gated=gated)), ABC, **options)
 
 
-@pytest.mark.parametrize(("fan_ins", "gated"), [((2, 2, 2), False), ((3,), False), ((3, 2, 2), False), ((2, 3), True)])
-def test_float64_scores_are_the_trees(names, vocab, device, fan_ins, gated):
-    tree, names = random_tree(fan_ins, n_embd=24, n_hidden=64, gated=gated), names[:: 1 if fan_ins == (2, 2, 2) else 8]
+@pytest.mark.parametrize(("kernel_sizes", "gated"), [((2, 2, 2), False), ((3,), False), ((3, 2, 2), False), ((2, 3), True)])
+def test_float64_scores_are_the_trees(names, vocab, device, kernel_sizes, gated):
+    tree, names = random_tree(kernel_sizes, n_embd=24, n_hidden=64, gated=gated), names[:: 1 if kernel_sizes == (2, 2, 2) else 8]
     scorer = Scorer(from_tree(tree), vocab, device=device)
     values, offsets = scorer.position_log_probs(names)
     expected, sums = tree_log_probs(tree, names, vocab)
@@ -72,9 +72,9 @@ def test_float32_scores_of_the_default_list(names, vocab, device, sizes):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("fan_ins", [(2, 2, 2), (8,), (3, 2), (1, 4, 1, 2)])
-def test_logits_to_the_bit_where_arithmetic_is_exact(names, vocab, clamp_for_tanh, fan_ins, gated):  # noqa: F811
-    tree = to_exact(random_tree(fan_ins, n_embd=6, n_hidden=16, gated=gated))
+@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (8,), (3, 2), (1, 4, 1, 2)])
+def test_logits_to_the_bit_where_arithmetic_is_exact(names, vocab, clamp_for_tanh, kernel_sizes, gated):  # noqa: F811
+    tree = to_exact(random_tree(kernel_sizes, n_embd=6, n_hidden=16, gated=gated))
     logits, offsets = Scorer(from_tree(tree), vocab).logits(names[::20])
     for name, start, end in zip(names[::20], offsets[:-1], offsets[1:]):
         tokens, _ = vocab.encode([name], context=reference.context_of(tree))
@@ -112,19 +112,19 @@ def threads(request):
 
 
 @pytest.mark.parametrize(
-    ("fan_ins", "widths"),
+    ("kernel_sizes", "widths"),
     [
-        *[(fan_ins, dict(n_embd=24, n_hidden=128)) for fan_ins in ((2, 2, 2), (8,), (3,), (5, 3))],
+        *[(kernel_sizes, dict(n_embd=24, n_hidden=128)) for kernel_sizes in ((2, 2, 2), (8,), (3,), (5, 3))],
         ((2, 2, 2), dict(n_embd=9, n_hidden=(9, 10, 11))),
         ((2, 2, 2), dict(n_embd=9, n_hidden=(7, 40, 9), gated=True)),
         ((2, 2, 2), dict(n_embd=48, n_hidden=40, gated=True)),
     ],
     ids=str,
 )
-def test_company_does_not_matter_in_a_real_list(names, device, threads, fan_ins, widths):
+def test_company_does_not_matter_in_a_real_list(names, device, threads, kernel_sizes, widths):
     """Widths of the lecture's size, where a matrix product has other kernels for other shapes, and narrow ones."""
-    tree = random_tree(fan_ins, **widths, dtype=torch.float32)
-    scorer = Scorer(from_tree(tree), ABC, device=device, remember=fan_ins == (2, 2, 2))
+    tree = random_tree(kernel_sizes, **widths, dtype=torch.float32)
+    scorer = Scorer(from_tree(tree), ABC, device=device, remember=kernel_sizes == (2, 2, 2))
     scores = scorer.score(names)
     order = random.Random(0)
     for size in (1, 2, 3, 7, 64, 500, 511, 512, 513, 5000, len(names)):
@@ -248,10 +248,10 @@ def test_other_vocabularies(names):
 
 
 def test_a_gated_model_takes_the_plain_path(monkeypatch):
-    """The kernel's last level is a tanh, which a gated one is not."""
+    """The kernel's last layer is a tanh, which a gated one is not."""
     expected = small_scorer(gated=True).score(NAMES)
     monkeypatch.setattr(kernels, "usable", lambda *_: True)
-    monkeypatch.setattr(kernels, "last_level", lambda *_: pytest.fail("the kernel was asked"))
+    monkeypatch.setattr(kernels, "last_layer", lambda *_: pytest.fail("the kernel was asked"))
     assert torch.equal(small_scorer(gated=True).score(NAMES), expected)
 
 

@@ -39,7 +39,7 @@ def slid_nodes(context, spans, length):
 
 def test_it_reports_what_it_ran(results):
     assert results["torch"] == torch.__version__ and results["dtype"] == "float32" and results["device"]
-    assert results["model"]["fan_ins"] == [2, 2, 2] and results["model"]["context"] == 8
+    assert results["model"]["kernel_sizes"] == [2, 2, 2] and results["model"]["context"] == 8
     assert results["equality"]["equal"] and results["equality"]["max_abs_diff"] < 1e-5
 
 
@@ -64,12 +64,12 @@ def test_the_nodes_of_the_whole_list_are_the_formulas(results, names):
     assert rows["windows"]["positions"] == rows["slid"]["positions"] == positions
     assert rows["windows"]["nodes"] == [4 * positions, 2 * positions, positions]
     per_name = [slid_nodes(8, (2, 4, 8), len(name)) for name in names]
-    assert rows["slid"]["nodes"] == rows["slid_conv1d"]["nodes"] == [sum(level) for level in zip(*per_name)]
+    assert rows["slid"]["nodes"] == rows["slid_conv1d"]["nodes"] == [sum(layer) for layer in zip(*per_name)]
     assert [n / rows["loop"]["positions"] for n in rows["loop"]["nodes"]] == [4, 2, 1]
     assert rows["loop"]["names"] < len(names) == rows["slid"]["names"]
     padded = ["." * 8 + name for name in names]
     spans = [{name[i : i + span] for name in padded for i in range(len(name) - span + 1)} for span in (2, 4, 8)]
-    assert results["distinct_nodes"]["whole_list"] == [len(level) for level in spans]
+    assert results["distinct_nodes"]["whole_list"] == [len(layer) for layer in spans]
     work = (4 * 2 * 4 * 8 + 2 * 2 * 8 * 8 + 2 * 8 * 8) + 8 * 27
     assert rows["windows"]["multiply_adds_per_position"] == pytest.approx(work)
 
@@ -78,10 +78,10 @@ def test_growth_tends_to_the_theory(results):
     assert [row["context"] for row in results["growth"]] == [8, 16, 32, 64, 128, 256, 512, 1024]
     for row in results["growth"]:
         context, (windows, slid) = row["context"], row["methods"]
-        spans = [2**level for level in range(1, row["levels"] + 1)]
+        spans = [2**layer for layer in range(1, row["layers"] + 1)]
         assert slid["nodes"] == slid_nodes(context, spans, 4096 - context)
         assert windows["nodes"] == windows_nodes(context, spans, windows["positions"])
-        assert row["theory_node_ratio"] == (context - 1) / row["levels"]
+        assert row["theory_node_ratio"] == (context - 1) / row["layers"]
         assert 0.75 * row["theory_node_ratio"] < row["node_ratio"] <= row["theory_node_ratio"]
         assert row["max_abs_diff"] < 1e-5
 
@@ -90,7 +90,7 @@ def test_tables_on_stdout_and_json_in_a_file(tmp_path):
     target, names = tmp_path / "slide.json", tmp_path / "names.txt"
     target.write_text("what was there")
     names.write_text("".join(f"{a}{b}n\n" for a in "abcdefgh" for b in "aeiouxyz"))
-    done = benchmark(*SMALL, "--names", names, "--name", "ben", "--fan-ins", "3,2", "--json", target)
+    done = benchmark(*SMALL, "--names", names, "--name", "ben", "--kernel-sizes", "3,2", "--json", target)
     assert done.returncode == 0, done.stderr
     assert "One name, 'ben', 4 positions" in done.stdout and "Growth with the context" in done.stdout
     assert "whole list" in done.stderr
@@ -105,7 +105,7 @@ def test_tables_on_stdout_and_json_in_a_file(tmp_path):
     [
         (["--names", "missing.txt"], "benchmarks.slide: missing.txt: No such file"),
         (["--name", "an4lisa"], "benchmarks.slide: --name an4lisa: the list of names has no character '4'"),
-        (["--fan-ins", "2,0"], "--fan-ins: '0' is not an integer of at least 1"),
+        (["--kernel-sizes", "2,0"], "--kernel-sizes: '0' is not an integer of at least 1"),
         (["--repeats", "few"], "--repeats: 'few' is not an integer of at least 1"),
         (["--json", "no/such/folder/slide.json"], "benchmarks.slide: --json no/such/folder/slide.json: cannot write"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
@@ -140,7 +140,7 @@ def test_on_cuda():
 def test_models_that_differ_end_it_with_exit_code_1_and_no_timings(monkeypatch, capsys):
     def off_by_a_little(tree):
         conv = from_tree(tree)
-        conv.levels[1].conv.weight.data[0, 0, 0] += 0.1
+        conv.layers[1].conv.weight.data[0, 0, 0] += 0.1
         return conv
 
     monkeypatch.setattr(slide, "from_tree", off_by_a_little)

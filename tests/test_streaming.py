@@ -17,16 +17,16 @@ import reference
 from wavenet_conv import ConvWaveNet, Stream, Vocabulary, WaveNetConfig, WaveNetConvError, from_tree, streaming
 from wavenet_conv.streaming import FEW_ROWS
 
-WIDE = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=128)
-GATED = dict(fan_ins=(2, 2, 2), n_embd=24, n_hidden=32, gated=True)
+WIDE = dict(kernel_sizes=(2, 2, 2), n_embd=24, n_hidden=128)
+GATED = dict(kernel_sizes=(2, 2, 2), n_embd=24, n_hidden=32, gated=True)
 SHAPES = [
-    *[dict(fan_ins=fan_ins, n_embd=6, n_hidden=16) for fan_ins in ((8,), (3, 2), (1, 4, 1, 2), (2, 2, 2, 2, 2))],
-    dict(fan_ins=(2, 3), n_embd=5, n_hidden=(7, 9)),
-    dict(fan_ins=(1,), n_embd=4, n_hidden=3),
+    *[dict(kernel_sizes=kernel_sizes, n_embd=6, n_hidden=16) for kernel_sizes in ((8,), (3, 2), (1, 4, 1, 2), (2, 2, 2, 2, 2))],
+    dict(kernel_sizes=(2, 3), n_embd=5, n_hidden=(7, 9)),
+    dict(kernel_sizes=(1,), n_embd=4, n_hidden=3),
 ]
 SHAPES += [shape | {"gated": True} for shape in SHAPES]
-SHAPES += [dict(fan_ins=fan_ins, n_embd=50, n_hidden=3, gated=True) for fan_ins in ((4,), (2, 2, 2))]
-DEEP = dict(fan_ins=(2,) * 6, n_embd=6, n_hidden=(16, 9, 20, 16, 16, 16))
+SHAPES += [dict(kernel_sizes=kernel_sizes, n_embd=50, n_hidden=3, gated=True) for kernel_sizes in ((4,), (2, 2, 2))]
+DEEP = dict(kernel_sizes=(2,) * 6, n_embd=6, n_hidden=(16, 9, 20, 16, 16, 16))
 ABC = Vocabulary("abcdefghijklmnopqrstuvwxyz")
 # Rows, and whether compiled loops read them.
 WAYS = [pytest.param(1, True, marks=needs_numba), pytest.param(3, True, marks=needs_numba), (3, False), (20, False)]
@@ -79,7 +79,7 @@ def test_compiled_loops_in_float32(names, vocab, sizes):
 @pytest.mark.parametrize("sizes", [DEEP, *SHAPES], ids=str)
 @pytest.mark.parametrize(("batch", "compiled"), WAYS[1:])
 def test_to_the_bit_where_arithmetic_is_exact(names, vocab, clamp_for_tanh, monkeypatch, sizes, batch, compiled):  # noqa: F811
-    if compiled:  # the loop over the levels as Python runs it, which takes the tanh that it finds
+    if compiled:  # the loop over the layers as Python runs it, which takes the tanh that it finds
         monkeypatch.setattr(loops, "tanh", lambda x: np.clip(x, -1, 1, out=x))
         monkeypatch.setattr(loops, "read", loops.read.py_func)
         monkeypatch.setattr(loops, "step", loops.step.py_func)
@@ -188,11 +188,11 @@ def test_states_that_do_not_fit():
         ({}, "of another model"),
         ({key: state[key] for key in state if key != "keys"}, "of another model"),
         (state | {"keys": state["keys"] + 10**6}, "are out of range; the state is damaged"),
-        (state | {"level 0": state["level 0"] - 1}, "are out of range"),
+        (state | {"layer 0": state["layer 0"] - 1}, "are out of range"),
         (state | {"clocks": state["clocks"] - 2}, "are out of range"),
         (state | {"clocks": torch.tensor(3)}, "'clocks' of this state is .* the state is damaged"),
         (state | {"keys": state["keys"][:2]}, "'keys' of this state is .* the state is damaged"),
-        (state | {"level 1": state["level 1"].double()}, "'level 1' of this state is torch.float64"),
+        (state | {"layer 1": state["layer 1"].double()}, "'layer 1' of this state is torch.float64"),
         ([state], "a state is a dict of tensors"),
     ):
         with pytest.raises(WaveNetConvError, match=message):
@@ -217,7 +217,7 @@ def test_the_model_is_copied_and_its_mode_does_not_matter():
 @pytest.mark.parametrize("spoil", ["swap the taps", "one step off", "no bias", "the older one is forgotten"])
 @pytest.mark.parametrize(("batch", "compiled"), WAYS)
 def test_a_stream_that_is_wrong_is_seen(names, vocab, monkeypatch, spoil, batch, compiled):
-    class Wrong(streaming._Level):
+    class Wrong(streaming._Layer):
         def __init__(self, taps, bias, dilation, batch):
             if dilation == 4:
                 taps = taps.flip(0) if spoil == "swap the taps" else taps
@@ -227,7 +227,7 @@ def test_a_stream_that_is_wrong_is_seen(names, vocab, monkeypatch, spoil, batch,
 
     names = sorted(names, key=len)[-batch:]
     check(random_tree(**WIDE), names, vocab, 1e-3, batch, compiled)
-    monkeypatch.setattr(streaming, "_Level", Wrong)
+    monkeypatch.setattr(streaming, "_Layer", Wrong)
     with pytest.raises(AssertionError):
         check(random_tree(**WIDE), names, vocab, 1e-3, batch, compiled)
 

@@ -27,7 +27,7 @@ n_embd = 2
 n_hidden = 4
 lr = {low = 1e-3, high = 0.3, log = true}
 batch = {low = 8, high = 64}
-fan_ins = {choices = [[2, 2], [3], [1, 2, 1]]}
+kernel_sizes = {choices = [[2, 2], [3], [1, 2, 1]]}
 """
 
 
@@ -105,14 +105,14 @@ def test_the_best_trial_is_written_with_its_own_bits(run, folder):
     assert losses == sorted(losses) and f"{len(lines)} trials ended, {7 - len(lines)} were given up" in summary
     _, out, _ = run("--trials", 7, "--json")
     best = json.loads(out)["trials"][0]
-    assert lines[0].split()[0] == str(best["trial"]) and "lr " in lines[0] and "fan_ins [" in lines[0]
+    assert lines[0].split()[0] == str(best["trial"]) and "lr " in lines[0] and "kernel_sizes [" in lines[0]
     checkpoint = load_checkpoint("best.safetensors")
     train, valid, _ = split_names(read_names("list.txt"))
     model, vocab = checkpoint.model, checkpoint.vocab
     assert evaluate(model, Corpus(valid, vocab, model)) == best["validation_loss"] == best_loss(best)
     assert evaluate(model, Corpus(train, vocab, model)) == best["train_loss"] == checkpoint.notes["train_loss"]
     assert checkpoint.notes["lr"] == best["settings"]["lr"] and len(checkpoint.quantiles) == 1001
-    assert list(model.config.fan_ins) == best["settings"]["fan_ins"]
+    assert list(model.config.kernel_sizes) == best["settings"]["kernel_sizes"]
     assert sum(parameter.numel() for parameter in model.parameters()) == best["parameters"]
 
 
@@ -219,9 +219,9 @@ def test_the_space_in_the_package():
         ("lr = {low = 0, high = 1, log = true}", "log = true only where low is above 0"),
         ("lr = {low = 0.1}", "lr is {'low': 0.1}; a range is"),
         ("batch = {choices = []}", "or {choices = [1, 2]} with at least one"),
-        ("fan_ins = {choices = [[2, 2], [0]]}", "fan_ins[0] is 0; it must be an integer of at least 1"),
-        ("n_hidden = [4, 5]\nfan_ins = {choices = [[2, 2], [8]]}", "n_hidden has 2 widths for 1 levels"),
-        ("gated = {choices = [true, false]}\nbatch_norm = true", "a gated level has no batch norm"),
+        ("kernel_sizes = {choices = [[2, 2], [0]]}", "kernel_sizes[0] is 0; it must be an integer of at least 1"),
+        ("n_hidden = [4, 5]\nfan_ins = {choices = [[2, 2], [8]]}", "n_hidden has 2 widths for 1 layers"),
+        ("gated = {choices = [true, false]}\nbatch_norm = true", "a gated layer has no batch norm"),
     ],
 )
 def test_spaces_that_cannot_be(run, folder, text, message):

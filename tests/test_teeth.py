@@ -22,52 +22,52 @@ class Wrong(nn.Module):
         return self.run(self.conv, tokens)
 
 
-def through_levels(conv, tokens, level_pass):
+def through_layers(conv, tokens, layer_pass):
     x = conv.embedding(tokens).transpose(1, 2)
-    for index, level in enumerate(conv.levels):
-        x = level_pass(index, level, x)
+    for index, layer in enumerate(conv.layers):
+        x = layer_pass(index, layer, x)
     return conv.head(x).transpose(1, 2)
 
 
 def right(conv):
-    return Wrong(conv, lambda conv, tokens: through_levels(conv, tokens, lambda _, level, x: level(x)))
+    return Wrong(conv, lambda conv, tokens: through_layers(conv, tokens, lambda _, layer, x: layer(x)))
 
 
 def swapped_taps(conv):
-    conv.levels[1].conv.weight.data = conv.levels[1].conv.weight.data.flip(2)
+    conv.layers[1].conv.weight.data = conv.layers[1].conv.weight.data.flip(2)
     return conv
 
 
 def wrong_dilation(conv):
-    """The last level's taps 2 apart in place of 4, over the nodes where a right one would start."""
+    """The last layer's taps 2 apart in place of 4, over the nodes where a right one would start."""
 
-    def level_pass(index, level, x):
+    def layer_pass(index, layer, x):
         if index < 2:
-            return level(x)
-        h = F.conv1d(x[..., 2:], level.conv.weight, dilation=2)
-        return torch.tanh(level.norm(h))[..., : x.shape[2] - 4]
+            return layer(x)
+        h = F.conv1d(x[..., 2:], layer.conv.weight, dilation=2)
+        return torch.tanh(layer.norm(h))[..., : x.shape[2] - 4]
 
-    return Wrong(conv, lambda conv, tokens: through_levels(conv, tokens, level_pass))
+    return Wrong(conv, lambda conv, tokens: through_layers(conv, tokens, layer_pass))
 
 
 def zero_padded(conv):
-    """Zeros before every level's activations, as most causal convolutions have them, and no padding tokens."""
+    """Zeros before every layer's activations, as most causal convolutions have them, and no padding tokens."""
 
     def run(conv, tokens):
         after_padding = tokens[:, conv.context - 1 :]
-        return through_levels(conv, after_padding, lambda _, level, x: level(F.pad(x, (level.dilation, 0))))
+        return through_layers(conv, after_padding, lambda _, layer, x: layer(F.pad(x, (layer.dilation, 0))))
 
     return Wrong(conv, run)
 
 
 def unfolded_shift(conv):
     folded = fold_batch_norm(conv)
-    folded.levels[0].conv.bias.data += conv.levels[0].norm.running_mean
+    folded.layers[0].conv.bias.data += conv.layers[0].norm.running_mean
     return folded
 
 
 def dropped_beta(conv):
-    conv.levels[2].norm.bias.data.zero_()
+    conv.layers[2].norm.bias.data.zero_()
     return conv
 
 
@@ -76,7 +76,7 @@ def off_by_one(conv):
 
 
 def one_weight_moved_a_little(conv):
-    conv.levels[0].conv.weight.data[0, 0, 0] += 1e-6
+    conv.layers[0].conv.weight.data[0, 0, 0] += 1e-6
     return conv
 
 
@@ -91,61 +91,61 @@ WRONG = [
 ]
 
 
-def gated_pass(conv, tokens, level_pass):
-    """A gated model's pass, where `level_pass` gives the gate, the h and the s that a level keeps of those below."""
+def gated_pass(conv, tokens, layer_pass):
+    """A gated model's pass, where `layer_pass` gives the gate, the h and the s that a layer keeps of those below."""
     h = conv.embedding(tokens).transpose(1, 2)
     s = torch.zeros_like(h)
-    for index, level in enumerate(conv.levels):
-        z, h, s = level_pass(index, level, h, s)
-        h = h if level.residual is None else level.residual(z) + h
-        s = level.skip(z) + s
+    for index, layer in enumerate(conv.layers):
+        z, h, s = layer_pass(index, layer, h, s)
+        h = h if layer.residual is None else layer.residual(z) + h
+        s = layer.skip(z) + s
     return conv.head(F.relu(conv.hidden(F.relu(s)))).transpose(1, 2)
 
 
-def gate(level, h):
-    f, g = level.conv(h).chunk(2, 1)
+def gate(layer, h):
+    f, g = layer.conv(h).chunk(2, 1)
     return torch.tanh(f) * torch.sigmoid(g)
 
 
-def rightmost(level, x):
-    return x[..., (level.fan_in - 1) * level.dilation :]
+def rightmost(layer, x):
+    return x[..., (layer.kernel_size - 1) * layer.dilation :]
 
 
-def leftmost(level, x):
-    return x[..., : x.shape[-1] - (level.fan_in - 1) * level.dilation]
+def leftmost(layer, x):
+    return x[..., : x.shape[-1] - (layer.kernel_size - 1) * layer.dilation]
 
 
-def gated(level_pass):
-    return lambda conv: Wrong(conv, lambda conv, tokens: gated_pass(conv, tokens, level_pass))
+def gated(layer_pass):
+    return lambda conv: Wrong(conv, lambda conv, tokens: gated_pass(conv, tokens, layer_pass))
 
 
 def right_gates(conv):
-    return gated(lambda _, level, h, s: (gate(level, h), rightmost(level, h), rightmost(level, s)))(conv)
+    return gated(lambda _, layer, h, s: (gate(layer, h), rightmost(layer, h), rightmost(layer, s)))(conv)
 
 
 def swapped_filter_and_gate(conv):
-    def level_pass(index, level, h, s):
-        g, f = level.conv(h).chunk(2, 1)
-        return torch.tanh(f) * torch.sigmoid(g), rightmost(level, h), rightmost(level, s)
+    def layer_pass(index, layer, h, s):
+        g, f = layer.conv(h).chunk(2, 1)
+        return torch.tanh(f) * torch.sigmoid(g), rightmost(layer, h), rightmost(layer, s)
 
-    return gated(level_pass)(conv)
+    return gated(layer_pass)(conv)
 
 
 def residual_of_the_leftmost_child(conv):
-    return gated(lambda _, level, h, s: (gate(level, h), leftmost(level, h), rightmost(level, s)))(conv)
+    return gated(lambda _, layer, h, s: (gate(layer, h), leftmost(layer, h), rightmost(layer, s)))(conv)
 
 
 def skip_of_the_leftmost_child(conv):
-    return gated(lambda _, level, h, s: (gate(level, h), rightmost(level, h), leftmost(level, s)))(conv)
+    return gated(lambda _, layer, h, s: (gate(layer, h), rightmost(layer, h), leftmost(layer, s)))(conv)
 
 
 def no_residual(conv):
-    return gated(lambda _, level, h, s: (gate(level, h), 0 * rightmost(level, h), rightmost(level, s)))(conv)
+    return gated(lambda _, layer, h, s: (gate(layer, h), 0 * rightmost(layer, h), rightmost(layer, s)))(conv)
 
 
 def dropped_last_skip(conv):
-    conv.levels[-1].skip.weight.data.zero_()
-    conv.levels[-1].skip.bias.data.zero_()
+    conv.layers[-1].skip.weight.data.zero_()
+    conv.layers[-1].skip.bias.data.zero_()
     return conv
 
 
@@ -156,7 +156,7 @@ def no_hidden_layer(conv):
 
 
 def one_skip_moved_a_little(conv):
-    conv.levels[0].skip.weight.data[0, 0, 0] += 1e-6
+    conv.layers[0].skip.weight.data[0, 0, 0] += 1e-6
     return conv
 
 

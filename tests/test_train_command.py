@@ -77,12 +77,12 @@ def test_a_training_from_list_to_scores(run, tmp_path, listed):
     assert not torch.equal(weights(tmp_path / "other.safetensors")["head.weight"], weights(out)["head.weight"])
 
 
-def test_gated_levels_dropout_averages_and_epochs(run, tmp_path, listed):
+def test_gated_layers_dropout_averages_and_epochs(run, tmp_path, listed):
     out = tmp_path / "model.safetensors"
-    options = ["--gated", "--fan-ins", "2,3", "--epochs", 2, "--dropout", 0.1, "--average", 0.9]
+    options = ["--gated", "--kernel-sizes", "2,3", "--epochs", 2, "--dropout", 0.1, "--average", 0.9]
     code, text, _ = run(listed, "-o", out, "--n-embd", 6, "--n-hidden", 8, "--batch", 64, *options, "--json")
     assert code == 0 and json.loads(text)["steps_taken"] == 10
-    assert load_checkpoint(out).model.config.fan_ins == (2, 3) and load_checkpoint(out).model.config.gated
+    assert load_checkpoint(out).model.config.kernel_sizes == (2, 3) and load_checkpoint(out).model.config.gated
 
 
 def test_a_plot_of_losses_and_of_an_embedding_in_the_plane(run, tmp_path, listed):
@@ -126,7 +126,7 @@ def test_a_preset_with_teachers_is_killed_and_resumed(run, tmp_path, listed, mon
     small = {"n_embd": 4, "n_hidden": 8}
     monkeypatch.setitem(PRESETS, "wide", (small, Recipe(steps=6, batch=64, every=2)))
     monkeypatch.setitem(
-        PRESETS, "plain", (small | {"gated": True, "fan_ins": (2, 2)}, Recipe(steps=4, batch=64, every=2))
+        PRESETS, "plain", (small | {"gated": True, "kernel_sizes": (2, 2)}, Recipe(steps=4, batch=64, every=2))
     )
     monkeypatch.setitem(TEACHERS, "wide", ("plain", "plain"))
     arguments, out = ["--preset", "wide", "--json"], tmp_path / "model.safetensors"
@@ -221,13 +221,13 @@ def test_a_breakdown_keeps_the_last_good_checkpoint(run, tmp_path, listed):
     out = tmp_path / "model.safetensors"
     assert run(listed, "-o", out, *SMALL)[0] == 0
     before = out.read_bytes()
-    wild = ["--optimiser", "sgd", "--schedule", "constant", "--lr", "1e4"]
+    wild = ["--optimizer", "sgd", "--schedule", "constant", "--lr", "1e4"]
     code, text, err = run(listed, "-o", out, *SMALL, *wild)
     assert (
         (code, text) == (1, "") and "training broke down at step " in err and "with a learning rate up to 10000" in err
     )
     assert "try a lower one, such as --lr 3e+03" in err and out.read_bytes() == before
-    late = ["--steps", "400", "--every", "1", "--schedule", "onecycle", "--optimiser", "sgd", "--lr", "1e4"]
+    late = ["--steps", "400", "--every", "1", "--schedule", "onecycle", "--optimizer", "sgd", "--lr", "1e4"]
     code, _, err = run(listed, "-o", out, *SMALL, *late)
     assert code == 1 and (f"; delete {out}.training first" in err) == (tmp_path / "model.safetensors.training").exists()
 
@@ -277,9 +277,9 @@ def test_names_all_alike_and_characters_of_one_part_only(run, tmp_path, listed):
     "arguments, message",
     [
         (["--lr", "0"], "lr is 0.0; it must be a positive number"),
-        (["--fan-ins", "2,0"], "fan_ins[1] is 0; it must be an integer of at least 1"),
+        (["--kernel-sizes", "2,0"], "kernel_sizes[1] is 0; it must be an integer of at least 1"),
         (["--preset", "slow"], "invalid choice: 'slow'"),
-        (["--fan-ins", "2;2"], "'2;2' is not a list of integers such as 2,2,2"),
+        (["--kernel-sizes", "2;2"], "'2;2' is not a list of integers such as 2,2,2"),
         (["--seconds", "nan"], "--seconds is nan; it must be a number of at least 0"),
         (["--seed", "20000000000000"], "seed is 20000000000000; it must be at least 0 and below 2**30"),
         (["--n-embd", "1000000000000"], "this model cannot be built here"),

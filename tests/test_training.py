@@ -37,19 +37,19 @@ def shared_loss(conv, names, rows=None):
 
 def assert_same_statistics(tree, conv, tolerance):
     norms = [layer for layer in tree.layers if isinstance(layer, reference.BatchNorm1d)]
-    for level, norm in zip(conv.levels, norms):
-        assert (level.norm.running_mean - norm.running_mean.flatten()).abs().max() < tolerance
-        assert (level.norm.running_var - norm.running_var.flatten()).abs().max() < tolerance
+    for layer, norm in zip(conv.layers, norms):
+        assert (layer.norm.running_mean - norm.running_mean.flatten()).abs().max() < tolerance
+        assert (layer.norm.running_var - norm.running_var.flatten()).abs().max() < tolerance
 
 
 @settings(max_examples=60)
 @given(
-    fan_ins=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    kernel_sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     names=st.lists(st.text("abcxyz", max_size=12), min_size=2, max_size=8),
     seed=st.integers(0, 99),
 )
-def test_one_step_is_the_trees(fan_ins, names, seed):
-    tree = random_tree(fan_ins, n_embd=5, n_hidden=7, seed=seed).train()
+def test_one_step_is_the_trees(kernel_sizes, names, seed):
+    tree = random_tree(kernel_sizes, n_embd=5, n_hidden=7, seed=seed).train()
     conv = from_tree(tree).train()
     names = [*names, "abcxyz"]  # one name with a variance of its own
     expected, found = tree_loss(tree, names), shared_loss(conv, names)
@@ -66,7 +66,7 @@ def test_twenty_steps_are_the_trees(names, batch_norm):
     vocab, few = Vocabulary("abcdefghijklmnopqrstuvwxyz"), names[:600]
     tree = random_tree(n_embd=6, n_hidden=16, batch_norm=batch_norm).train()
     conv = from_tree(tree).train()
-    recipe = Recipe(steps=20, batch=32, optimiser="sgd", schedule="constant", lr=0.1, weight_decay=0.0, seed=3)
+    recipe = Recipe(steps=20, batch=32, optimizer="sgd", schedule="constant", lr=0.1, weight_decay=0.0, seed=3)
     trainer = Trainer(conv, vocab, few, names[600:650], recipe)
     for _ in range(20):
         rows = trainer._rows()
@@ -89,14 +89,14 @@ def test_twenty_steps_are_the_trees(names, batch_norm):
 
 @settings(max_examples=30)
 @given(
-    fan_ins=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    kernel_sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     names=st.lists(st.text("abcxyz", max_size=12), min_size=1, max_size=8),
     gated=st.booleans(),
     data=st.data(),
 )
-def test_logits_are_the_models(fan_ins, names, gated, data):
-    """In evaluation mode the loss of any part of a list is what `forward` says of it, both kinds of level."""
-    config = WaveNetConfig(vocab_size=len(VOCAB), n_embd=5, n_hidden=7, fan_ins=tuple(fan_ins), gated=gated)
+def test_logits_are_the_models(kernel_sizes, names, gated, data):
+    """In evaluation mode the loss of any part of a list is what `forward` says of it, both kinds of layer."""
+    config = WaveNetConfig(vocab_size=len(VOCAB), n_embd=5, n_hidden=7, kernel_sizes=tuple(kernel_sizes), gated=gated)
     torch.manual_seed(0)
     conv = ConvWaveNet(config, dtype=torch.float64).eval()
     rows = data.draw(st.lists(st.integers(0, len(names) - 1), min_size=1, max_size=6))
@@ -120,7 +120,7 @@ def test_logits_are_the_models(fan_ins, names, gated, data):
 
 
 def test_gradients_of_gated_models_are_those_of_the_slid_pass():
-    config = WaveNetConfig(vocab_size=len(VOCAB), n_embd=6, n_hidden=8, fan_ins=(2, 3, 2), gated=True)
+    config = WaveNetConfig(vocab_size=len(VOCAB), n_embd=6, n_hidden=8, kernel_sizes=(2, 3, 2), gated=True)
     torch.manual_seed(0)
     conv = ConvWaveNet(config, dtype=torch.float64).train()
     tokens, lengths = VOCAB.encode(NAMES, context=12)
@@ -136,10 +136,10 @@ def test_gradients_of_gated_models_are_those_of_the_slid_pass():
 
 def test_teachers_give_their_share_of_what_is_predicted(names, vocab):
     """Against the definition, window by window: what a name's own character leaves, the teachers' mean expects."""
-    few, recipe = names[:40], Recipe(steps=1, batch=40, taught=0.75, optimiser="sgd", schedule="constant", lr=1e-9)
+    few, recipe = names[:40], Recipe(steps=1, batch=40, taught=0.75, optimizer="sgd", schedule="constant", lr=1e-9)
     pupil, teachers = (
         small(0).double(),
-        [small(1).double().eval(), small(2, fan_ins=(3, 2), gated=True).double().eval()],
+        [small(1).double().eval(), small(2, kernel_sizes=(3, 2), gated=True).double().eval()],
     )
     trainer = Trainer(pupil, vocab, few, names[40:50], recipe, teachers)
     total = positions = 0
@@ -182,7 +182,7 @@ def small(seed=0, **sizes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"dropout": 0.2, "average": 0.9}, {"optimiser": "sgd", "schedule": "constant"}]
+    "changes", [{}, {"dropout": 0.2, "average": 0.9}, {"optimizer": "sgd", "schedule": "constant"}]
 )
 def test_a_restored_training_ends_with_the_same_bits(names, vocab, changes):
     recipe = Recipe(**({"steps": 24, "batch": 32, "every": 6, "lr": 1e-2} | changes))
@@ -285,7 +285,7 @@ def test_a_rank_without_names_has_nothing_to_add(dropout):
         ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
         ({"lr": 0.0}, "lr is 0.0; it must be a positive number"),
         ({"lr": math.nan}, "lr is nan; it must be a positive number"),
-        ({"optimiser": "adam"}, "optimiser is 'adam'; it is 'adamw' or 'sgd'"),
+        ({"optimizer": "adam"}, "optimizer is 'adam'; it is 'adamw' or 'sgd'"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0; it must be at least 0"),
     ],
 )

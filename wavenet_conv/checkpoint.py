@@ -1,7 +1,7 @@
 """One safetensors file: weights, config, vocabulary, notes. Nothing is unpickled. Knows nothing of scores or training.
 
 The file's metadata are `format` ("wavenet-conv"), `version` ("1", or "2" where the model is gated), `config` (JSON: the
-fields of `WaveNetConfig`, where a missing `gated` is false, and `norms`, an eps and a momentum a level), `vocabulary`
+fields of `WaveNetConfig`, where a missing `gated` is false, and `norms`, an eps and a momentum a layer), `vocabulary`
 (the characters in order) and `notes` (JSON). Its tensors are the model's `state_dict` and, where the checkpoint carries
 them, `quantiles`.
 """
@@ -31,6 +31,7 @@ DEFAULT = Path(__file__).parent / "default.safetensors"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 
+_OLD_PREFIX = "levels."  # files of both versions keep the first names: `levels` and `fan_ins`
 _DAMAGED = "the file is damaged; copy it again from where it is whole"
 _SAVE_AGAIN = "write it again with save_checkpoint"
 
@@ -65,15 +66,18 @@ def save_checkpoint(
     for value, kind in ((model, ConvWaveNet), (vocab, Vocabulary)):
         if not isinstance(value, kind):
             raise CheckpointError(f"{path}: a checkpoint holds a {kind.__name__}, not a {type(value).__name__}")
-    norms = [[float(level.norm.eps), float(level.norm.momentum)] for level in model.levels if level.norm is not None]
-    # A level's weights are stored as the tree's matrices, and safetensors takes nothing but contiguous tensors.
+    norms = [[float(layer.norm.eps), float(layer.norm.momentum)] for layer in model.layers if layer.norm is not None]
+    # A layer's weights are stored as the tree's matrices, and safetensors takes nothing but contiguous tensors.
     tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        _OLD_PREFIX + name.removeprefix("layers.")
+        if name.startswith("layers.")
+        else name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()
     }
     if quantiles is not None:
         tensors["quantiles"] = quantiles.detach().cpu().clone(memory_format=torch.contiguous_format)
     fields = {name: value for name, value in asdict(model.config).items() if name != "gated" or value}
+    fields["fan_ins"] = fields.pop("kernel_sizes")
     try:
         metadata = {
             "format": FORMAT,
@@ -141,6 +145,10 @@ def _checkpoint(file: BinaryIO) -> Checkpoint:
     vocab = _vocabulary(metadata["vocabulary"], config.vocab_size)
     notes = _object("notes", metadata["notes"])
     tensors = _tensors(file, head, header)
+    tensors = {
+        "layers." + name.removeprefix(_OLD_PREFIX) if name.startswith(_OLD_PREFIX) else name: tensor
+        for name, tensor in tensors.items()
+    }
     quantiles = tensors.pop("quantiles", None)
     _check_quantiles(quantiles)
     return Checkpoint(_model(config, norms, tensors), vocab, notes, quantiles)
@@ -182,10 +190,12 @@ def _object(key: str, text: str) -> dict[str, Any]:
 
 
 def _config(text: str) -> tuple[WaveNetConfig, list[tuple[float, float]]]:
-    """The config, and eps and momentum of every level's batch norm."""
+    """The config, and eps and momentum of every layer's batch norm."""
     fields = _object("config", text)
     norms = fields.pop("norms", None)
     fields.setdefault("gated", False)
+    if "fan_ins" in fields:
+        fields["kernel_sizes"] = fields.pop("fan_ins")
     for name in ("batch_norm", "bias", "gated"):
         if not isinstance(fields.get(name), bool):
             raise CheckpointError(f"{name} in its config is {fields.get(name)!r:.40}, not true or false; {_SAVE_AGAIN}")
@@ -193,11 +203,11 @@ def _config(text: str) -> tuple[WaveNetConfig, list[tuple[float, float]]]:
         config = WaveNetConfig(**fields)
     except TypeError as error:
         raise CheckpointError(f"its config has other fields than this library's ({error}); {_SAVE_AGAIN}") from error
-    levels = len(config.fan_ins) if config.batch_norm else 0
-    fit = isinstance(norms, list) and len(norms) == levels
+    layers = len(config.kernel_sizes) if config.batch_norm else 0
+    fit = isinstance(norms, list) and len(norms) == layers
     if not fit or not all(isinstance(norm, list) and len(norm) == 2 and all(map(_finite, norm)) for norm in norms):
         raise CheckpointError(
-            f"norms in its config are {norms!r:.80}; {levels} levels with batch norm have an eps and a momentum each; "
+            f"norms in its config are {norms!r:.80}; {layers} layers with batch norm have an eps and a momentum each; "
             f"{_SAVE_AGAIN}"
         )
     return config, [(eps, momentum) for eps, momentum in norms]
@@ -282,7 +292,7 @@ def _model(config: WaveNetConfig, norms: list[tuple[float, float]], tensors: dic
                 "take a checkpoint from before the training broke down"
             )
     model = model.to_empty(device="cpu").eval()
-    model.load_state_dict(tensors)  # copies, so that a level's weights keep the layout that `Level` gives them
-    for level, (eps, momentum) in zip(model.levels, norms):
-        level.norm.eps, level.norm.momentum = eps, momentum
+    model.load_state_dict(tensors)  # copies, so that a layer's weights keep the layout that `Layer` gives them
+    for layer, (eps, momentum) in zip(model.layers, norms):
+        layer.norm.eps, layer.norm.momentum = eps, momentum
     return model

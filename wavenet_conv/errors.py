@@ -9,7 +9,7 @@ class WaveNetConvError(Exception):
 
 
 class ConfigError(WaveNetConvError, ValueError):
-    """A model that cannot be built: a fan-in of 0, widths that do not match the levels."""
+    """A model that cannot be built: a kernel size of 0, widths that do not match the layers."""
 
 
 class NamesError(WaveNetConvError, ValueError):

@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
     add = command.add_argument
     add("file", metavar="FILE", help="one name a line, UTF-8")
     add("--preset", choices=list(PRESETS), default="fast", help="model and recipe to start from (fast)")
-    add("--optimiser", choices=("adamw", "sgd"), help="in place of the preset's")
+    add("--optimizer", choices=("adamw", "sgd"), help="in place of the preset's")
     add("--batch", type=int, metavar="N", help="names a step, in place of the preset's")
     add("--steps", type=int, default=1000, metavar="N", help="learning rates to try (1000)")
     add("--seed", type=int, metavar="N", help="in place of the preset's")
@@ -89,7 +89,7 @@ def try_rates(trainer: Trainer) -> Iterator[tuple[float, float]]:
     lowest = inf
     for part in rates(trainer.recipe.steps).split(-(-trainer.recipe.steps // ROWS)):
         for rate in part.tolist():
-            for group in trainer.optimiser.param_groups:
+            for group in trainer.optimizer.param_groups:
                 group["lr"] = rate
             trainer.advance()
         loss = float(torch.stack(trainer.losses[-len(part) :]).mean())
@@ -101,7 +101,7 @@ def try_rates(trainer: Trainer) -> Iterator[tuple[float, float]]:
 
 def _trainer(options: Namespace, names: list[str]) -> Trainer:
     shape, recipe = PRESETS[options.preset]
-    given = {name: getattr(options, name) for name in ("optimiser", "batch", "seed", "steps")}
+    given = {name: getattr(options, name) for name in ("optimizer", "batch", "seed", "steps")}
     changes = {name: value for name, value in given.items() if value is not None}
     try:
         recipe = replace(recipe, schedule="constant", average=0.0, patience=0, **changes)
@@ -121,7 +121,7 @@ def _say(options: Namespace, trainer: Trainer, rows: list[tuple[float, float]], 
             "rates": [rate for rate, _ in rows],
             "losses": [loss if isfinite(loss) else None for _, loss in rows],
             "steps_taken": trainer.step,
-            **{name: getattr(recipe, name) for name in ("steps", "optimiser", "batch", "seed")},
+            **{name: getattr(recipe, name) for name in ("steps", "optimizer", "batch", "seed")},
             "preset": options.preset,
         }
         print(json.dumps(results))

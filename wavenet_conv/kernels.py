@@ -1,9 +1,9 @@
-"""The last level for many windows at once, as one Triton kernel in IEEE float32 and as the PyTorch that defines it.
+"""The last layer for many windows at once, as one Triton kernel in IEEE float32 and as the PyTorch that defines it.
 
 A window's last node is a gather of what its children contribute, a sum and a tanh; then come the head, a log-softmax
 and the one entry that is wanted (README: Nodes shared across names). The kernel writes no node and no logit to memory.
-A window reads `fan_in * channels * 4` bytes of contributions and takes `channels * vocab * 2` operations, which is
-`vocab / (2 * fan_in)` operations a byte. For an alphabet that is few, so the limit that it is near is the gather's.
+A window reads `kernel_size * channels * 4` bytes of contributions and takes `channels * vocab * 2` operations, which is
+`vocab / (2 * kernel_size)` operations a byte. For an alphabet that is few, so the limit that it is near is the gather's.
 
 Knows nothing of names or of models. Can be imported without Triton.
 """
@@ -34,18 +34,18 @@ class KernelError(WaveNetConvError, RuntimeError):
     """The kernel was asked for where it cannot run."""
 
 
-def last_level_ref(contributions: Tensor, children: Tensor, targets: Tensor, head: Tensor, head_bias: Tensor) -> Tensor:
+def last_layer_ref(contributions: Tensor, children: Tensor, targets: Tensor, head: Tensor, head_bias: Tensor) -> Tensor:
     """Log-probability, in nats, of each window's target: the definition, in plain PyTorch, for any device and dtype.
 
-    contributions: `(fan_in, kinds, channels)`, what each node below contributes at each tap, or a list of `fan_in`
-    tensors `(kinds, channels)`; children: int64 `(n, fan_in)`, below `kinds`; targets: int64 `(n,)`, below `vocab`;
+    contributions: `(kernel_size, kinds, channels)`, what each node below contributes at each tap, or a list of `kernel_size`
+    tensors `(kinds, channels)`; children: int64 `(n, kernel_size)`, below `kinds`; targets: int64 `(n,)`, below `vocab`;
     head: `(channels, vocab)`; head_bias: `(vocab,)`. Returns `(n,)`.
     """
     nodes = torch.tanh(sum(tap[child] for tap, child in zip(contributions, children.unbind(1))))
     return (nodes @ head + head_bias).log_softmax(1).gather(1, targets[:, None])[:, 0]
 
 
-def last_level(
+def last_layer(
     contributions: Tensor,
     children: Tensor,
     targets: Tensor,
@@ -53,9 +53,9 @@ def last_level(
     head_bias: Tensor,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`last_level_ref` as one kernel, in float32 and without gradients.
+    """`last_layer_ref` as one kernel, in float32 and without gradients.
 
-    contributions: float32 `(fan_in, kinds, channels)`, one tensor; children: int64 `(n, fan_in)`; targets: int64
+    contributions: float32 `(kernel_size, kinds, channels)`, one tensor; children: int64 `(n, kernel_size)`; targets: int64
     `(n,)`; head: float32 `(channels, vocab)`; head_bias: float32 `(vocab,)`; all contiguous, on one device. Returns
     float32 `(n,)`, in `out` where that is given. Numbers in children and targets must be in range and are not
     checked, as the check would wait for the device: a child out of range reads other memory.
@@ -69,26 +69,26 @@ def last_level(
     if out is None:
         out = contributions.new_empty(len(children))
     _check(contributions, children, targets, head, head_bias, out)
-    fan_in, kinds, channels = contributions.shape
-    n, blocks = len(children), _blocks(fan_in, channels, len(head_bias))
+    kernel_size, kinds, channels = contributions.shape
+    n, blocks = len(children), _blocks(kernel_size, channels, len(head_bias))
     if n:
         with torch.cuda.device_of(contributions):
             grid = (triton.cdiv(n, blocks["ROWS"]),)
-            _last_level[grid](contributions, children, targets, head, head_bias, out, n, kinds, **blocks)
+            _last_layer[grid](contributions, children, targets, head, head_bias, out, n, kinds, **blocks)
     return out
 
 
 def usable(device: torch.device | str, dtype: torch.dtype, vocab: int = 1) -> bool:
-    """Whether `last_level` runs on this device with weights of this dtype and this many tokens."""
+    """Whether `last_layer` runs on this device with weights of this dtype and this many tokens."""
     return not why_not(device, dtype, vocab)
 
 
 def why_not(device: torch.device | str, dtype: torch.dtype, vocab: int = 1) -> str:
-    """What keeps `last_level` from running there, and the mend; empty where it runs."""
+    """What keeps `last_layer` from running there, and the mend; empty where it runs."""
     kind = torch.device(device).type
     if not AVAILABLE:
         return "Triton cannot be imported; run `pip install triton`"
-    compiled, in_triton = isinstance(_last_level, triton.JITFunction), isinstance(tl.sum, triton.JITFunction)
+    compiled, in_triton = isinstance(_last_layer, triton.JITFunction), isinstance(tl.sum, triton.JITFunction)
     if compiled != in_triton:
         return "TRITON_INTERPRET changed after Triton was imported; set it before Python starts"
     if not compiled and kind != "cpu":
@@ -106,22 +106,22 @@ def why_not(device: torch.device | str, dtype: torch.dtype, vocab: int = 1) -> s
 def warn_once_without_triton() -> None:
     """Says, once a process, that the plain path runs because Triton is missing; says nothing where it is there."""
     if not AVAILABLE:
-        message = "Triton cannot be imported, so the last level runs as plain PyTorch, which is slower on a GPU; "
+        message = "Triton cannot be imported, so the last layer runs as plain PyTorch, which is slower on a GPU; "
         warnings.warn(message + "run `pip install triton`", RuntimeWarning, stacklevel=2)
 
 
-def _blocks(fan_in: int, channels: int, vocab: int) -> dict[str, int | bool]:
+def _blocks(kernel_size: int, channels: int, vocab: int) -> dict[str, int | bool]:
     """The kernel's constants: of the weights' shapes only, and within the shared memory of every GPU since Turing."""
     columns = max(16, triton.next_power_of_2(vocab))
     return {
-        "FAN_IN": fan_in,
+        "KERNEL_SIZE": kernel_size,
         "CHANNELS": channels,
         "VOCAB": vocab,
         "ROWS": max(16, min(64, 8192 // columns)),
         "CHANNEL_BLOCK": 32 if channels > 16 and columns <= 256 else 16,
         "COLUMNS": columns,
         "num_warps": 4 if columns <= 256 else 8,
-        "num_stages": 3 if columns <= 64 and fan_in <= 3 else 1,
+        "num_stages": 3 if columns <= 64 and kernel_size <= 3 else 1,
         "enable_fp_fusion": True,
     }
 
@@ -135,20 +135,20 @@ def _check(
     if not reason and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in weights):
         reason = "the kernel has no gradient; call it under torch.no_grad()"
     if reason:
-        raise KernelError(f"last_level cannot run: {reason}")
+        raise KernelError(f"last_layer cannot run: {reason}")
     shapes = [tuple(tensor.shape) for tensor in (contributions, children, targets, head, head_bias, out)]
-    fan_in, channels = (shapes[0][0], shapes[0][2]) if len(shapes[0]) == 3 else (0, 0)
+    kernel_size, channels = (shapes[0][0], shapes[0][2]) if len(shapes[0]) == 3 else (0, 0)
     n, vocab = len(children), len(head_bias)
-    if shapes[1:] != [(n, fan_in), (n,), (channels, vocab), (vocab,), (n,)] or not fan_in * channels * vocab:
+    if shapes[1:] != [(n, kernel_size), (n,), (channels, vocab), (vocab,), (n,)] or not kernel_size * channels * vocab:
         raise ShapeError(
-            "last_level takes (fan_in, kinds, channels), (n, fan_in), (n,), (channels, vocab), (vocab,), out (n,); "
+            "last_layer takes (kernel_size, kinds, channels), (n, kernel_size), (n,), (channels, vocab), (vocab,), out (n,); "
             f"these are {', '.join(map(str, shapes))}"
         )
     if any(tensor.dtype != torch.int64 for tensor in numbers):
         raise ShapeError(f"children and targets must be int64, not {children.dtype} and {targets.dtype}")
     for tensor in [*weights, *numbers, out]:
         if tensor.device != contributions.device or not tensor.is_contiguous():
-            raise ShapeError("last_level takes contiguous tensors on one device; use .contiguous() and .to(device)")
+            raise ShapeError("last_layer takes contiguous tensors on one device; use .contiguous() and .to(device)")
 
 
 @jit()
@@ -163,7 +163,7 @@ def _tanh(x):
 
 # What differs between calls of one model is not specialised on, so that all of them run the same machine code.
 @jit(do_not_specialize=["children", "targets", "out", "n", "kinds"])
-def _last_level(
+def _last_layer(
     contributions,
     children,
     targets,
@@ -172,7 +172,7 @@ def _last_level(
     out,
     n,
     kinds,
-    FAN_IN: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
     VOCAB: tl.constexpr,
     ROWS: tl.constexpr,
@@ -187,8 +187,8 @@ def _last_level(
     for start in range(0, CHANNELS, CHANNEL_BLOCK):
         channel = start + tl.arange(0, CHANNEL_BLOCK)
         nodes = tl.zeros((ROWS, CHANNEL_BLOCK), tl.float32)
-        for tap in tl.static_range(FAN_IN):
-            child = tl.load(children + row * FAN_IN + tap, mask=real, other=0) + kinds.to(tl.int64) * tap
+        for tap in tl.static_range(KERNEL_SIZE):
+            child = tl.load(children + row * KERNEL_SIZE + tap, mask=real, other=0) + kinds.to(tl.int64) * tap
             there = real[:, None] & (channel < CHANNELS)[None, :]
             nodes += tl.load(contributions + child[:, None] * CHANNELS + channel[None, :], mask=there, other=0.0)
         there = (channel < CHANNELS)[:, None] & (column < VOCAB)[None, :]

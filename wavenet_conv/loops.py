@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-AHEAD = 8  # steps for which a level with a dilation of as many computes at once what its older children contribute
+AHEAD = 8  # steps for which a layer with a dilation of as many computes at once what its older children contribute
 TAYLOR = tuple(1 / math.factorial(k) for k in range(8, 0, -1))  # of exp(z) - 1
-# Columns of `Arrays.levels`: a level's shape, where its matrices begin in `weights` (GATE: -1 where there is none), in
+# Columns of `Arrays.layers`: a layer's shape, where its matrices begin in `weights` (GATE: -1 where there is none), in
 # which row its part of `children` begins, and in which its part of `early` does for the stream's first row.
-FAN_IN, DILATION, INPUTS, CHANNELS, MATRIX, GATE, GATE_OUTPUTS, CHILDREN, EARLY = range(9)
+KERNEL_SIZE, DILATION, INPUTS, CHANNELS, MATRIX, GATE, GATE_OUTPUTS, CHILDREN, EARLY = range(9)
 
 
 def compiled(function: Callable) -> Callable:
@@ -33,13 +33,13 @@ class Arrays(NamedTuple):
     """What a stream reads and writes, as NumPy's views of its tensors.
 
     clocks, keys: int64 `(batch,)`. phases: int64 `(batch,)`, steps since `early` was computed, 0 for not yet. bottom:
-    int64, the first level's children, which are nodes of the table; children: those of the levels above, which lie as
-    `_Level` says. table: `(fan_in * kinds, channels)`; values: `(kinds, 2 * n_embd)`, or `(kinds, 0)` without gates.
-    weights: of each level its taps' matrices, `(channels, inputs)` each, and the bias, then of each gate likewise;
-    levels: int64, a row for each. early: what older children contribute in AHEAD steps, and the bias. hidden: a matrix
+    int64, the first layer's children, which are nodes of the table; children: those of the layers above, which lie as
+    `_Layer` says. table: `(kernel_size * kinds, channels)`; values: `(kinds, 2 * n_embd)`, or `(kinds, 0)` without gates.
+    weights: of each layer its taps' matrices, `(channels, inputs)` each, and the bias, then of each gate likewise;
+    layers: int64, a row for each. early: what older children contribute in AHEAD steps, and the bias. hidden: a matrix
     whose last row is the bias, empty without gates. head: `(columns, inputs)`, head_bias: `(columns,)`, -inf behind the
     vocabulary. logits: `(batch, columns)`. scratch: room. The rows of `children`, `early` and `scratch` are as long as
-    the widest level needs.
+    the widest layer needs.
     """
 
     vocab_size: int
@@ -51,7 +51,7 @@ class Arrays(NamedTuple):
     table: np.ndarray
     values: np.ndarray
     weights: np.ndarray
-    levels: np.ndarray
+    layers: np.ndarray
     early: np.ndarray
     hidden: np.ndarray
     head: np.ndarray
@@ -90,7 +90,7 @@ def tanh(x):
 
 @compiled
 def place(row, clock, size, batch):
-    """Where among a level's children a row's own of one step is; that of before the first step is the last."""
+    """Where among a layer's children a row's own of one step is; that of before the first step is the last."""
     return row * size + clock % size if clock >= 0 else batch * size
 
 
@@ -101,16 +101,16 @@ def matrix_at(weights, start, rows, columns):
 
 
 @compiled
-def sum_of_older(row, clock, level, weights, children, batch, out):
-    """A level's bias and what its older children contribute: at `clock` and as many steps later as `out` has rows."""
-    older, inputs, channels, start = level[FAN_IN] - 1, level[INPUTS], level[CHANNELS], level[MATRIX]
-    size, first = older * level[DILATION] + 1, level[CHILDREN]
-    bias = start + level[FAN_IN] * channels * inputs
+def sum_of_older(row, clock, layer, weights, children, batch, out):
+    """A layer's bias and what its older children contribute: at `clock` and as many steps later as `out` has rows."""
+    older, inputs, channels, start = layer[KERNEL_SIZE] - 1, layer[INPUTS], layer[CHANNELS], layer[MATRIX]
+    size, first = older * layer[DILATION] + 1, layer[CHILDREN]
+    bias = start + layer[KERNEL_SIZE] * channels * inputs
     for step in range(len(out)):
         out[step, :channels] = weights[bias : bias + channels]
     for tap in range(older):
         matrix = matrix_at(weights, start + tap * channels * inputs, channels, inputs)
-        then = clock - (older - tap) * level[DILATION]
+        then = clock - (older - tap) * layer[DILATION]
         for step in range(len(out)):
             add_product(matrix, children[first + place(row, then + step, size, batch)], out[step])
 
@@ -118,7 +118,7 @@ def sum_of_older(row, clock, level, weights, children, batch, out):
 @compiled
 def read(row, token, arrays):
     """One row reads one token, and the logits of the next are left in its row of `logits`."""
-    weights, levels, children, early = arrays.weights, arrays.levels, arrays.children, arrays.early
+    weights, layers, children, early = arrays.weights, arrays.layers, arrays.children, arrays.early
     batch, (kinds, width) = len(arrays.keys), arrays.values.shape
     clock, phase = arrays.clocks[row], arrays.phases[row]
     arrays.clocks[row], arrays.phases[row] = clock + 1, (phase + 1) % AHEAD
@@ -126,9 +126,9 @@ def read(row, token, arrays):
     arrays.keys[row] = key
     x, total, value = arrays.scratch[0], arrays.scratch[1], arrays.scratch[2]
     value[:width] = arrays.values[key]
-    for index in range(len(levels)):
-        level = levels[index]
-        older, inputs, channels, dilation = level[FAN_IN] - 1, level[INPUTS], level[CHANNELS], level[DILATION]
+    for index in range(len(layers)):
+        layer = layers[index]
+        older, inputs, channels, dilation = layer[KERNEL_SIZE] - 1, layer[INPUTS], layer[CHANNELS], layer[DILATION]
         now = place(row, clock, older * dilation + 1, batch)
         if index == 0:
             arrays.bottom[now] = key
@@ -137,24 +137,24 @@ def read(row, token, arrays):
                 then = place(row, clock - (older - tap) * dilation, older * dilation + 1, batch)
                 total[:channels] += arrays.table[tap * kinds + arrays.bottom[then]]
         else:
-            children[level[CHILDREN] + now, :inputs] = x[:inputs]
+            children[layer[CHILDREN] + now, :inputs] = x[:inputs]
             if dilation < AHEAD:
-                sum_of_older(row, clock, level, weights, children, batch, arrays.scratch[1:2])
+                sum_of_older(row, clock, layer, weights, children, batch, arrays.scratch[1:2])
             else:
-                first = level[EARLY] + row * AHEAD
+                first = layer[EARLY] + row * AHEAD
                 if phase == 0:
-                    sum_of_older(row, clock, level, weights, children, batch, early[first : first + AHEAD])
+                    sum_of_older(row, clock, layer, weights, children, batch, early[first : first + AHEAD])
                 total[:channels] = early[first + phase, :channels]
-            add_product(matrix_at(weights, level[MATRIX] + older * channels * inputs, channels, inputs), x, total)
+            add_product(matrix_at(weights, layer[MATRIX] + older * channels * inputs, channels, inputs), x, total)
         tanh(total[:channels])
-        if level[GATE] < 0:
+        if layer[GATE] < 0:
             x[:channels] = total[:channels]
         else:
-            outputs, half = level[GATE_OUTPUTS], channels // 2
+            outputs, half = layer[GATE_OUTPUTS], channels // 2
             total[:half] *= total[half:channels] + 1
-            bias = level[GATE] + outputs * half
+            bias = layer[GATE] + outputs * half
             x[:outputs] = value[width - outputs : width] + weights[bias : bias + outputs]
-            add_product(matrix_at(weights, level[GATE], outputs, half), total, x)
+            add_product(matrix_at(weights, layer[GATE], outputs, half), total, x)
             value[:outputs] = x[:outputs]
     if len(arrays.hidden):
         inputs = len(arrays.hidden) - 1

@@ -32,7 +32,7 @@ class _LevelSource:
 
     place: int
     linear: Any
-    fan_in: int
+    kernel_size: int
     norm: Any = None
     tanh: bool = False
 
@@ -61,9 +61,9 @@ def from_tree(tree: Any) -> ConvWaveNet:
 
     `tree` is the lecture's `Sequential` (or a list of its layers) or a `torch.nn.Sequential`: an `Embedding`, then per
     level `FlattenConsecutive` or `Flatten`, `Linear`, `BatchNorm1d` (or none in any level), `Tanh`, then a `Linear`.
-    A level without a flatten has fan-in 1, a head without a bias gets one of zeros. A gated tree is an `Embedding`,
-    `GatedBlock`s (attributes `n`, the fan-in, and the linear layers `linear`, `skip` and `residual`, None in the last),
-    then `ReLU`, `Linear`, `ReLU`, `Linear`; `GatedLevel` says what it computes. Weights are copied: training one model
+    A level without a flatten has kernel size 1, a head without a bias gets one of zeros. A gated tree is an `Embedding`,
+    `GatedBlock`s (attributes `n`, the kernel size, and the linear layers `linear`, `skip` and `residual`, None in the last),
+    then `ReLU`, `Linear`, `ReLU`, `Linear`; `GatedLayer` says what it computes. Weights are copied: training one model
     never changes the other. In training mode the slid model normalises as the lecture does, by the unbiased variance,
     where torch's own batch norm takes the biased one.
     Raises `MappingError` naming the layer for anything else, and for batch-norm statistics kept per position, which
@@ -81,7 +81,7 @@ def from_tree(tree: Any) -> ConvWaveNet:
         vocab_size=table.shape[0],
         n_embd=table.shape[1],
         n_hidden=tuple(widths),
-        fan_ins=tuple(level.fan_in for level in levels),
+        kernel_sizes=tuple(level.kernel_size for level in levels),
         batch_norm=_all_or_none(levels, lambda level: level.norm is not None, "batch norm"),
         bias=_all_or_none(levels, lambda level: _bias(level.linear) is not None, "a bias"),
     )
@@ -89,7 +89,7 @@ def from_tree(tree: Any) -> ConvWaveNet:
     conv = blank(config, table)
     with torch.no_grad():
         conv.embedding.weight.copy_(table)
-        for level, source in zip(conv.levels, levels):
+        for level, source in zip(conv.layers, levels):
             _copy_linear(level.conv, source.linear)
             if config.batch_norm:
                 _copy_batch_norm(level.norm, source.norm, source.place + 1)
@@ -123,13 +123,13 @@ def _from_gated(layers: list[Any]) -> ConvWaveNet:
         vocab_size=len(table),
         n_embd=channels,
         n_hidden=tuple(gates),
-        fan_ins=tuple(block.n for block in blocks),
+        kernel_sizes=tuple(block.n for block in blocks),
         gated=True,
     )
     conv = blank(config, table)
     with torch.no_grad():
         conv.embedding.weight.copy_(table)
-        for level, block in zip(conv.levels, blocks):
+        for level, block in zip(conv.layers, blocks):
             _copy_linear(level.conv, block.linear)
             _copy_linear(level.skip, block.skip)
             if level.residual is not None:
@@ -157,7 +157,7 @@ def fold_batch_norm(conv: ConvWaveNet) -> ConvWaveNet:
         folded.head.load_state_dict(conv.head.state_dict())
         if conv.hidden is not None:
             folded.hidden.load_state_dict(conv.hidden.state_dict())
-        for target, source in zip(folded.levels, conv.levels):
+        for target, source in zip(folded.layers, conv.layers):
             if source.norm is None:
                 target.load_state_dict(source.state_dict())
                 continue
@@ -207,10 +207,10 @@ def _parse(layers: list[Any]) -> tuple[Any, list[_LevelSource], Any]:
         elif kind == "Linear" and open_level is None:
             rows = _matrix(layer).shape[0]
             # Flatten() does not say how many nodes it fuses; the Linear after it does.
-            fan_in = 1 if flatten is None else getattr(flatten, "n", rows // channels)
-            if rows != fan_in * channels:
-                raise _refusal(place, layer, f"takes {rows} inputs, but {fan_in} nodes of {channels} channels come in")
-            levels.append(_LevelSource(place, layer, fan_in))
+            kernel_size = 1 if flatten is None else getattr(flatten, "n", rows // channels)
+            if rows != kernel_size * channels:
+                raise _refusal(place, layer, f"takes {rows} inputs, but {kernel_size} nodes of {channels} channels come in")
+            levels.append(_LevelSource(place, layer, kernel_size))
             channels, flatten = _matrix(layer).shape[1], None
         elif kind == "BatchNorm1d" and open_level is not None and open_level.norm is None:
             open_level.norm = layer
@@ -220,11 +220,11 @@ def _parse(layers: list[Any]) -> tuple[Any, list[_LevelSource], Any]:
             raise _refusal(place, layer, f"does not belong after {type(layers[place - 1]).__name__}; {_ORDER}")
         else:
             raise _refusal(place, layer, f"is not a layer that the mapping knows ({', '.join(KNOWN)})")
-    if len(levels) < 2 or levels[-1].tanh or levels[-1].norm is not None or levels[-1].fan_in != 1:
+    if len(levels) < 2 or levels[-1].tanh or levels[-1].norm is not None or levels[-1].kernel_size != 1:
         raise MappingError(f"the tree's end is not a head after at least one level; {_ORDER}")
     for level, above in zip(levels[:-1], levels[1:]):
         of_torch = isinstance(level.norm, nn.Module) and type(level.norm).forward is nn.BatchNorm1d.forward
-        if of_torch and prod(other.fan_in for other in levels[levels.index(above) :]) > 1:
+        if of_torch and prod(other.kernel_size for other in levels[levels.index(above) :]) > 1:
             complaint = "normalises axis 1, which here is the position; use a batch norm over the last axis"
             raise _refusal(level.place + 1, level.norm, complaint)
     return layers[0], levels[:-1], levels[-1].linear
@@ -244,7 +244,7 @@ def _checked_gate(place: int, block: Any, channels: int, last: bool) -> int:
         if name == "residual" and part is None and last:
             continue
         if not there:
-            asked = "a whole number, its fan-in" if name == "n" else "a linear layer with a weight tensor"
+            asked = "a whole number, its kernel size" if name == "n" else "a linear layer with a weight tensor"
             raise _refusal(place, block, f"has no {name} that is {asked}; only the last block's residual is None")
     if last and block.residual is not None:
         raise _refusal(place, block, "is the last block and has a residual, which nobody reads; set it to None")
@@ -270,7 +270,7 @@ def _refusal(place: int, layer: Any, complaint: str) -> MappingError:
 
 
 def _matrix(linear: Any) -> Tensor:
-    """A Linear's weight as (fan_in, fan_out), which is the lecture's way round and not torch's."""
+    """A Linear's weight as (kernel_size, fan_out), which is the lecture's way round and not torch's."""
     return linear.weight.detach().t() if isinstance(linear, nn.Linear) else linear.weight.detach()
 
 

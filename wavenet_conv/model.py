@@ -25,10 +25,10 @@ from .vocabulary import check_tokens
 class WaveNetConfig:
     """The shape of a model; the defaults are the lecture's last network (76,579 parameters).
 
-    vocab_size: tokens, `.` included. n_embd: width of the embedding. n_hidden: width of every level, or one width a
-    level. fan_ins: how many consecutive nodes each level fuses, lowest first. batch_norm: after every level's linear
-    map (default: unless gated). bias: on every level's linear map (default: where there is no batch norm, which has a
-    shift of its own). gated: levels are the WaveNet paper's blocks (`GatedLevel`), n_embd wide outside and n_hidden
+    vocab_size: tokens, `.` included. n_embd: width of the embedding. n_hidden: width of every layer, or one width a
+    layer. kernel_sizes: how many consecutive nodes each layer fuses, lowest first. batch_norm: after every layer's linear
+    map (default: unless gated). bias: on every layer's linear map (default: where there is no batch norm, which has a
+    shift of its own). gated: layers are the WaveNet paper's blocks (`GatedLayer`), n_embd wide outside and n_hidden
     inside the gate, with biases everywhere and no batch norm.
     Raises `ConfigError` naming the field that is wrong.
     """
@@ -36,41 +36,41 @@ class WaveNetConfig:
     vocab_size: int = 27
     n_embd: int = 24
     n_hidden: int | tuple[int, ...] = 128
-    fan_ins: tuple[int, ...] = (2, 2, 2)
+    kernel_sizes: tuple[int, ...] = (2, 2, 2)
     batch_norm: bool | None = None
     bias: bool | None = None
     gated: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.fan_ins, Sequence) or not self.fan_ins:
-            raise ConfigError(f"fan_ins is {self.fan_ins!r}; a model needs at least one level, such as (2, 2, 2)")
-        widths = self.n_hidden if isinstance(self.n_hidden, Sequence) else (self.n_hidden,) * len(self.fan_ins)
-        if len(widths) != len(self.fan_ins):
-            raise ConfigError(f"n_hidden has {len(widths)} widths for {len(self.fan_ins)} levels; give one a level")
+        if not isinstance(self.kernel_sizes, Sequence) or not self.kernel_sizes:
+            raise ConfigError(f"kernel_sizes is {self.kernel_sizes!r}; a model needs at least one layer, such as (2, 2, 2)")
+        widths = self.n_hidden if isinstance(self.n_hidden, Sequence) else (self.n_hidden,) * len(self.kernel_sizes)
+        if len(widths) != len(self.kernel_sizes):
+            raise ConfigError(f"n_hidden has {len(widths)} widths for {len(self.kernel_sizes)} layers; give one a layer")
         sizes = {"vocab_size": self.vocab_size, "n_embd": self.n_embd}
-        sizes |= {f"fan_ins[{i}]": fan_in for i, fan_in in enumerate(self.fan_ins)}
+        sizes |= {f"kernel_sizes[{i}]": kernel_size for i, kernel_size in enumerate(self.kernel_sizes)}
         sizes |= {f"n_hidden[{i}]": width for i, width in enumerate(widths)}
         for name, size in sizes.items():
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ConfigError(f"{name} is {size!r}; it must be an integer of at least 1")
         if self.gated and self.batch_norm:
-            raise ConfigError("batch_norm is True and gated too; a gated level has no batch norm, leave batch_norm out")
+            raise ConfigError("batch_norm is True and gated too; a gated layer has no batch norm, leave batch_norm out")
         if self.gated and self.bias is False:
-            raise ConfigError("bias is False and gated is True; a gated level has biases everywhere, leave bias out")
+            raise ConfigError("bias is False and gated is True; a gated layer has biases everywhere, leave bias out")
         object.__setattr__(self, "batch_norm", not self.gated if self.batch_norm is None else self.batch_norm)
-        object.__setattr__(self, "fan_ins", tuple(self.fan_ins))
+        object.__setattr__(self, "kernel_sizes", tuple(self.kernel_sizes))
         object.__setattr__(self, "n_hidden", tuple(widths))
         object.__setattr__(self, "bias", not self.batch_norm if self.bias is None else self.bias)
 
     @property
     def context(self) -> int:
         """Tokens that one prediction sees."""
-        return prod(self.fan_ins)
+        return prod(self.kernel_sizes)
 
     @property
     def dilations(self) -> tuple[int, ...]:
-        """Per level, the tokens between two taps: the product of the fan-ins below it."""
-        return tuple(prod(self.fan_ins[:level]) for level in range(len(self.fan_ins)))
+        """Per layer, the tokens between two taps: the product of the kernel sizes below it."""
+        return tuple(prod(self.kernel_sizes[:layer]) for layer in range(len(self.kernel_sizes)))
 
 
 class BatchNorm(nn.Module):
@@ -118,17 +118,17 @@ class BatchNorm(nn.Module):
         return all_reduce(part)
 
 
-class Level(nn.Module):
-    """One fusion: `fan_in` nodes, `dilation` apart, through a linear map, batch norm and tanh to one node."""
+class Layer(nn.Module):
+    """One fusion: `kernel_size` nodes, `dilation` apart, through a linear map, batch norm and tanh to one node."""
 
-    def __init__(self, c_in: int, c_out: int, fan_in: int, dilation: int, batch_norm: bool, bias: bool, **factory: Any):
+    def __init__(self, c_in: int, c_out: int, kernel_size: int, dilation: int, batch_norm: bool, bias: bool, **factory: Any):
         super().__init__()
-        self.conv = _tree_conv(c_in, c_out, fan_in, dilation, bias, **factory)
+        self.conv = _tree_conv(c_in, c_out, kernel_size, dilation, bias, **factory)
         self.register_module("norm", BatchNorm(c_out, **factory) if batch_norm else None)
-        self.fan_in, self.dilation = fan_in, dilation
+        self.kernel_size, self.dilation = kernel_size, dilation
 
     def forward(self, x: Tensor, uses: Tensor | None = None) -> Tensor:
-        """The definition: x `(batch, c_in, time)` to `(batch, c_out, time - (fan_in - 1) * dilation)`."""
+        """The definition: x `(batch, c_in, time)` to `(batch, c_out, time - (kernel_size - 1) * dilation)`."""
         h = self.conv(x)
         return torch.tanh(h if self.norm is None else self.norm(h, uses))
 
@@ -138,42 +138,42 @@ class Level(nn.Module):
         return self.conv.weight.permute(2, 1, 0).unbind(), bias, self.norm, self.dilation
 
     def convs(self) -> list[nn.Conv1d]:
-        """The level's convolutions, in the order in which their weights are drawn."""
+        """The layer's convolutions, in the order in which their weights are drawn."""
         return [self.conv]
 
 
-class GatedLevel(nn.Module):
-    """The WaveNet paper's block as a level: a gated activation unit with a residual and a skip connection.
+class GatedLayer(nn.Module):
+    """The WaveNet paper's block as a layer: a gated activation unit with a residual and a skip connection.
 
     A node (l, p) carries two values, both n_embd wide: h, which its parents read, and s, the skip sum so far. With f
     and g the first and the second half of what `conv` makes of its children's h, and r its rightmost child, the one at
-    `p + (fan_in - 1) * dilation`:
+    `p + (kernel_size - 1) * dilation`:
 
         z = tanh(f) * sigmoid(g)    h = residual(z) + h(r)    s = skip(z) + s(r)
 
     A token's h is its embedding and its s is 0. Adding up the skips along rightmost children, the s of an output counts
-    one node of each level: the right spine of its tree, the nodes that cover the last `span` tokens of its window. All
+    one node of each layer: the right spine of its tree, the nodes that cover the last `span` tokens of its window. All
     of them are nodes of the tree anyway, and both values depend on the tokens that the node covers and on nothing else,
-    so they slide, and are shared, as every other value is. The last level has no `residual`: nobody would read its h.
+    so they slide, and are shared, as every other value is. The last layer has no `residual`: nobody would read its h.
     Source: van den Oord et al. 2016, arXiv:1609.03499, sections 2.3 and 2.4.
     """
 
     norm = None
 
-    def __init__(self, channels: int, gate: int, fan_in: int, dilation: int, last: bool, **factory: Any):
+    def __init__(self, channels: int, gate: int, kernel_size: int, dilation: int, last: bool, **factory: Any):
         super().__init__()
-        self.conv = _tree_conv(channels, 2 * gate, fan_in, dilation, True, **factory)
+        self.conv = _tree_conv(channels, 2 * gate, kernel_size, dilation, True, **factory)
         self.register_module("residual", None if last else nn.Conv1d(gate, channels, 1, **factory))
         self.skip = nn.Conv1d(gate, channels, 1, **factory)
-        self.fan_in, self.dilation = fan_in, dilation
+        self.kernel_size, self.dilation = kernel_size, dilation
 
     def forward(self, h: Tensor, s: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The definition: h and s `(batch, channels, time)` to those `time - (fan_in - 1) * dilation` steps long.
+        """The definition: h and s `(batch, channels, time)` to those `time - (kernel_size - 1) * dilation` steps long.
 
-        The h of the last level is None.
+        The h of the last layer is None.
         """
         f, g = self.conv(h).chunk(2, 1)
-        z, reach = torch.tanh(f) * torch.sigmoid(g), (self.fan_in - 1) * self.dilation
+        z, reach = torch.tanh(f) * torch.sigmoid(g), (self.kernel_size - 1) * self.dilation
         h = None if self.residual is None else self.residual(z) + h[..., reach:]
         return h, self.skip(z) + s[..., reach:]
 
@@ -184,15 +184,15 @@ class GatedLevel(nn.Module):
         return self.conv.weight.permute(2, 1, 0).unbind(), bias, residual, _matrix(self.skip), self.dilation
 
     def convs(self) -> list[nn.Conv1d]:
-        """The level's convolutions, in the order in which their weights are drawn."""
+        """The layer's convolutions, in the order in which their weights are drawn."""
         return [self.conv, *([] if self.residual is None else [self.residual]), self.skip]
 
 
-def _tree_conv(c_in: int, c_out: int, fan_in: int, dilation: int, bias: bool, **factory: Any) -> nn.Conv1d:
-    """A Conv1d that is stored as the tree's `(fan_in * c_in, c_out)` matrix, so that no fast pass has to copy it."""
-    conv = nn.Conv1d(c_in, c_out, kernel_size=fan_in, dilation=dilation, bias=bias, **factory)
+def _tree_conv(c_in: int, c_out: int, kernel_size: int, dilation: int, bias: bool, **factory: Any) -> nn.Conv1d:
+    """A Conv1d that is stored as the tree's `(kernel_size * c_in, c_out)` matrix, so that no fast pass has to copy it."""
+    conv = nn.Conv1d(c_in, c_out, kernel_size=kernel_size, dilation=dilation, bias=bias, **factory)
     stored = rearrange(conv.weight.detach(), "o c j -> (j c) o").contiguous()
-    conv.weight = nn.Parameter(rearrange(stored, "(j c) o -> o c j", j=fan_in))
+    conv.weight = nn.Parameter(rearrange(stored, "(j c) o -> o c j", j=kernel_size))
     return conv
 
 
@@ -210,9 +210,9 @@ def slide(
     dilation: int,
     uses: Tensor | None = None,
 ) -> Tensor:
-    """A `Level` as matrix products over shifted views; its `forward` defines it.
+    """A `Layer` as matrix products over shifted views; its `forward` defines it.
 
-    x `(time * batch, c_in)`, nodes in time-major order, to `((time - (fan_in - 1) * dilation) * batch, c_out)`.
+    x `(time * batch, c_in)`, nodes in time-major order, to `((time - (kernel_size - 1) * dilation) * batch, c_out)`.
     Time-major, the nodes that tap j reads are x without its first `j * dilation` steps: one contiguous view, no copy.
     """
     h = _convolve(x, dilation * batch, taps, bias)
@@ -230,10 +230,10 @@ def slide_gated(
     skip: tuple[Tensor, Tensor],
     dilation: int,
 ) -> tuple[Tensor | None, Tensor]:
-    """A `GatedLevel` as matrix products over shifted views; its `forward` defines it.
+    """A `GatedLayer` as matrix products over shifted views; its `forward` defines it.
 
     x: h as `slide` takes it. skips: the outputs' skip sums so far, `(outputs * batch, n_embd)`, or None; changed in
-    place. The nodes on the outputs' right spines are a level's last ones, so no other node's skip is computed.
+    place. The nodes on the outputs' right spines are a layer's last ones, so no other node's skip is computed.
     """
     f, g = _convolve(x, dilation * batch, taps, bias).chunk(2, 1)
     z = torch.tanh(f) * torch.sigmoid(g)
@@ -245,7 +245,7 @@ def slide_gated(
 
 
 def _convolve(x: Tensor, step: int, taps: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
-    """A level's linear map: x `(time * batch, c_in)`, taps `step` rows apart."""
+    """A layer's linear map: x `(time * batch, c_in)`, taps `step` rows apart."""
     rows = x.size(0) - (len(taps) - 1) * step
     h = x[:rows] @ taps[0] if bias is None else torch.addmm(bias, x[:rows], taps[0])
     for tap in range(1, len(taps)):
@@ -267,18 +267,18 @@ class ConvWaveNet(nn.Module):
     ):
         super().__init__()
         if not isinstance(config, WaveNetConfig):
-            raise ConfigError(f"config is {config!r}; pass a WaveNetConfig, such as WaveNetConfig(fan_ins=(2, 2, 2))")
+            raise ConfigError(f"config is {config!r}; pass a WaveNetConfig, such as WaveNetConfig(kernel_sizes=(2, 2, 2))")
         factory = {"device": device, "dtype": dtype}
         self.config, self.context, self.dilations = config, config.context, config.dilations
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd, **factory)
         widths = (config.n_embd, *config.n_hidden)
-        shapes = list(zip(widths, widths[1:], config.fan_ins, self.dilations))
+        shapes = list(zip(widths, widths[1:], config.kernel_sizes, self.dilations))
         if config.gated:
             last = [False] * (len(shapes) - 1) + [True]
-            levels = [GatedLevel(config.n_embd, *shape[1:], top, **factory) for shape, top in zip(shapes, last)]
+            layers = [GatedLayer(config.n_embd, *shape[1:], top, **factory) for shape, top in zip(shapes, last)]
         else:
-            levels = [Level(*shape, config.batch_norm, config.bias, **factory) for shape in shapes]
-        self.levels = nn.ModuleList(levels)
+            layers = [Layer(*shape, config.batch_norm, config.bias, **factory) for shape in shapes]
+        self.layers = nn.ModuleList(layers)
         width = config.n_embd if config.gated else widths[-1]
         self.register_module("hidden", nn.Conv1d(width, width, 1, **factory) if config.gated else None)
         self.head = nn.Conv1d(width, config.vocab_size, kernel_size=1, **factory)
@@ -308,59 +308,59 @@ class ConvWaveNet(nn.Module):
         operands = None if torch.is_autocast_enabled("cuda" if tokens.is_cuda else "cpu") else self._operands()
         if operands is None:
             return self.forward_conv1d(tokens, lengths).contiguous()
-        table, levels, hidden, head_bias, head_weight = operands
+        table, layers, hidden, head_bias, head_weight = operands
         x, outputs = self._embed(tokens, table), time - self.context + 1
         if outputs == 1 and not self.training:
             x, spans = self._as_trees(x), (*self.dilations[1:], self.context)
-            levels = [(*level[:-1], self.context // span) for level, span in zip(levels, spans)]
+            layers = [(*layer[:-1], self.context // span) for layer, span in zip(layers, spans)]
         else:
             x = x.flatten(0, 1)
         if self.config.gated:
             skips = None
-            for level in levels:
-                x, skips = slide_gated(x, skips, batch, outputs, *level)
+            for layer in layers:
+                x, skips = slide_gated(x, skips, batch, outputs, *layer)
             x = torch.relu_(torch.addmm(hidden[0], torch.relu_(skips), hidden[1]))
         elif self.training:
-            for level, uses in zip(levels, self._uses(tokens, lengths)):
-                x = slide(x, batch, *level, uses.reshape(-1, 1))
+            for layer, uses in zip(layers, self._uses(tokens, lengths)):
+                x = slide(x, batch, *layer, uses.reshape(-1, 1))
         else:
-            for level in levels:
-                x = slide(x, batch, *level)
+            for layer in layers:
+                x = slide(x, batch, *layer)
         logits = torch.addmm(head_bias, x, head_weight)
         return logits.view(outputs, batch, self.config.vocab_size).transpose(0, 1).contiguous()
 
     def _as_trees(self, x: Tensor) -> Tensor:
         """One window a name in an order that spares all nodes which are not of its tree.
 
-        x `(context, batch, n_embd)` to `(context * batch, n_embd)`. A level's taps then read as many equal parts of its
-        children, the first child of every parent, the second, and so on: the slid pass does that with the number of a
-        level's nodes for its dilation. To that end a position's digits, in the radix of the fan-ins, are reversed.
+        x `(context, batch, n_embd)` to `(context * batch, n_embd)`. A layer's taps then read as many equal parts of its
+        children, the first child of every parent, the second, and so on: the convolutional pass does that with the number of a
+        layer's nodes for its dilation. To that end a position's digits, in the radix of the kernel sizes, are reversed.
         """
-        fan_ins = self.config.fan_ins
-        digits = range(len(fan_ins))
-        return x.view(*reversed(fan_ins), *x.shape[1:]).permute(*reversed(digits), -2, -1).reshape(-1, x.size(2))
+        kernel_sizes = self.config.kernel_sizes
+        digits = range(len(kernel_sizes))
+        return x.view(*reversed(kernel_sizes), *x.shape[1:]).permute(*reversed(digits), -2, -1).reshape(-1, x.size(2))
 
     def forward_conv1d(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The definition of `forward`, and slower: every level as `nn.Conv1d` on `(batch, channel, time)`."""
+        """The definition of `forward`, and slower: every layer as `nn.Conv1d` on `(batch, channel, time)`."""
         self._checked_shape(tokens)
         x = rearrange(self._embed(tokens, self.embedding.weight), "time batch channel -> batch channel time")
         if self.config.gated:
             skips = torch.zeros_like(x)
-            for level in self.levels:
-                x, skips = level(x, skips)
+            for layer in self.layers:
+                x, skips = layer(x, skips)
             x = torch.relu(self.hidden(torch.relu(skips)))
         else:
-            for level, uses in zip(self.levels, self._uses(tokens, lengths)):
-                x = level(x, rearrange(uses, "time batch -> batch 1 time") if self.training else None)
+            for layer, uses in zip(self.layers, self._uses(tokens, lengths)):
+                x = layer(x, rearrange(uses, "time batch -> batch 1 time") if self.training else None)
         return rearrange(self.head(x), "batch vocab time -> batch time vocab")
 
     def _convs(self) -> list[nn.Conv1d]:
         """Every convolution, in the order in which their weights are drawn."""
-        inner = [conv for level in self.levels for conv in level.convs()]
+        inner = [conv for layer in self.layers for conv in layer.convs()]
         return [*inner, *([] if self.hidden is None else [self.hidden]), self.head]
 
     def _operands(self) -> tuple[Tensor, list[tuple], tuple[Tensor, Tensor] | None, Tensor, Tensor] | None:
-        """The embedding, every level's operands, bias and matrix of `hidden` and of the head: views of the weights.
+        """The embedding, every layer's operands, bias and matrix of `hidden` and of the head: views of the weights.
 
         None where a convolution would compute something else than its weight and bias say. Making the views takes as
         long as the arithmetic on a short name, so without gradients they are kept for as long as they are views of this
@@ -372,9 +372,9 @@ class ConvWaveNet(nn.Module):
         convs = self._convs()
         if any(type(conv) is not nn.Conv1d or conv._forward_pre_hooks or conv._forward_hooks for conv in convs):
             return None
-        levels = [level.operands() for level in self.levels]
+        layers = [layer.operands() for layer in self.layers]
         hidden = None if self.hidden is None else _matrix(self.hidden)
-        views = self.embedding.weight.view_as(self.embedding.weight), levels, hidden, *_matrix(self.head)
+        views = self.embedding.weight.view_as(self.embedding.weight), layers, hidden, *_matrix(self.head)
         if keep:
             try:
                 self._kept = _Kept(self, views)
@@ -412,18 +412,18 @@ class ConvWaveNet(nn.Module):
             raise
 
     def _uses(self, tokens: Tensor, lengths: Tensor | None) -> list[Tensor] | list[None]:
-        """Per level `(time, batch)`: how many windows use each node (README: Training by sliding, exactly)."""
+        """Per layer `(time, batch)`: how many windows use each node (README: Training by sliding, exactly)."""
         if not self.training:
-            return [None] * len(self.levels)
+            return [None] * len(self.layers)
         batch, time = tokens.shape
         outputs = torch.arange(time - self.context + 1, device=tokens.device)[:, None]
         last = len(outputs) - 1 if lengths is None else torch.as_tensor(lengths, device=tokens.device)
         uses = [(outputs <= last).expand(-1, batch).to(self.embedding.weight.dtype)]
-        for level in reversed(self.levels[1:]):
+        for layer in reversed(self.layers[1:]):
             above = uses[0]
-            below = above.new_zeros(len(above) + (level.fan_in - 1) * level.dilation, batch)
-            for tap in range(level.fan_in):
-                below[tap * level.dilation :][: len(above)] += above
+            below = above.new_zeros(len(above) + (layer.kernel_size - 1) * layer.dilation, batch)
+            for tap in range(layer.kernel_size):
+                below[tap * layer.dilation :][: len(above)] += above
             uses.insert(0, below)
         return uses
 

@@ -1,4 +1,4 @@
-"""Nodes shared across names: numbered level by level, each distinct one evaluated once.
+"""Nodes shared across names: numbered layer by layer, each distinct one evaluated once.
 
 A node's value depends on the tokens that it covers and on nothing else, so equal spans give equal nodes wherever they
 stand, in one name or in a million (README: Nodes shared across names). Knows nothing of characters.
@@ -20,14 +20,14 @@ from .mapping import blank, fold_batch_norm
 from .model import ConvWaveNet
 
 TILE = 1024  # nodes in one matrix product, always: a node's bits cannot depend on how many others there are
-TABULATED = 4096  # a level with no more possible nodes than this is evaluated once and for all, all of them
+TABULATED = 4096  # a layer with no more possible nodes than this is evaluated once and for all, all of them
 DIRECT = 2**24  # keys up to here are numbered by a table with an entry for each, others by sorting
-NEARLY_ALL = 0.8  # distinct share of a level above which numbering the next one costs more than it saves
+NEARLY_ALL = 0.8  # distinct share of a layer above which numbering the next one costs more than it saves
 COLUMNS = 16  # no matrix product has fewer columns, and the head's are filled up to a multiple of this
 CARRIED = 2**26  # contributions, and as many log-probabilities, that a chunk leaves to the next: 256 MiB of float32
 
 
-# A level's nodes as its parents read them: contributions and, in a gated model, values; see `Carried`.
+# A layer's nodes as its parents read them: contributions and, in a gated model, values; see `Carried`.
 Below = tuple[Tensor, Tensor | None]
 
 
@@ -61,9 +61,9 @@ class Numbers:
 
 
 class Carried:
-    """What one chunk of a stream leaves to the next: nodes of the first level above the tables, windows, room to write.
+    """What one chunk of a stream leaves to the next: nodes of the first layer above the tables, windows, room to write.
 
-    nodes: their numbers; contributions: `(fan_in, room, channels)`, what they contribute to their parents; values: of a
+    nodes: their numbers; contributions: `(kernel_size, room, channels)`, what they contribute to their parents; values: of a
     gated model, beside them, `(room, 2 * n_embd)`. windows: the numbers of windows near a name's start, see
     `number_windows`; log_probs: `(room, columns)`, of what follows those, and behind them the other windows of the
     chunk. distinct: the share of different ones among these others in the chunk where that was last counted.
@@ -92,16 +92,16 @@ class SharedNodes:
 
     What a node contributes to its parent at tap j, its product with that tap's matrix, is computed once for each
     distinct node; a parent is a gather, a sum and a tanh. A gated parent also gathers the two values (h, s) of its
-    rightmost child, side by side, and adds its own. Low levels with few possible nodes (the bigrams of a small
+    rightmost child, side by side, and adds its own. Low layers with few possible nodes (the bigrams of a small
     alphabet) are tabulated here, once for all names.
     """
 
     @torch.no_grad()
     def __init__(self, conv: ConvWaveNet):
         folded = _widened(fold_batch_norm(conv))
-        self.context, self.fan_ins, self.vocab_size = folded.context, folded.config.fan_ins, folded.config.vocab_size
-        self._taps = [level.conv.weight.permute(2, 1, 0).contiguous() for level in folded.levels]
-        self._bias = [level.conv.bias.clone() for level in folded.levels]
+        self.context, self.kernel_sizes, self.vocab_size = folded.context, folded.config.kernel_sizes, folded.config.vocab_size
+        self._taps = [layer.conv.weight.permute(2, 1, 0).contiguous() for layer in folded.layers]
+        self._bias = [layer.conv.bias.clone() for layer in folded.layers]
         self._gates = _Gates(folded, self._taps, self._bias) if folded.config.gated else None
         # A matrix product with 32 columns takes two thirds of the time of one with 27: columns that are never drawn.
         spare = -self.vocab_size % COLUMNS
@@ -110,9 +110,9 @@ class SharedNodes:
         table, kinds, self.tabulated = folded.embedding.weight.clone(), self.vocab_size, 0
         table = table if self._gates is None else torch.cat([table, torch.zeros_like(table)], 1)
         self._table = self._contributions(0, _padded(table).split(TILE), len(table), Carried())
-        while self.tabulated < len(self.fan_ins) - 1 and kinds ** self.fan_ins[self.tabulated] <= TABULATED:
-            fan_in, self.tabulated = self.fan_ins[self.tabulated], self.tabulated + 1
-            children = _digits(torch.arange(kinds**fan_in, device=table.device), kinds, fan_in)
+        while self.tabulated < len(self.kernel_sizes) - 1 and kinds ** self.kernel_sizes[self.tabulated] <= TABULATED:
+            kernel_size, self.tabulated = self.kernel_sizes[self.tabulated], self.tabulated + 1
+            children = _digits(torch.arange(kinds**kernel_size, device=table.device), kinds, kernel_size)
             kinds, nodes = len(children), self._nodes(self.tabulated - 1, self._table, children)
             self._table = self._contributions(self.tabulated, nodes, kinds, Carried())
 
@@ -131,19 +131,19 @@ class SharedNodes:
     def window_logits(self, windows: Tensor, carried: Carried | None = None) -> Tensor:
         """Logits after windows that need not lie in one name, int64 `(windows, context)`: `(windows, vocab)`.
 
-        Below the last level each distinct node of all windows is evaluated once; carried as `log_probs` takes it.
+        Below the last layer each distinct node of all windows is evaluated once; carried as `log_probs` takes it.
         """
         carried = Carried() if carried is None else carried
         carried.trim()
         ids, kinds, below = windows, self.vocab_size, self._table
-        for level, fan_in in enumerate(self.fan_ins):
-            taps = list(rearrange(ids, "windows (nodes tap) -> tap windows nodes", tap=fan_in))
-            if level < self.tabulated:
-                ids, kinds = _keys(taps, kinds), kinds**fan_in
-            elif level < len(self.fan_ins) - 1:
+        for layer, kernel_size in enumerate(self.kernel_sizes):
+            taps = list(rearrange(ids, "windows (nodes tap) -> tap windows nodes", tap=kernel_size))
+            if layer < self.tabulated:
+                ids, kinds = _keys(taps, kinds), kinds**kernel_size
+            elif layer < len(self.kernel_sizes) - 1:
                 children, numbers = number([tap.flatten() for tap in taps], kinds, carried=carried.nodes)
-                nodes, start = self._nodes(level, below, children), max(carried.nodes.count - len(children), 0)
-                below = self._contributions(level + 1, nodes, len(children), carried, start)
+                nodes, start = self._nodes(layer, below, children), max(carried.nodes.count - len(children), 0)
+                below = self._contributions(layer + 1, nodes, len(children), carried, start)
                 ids, kinds, carried = numbers.view_as(taps[0]), max(start + len(children), 1), Carried()
         return self._logits(below, torch.cat(taps, 1).long())
 
@@ -151,19 +151,19 @@ class SharedNodes:
     def tree_logits(self, windows: Tensor) -> Tensor:
         """As `window_logits`, and nothing shared but the tables: sooner done for a few windows, int64 as well."""
         ids, kinds, (table, values) = windows.flatten(), self.vocab_size, self._table
-        for fan_in in self.fan_ins[: self.tabulated]:
-            ids, kinds = _keys(list(ids.view(-1, fan_in).unbind(1)), kinds).long(), kinds**fan_in
+        for kernel_size in self.kernel_sizes[: self.tabulated]:
+            ids, kinds = _keys(list(ids.view(-1, kernel_size).unbind(1)), kinds).long(), kinds**kernel_size
         values = None if values is None else values.index_select(0, ids)
-        for level, fan_in in list(enumerate(self.fan_ins))[self.tabulated :]:
-            if level == self.tabulated:
-                taps = ids.view(-1, fan_in).unbind(1)
+        for layer, kernel_size in list(enumerate(self.kernel_sizes))[self.tabulated :]:
+            if layer == self.tabulated:
+                taps = ids.view(-1, kernel_size).unbind(1)
                 x = sum(of_tap.index_select(0, tap) for of_tap, tap in zip(table, taps))
             else:
-                x = torch.addmm(self._bias[level], x.reshape(-1, fan_in * x.shape[1]), self._taps[level].flatten(0, 1))
+                x = torch.addmm(self._bias[layer], x.reshape(-1, kernel_size * x.shape[1]), self._taps[layer].flatten(0, 1))
             if values is None:
                 x = torch.tanh_(x)
             else:
-                values = self._gates.nodes(level, x, values[fan_in - 1 :: fan_in])
+                values = self._gates.nodes(layer, x, values[kernel_size - 1 :: kernel_size])
                 x = values[:, : self._gates.n_embd]
         return torch.addmm(self._head_bias, x, self._head)[:, : self.vocab_size]
 
@@ -193,7 +193,7 @@ class SharedNodes:
             pairs, numbers = number([rows, targets], max(len(children), self.vocab_size))
             head, bias = self._head[:, : self.vocab_size].contiguous(), self._head_bias[: self.vocab_size]
             windows, following = children[pairs[:, 0]], pairs[:, 1].contiguous()
-            return kernels.last_level(below[0], windows, following, head, bias)[numbers]
+            return kernels.last_layer(below[0], windows, following, head, bias)[numbers]
         room = first + len(children) + TILE  # every tile is written whole
         out = carried.log_probs = _room(carried.log_probs, first, self._head, room, len(self._head_bias))
         for tile, nodes in zip(out[first:].split(TILE), self._nodes(-1, below, children)):
@@ -203,34 +203,34 @@ class SharedNodes:
     def _below_top(
         self, tokens: Tensor, lengths: Tensor, carried: Carried, windows: bool = False
     ) -> tuple[Below, Tensor, Tensor, Tensor]:
-        """What contributes to the last level, its distinct nodes' children, and each output's node and next token."""
-        levels, rows, starts = self.number(tokens, lengths, carried, windows)
-        below, start = self._table, max(carried.nodes.count - len(levels[0]), 0)
-        for level, children in enumerate(levels[:-1], start=self.tabulated + 1):
-            nodes = self._nodes(level - 1, below, children)
-            below = self._contributions(level, nodes, len(children), carried, start)
-            carried, start = Carried(), 0  # the levels above are numbered anew for each chunk
-        return below, levels[-1], rows, tokens.index_select(0, starts + self.context)
+        """What contributes to the last layer, its distinct nodes' children, and each output's node and next token."""
+        layers, rows, starts = self.number(tokens, lengths, carried, windows)
+        below, start = self._table, max(carried.nodes.count - len(layers[0]), 0)
+        for layer, children in enumerate(layers[:-1], start=self.tabulated + 1):
+            nodes = self._nodes(layer - 1, below, children)
+            below = self._contributions(layer, nodes, len(children), carried, start)
+            carried, start = Carried(), 0  # the layers above are numbered anew for each chunk
+        return below, layers[-1], rows, tokens.index_select(0, starts + self.context)
 
     def number(
         self, tokens: Tensor, lengths: Tensor, carried: Carried | None = None, windows: bool = False
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Numbers the distinct nodes of every level above the tabulated ones.
+        """Numbers the distinct nodes of every layer above the tabulated ones.
 
-        Returns for each such level the numbers of its distinct nodes' children, int64 `(distinct, fan_in)`, only of
-        new ones where `carried` has the others, and for the last level each output's node, int64, and where it starts.
-        windows: whether `carried` may have nodes of the last level, too; their numbers then go on from there. The
-        choice whether to number at all is made here, from what the level below has shown.
+        Returns for each such layer the numbers of its distinct nodes' children, int64 `(distinct, kernel_size)`, only of
+        new ones where `carried` has the others, and for the last layer each output's node, int64, and where it starts.
+        windows: whether `carried` may have nodes of the last layer, too; their numbers then go on from there. The
+        choice whether to number at all is made here, from what the layer below has shown.
         """
         carried = Carried() if carried is None else carried
         below: Numbers | None = carried.nodes
         ids, kinds, span = tokens, self.vocab_size, 1  # ids: a node's number at every position where one starts
-        for fan_in in self.fan_ins[: self.tabulated]:
-            ids = _keys(taps_of(ids, fan_in, span), kinds)
-            kinds, span = kinds**fan_in, span * fan_in
-        levels, share = [], 0.0
-        for fan_in in self.fan_ins[self.tabulated : -1]:
-            taps, span = taps_of(ids, fan_in, span), span * fan_in
+        for kernel_size in self.kernel_sizes[: self.tabulated]:
+            ids = _keys(taps_of(ids, kernel_size, span), kinds)
+            kinds, span = kinds**kernel_size, span * kernel_size
+        layers, share = [], 0.0
+        for kernel_size in self.kernel_sizes[self.tabulated : -1]:
+            taps, span = taps_of(ids, kernel_size, span), span * kernel_size
             if share < NEARLY_ALL:
                 children, ids = number(taps, kinds, crossing(lengths, self.context, span), below)
                 kinds = max(len(children), 0 if below is None else below.count, 1)
@@ -241,42 +241,42 @@ class SharedNodes:
                 kinds = max(len(children), 1)
             nodes = int(lengths.sum()) + len(lengths) * (self.context + 1 - span)
             share = len(children) / max(nodes, 1)
-            levels.append(children)
-            below = None  # the levels above are numbered anew for each chunk
+            layers.append(children)
+            below = None  # the layers above are numbered anew for each chunk
         starts = node_positions(lengths, self.context, self.context)
-        taps = [tap.index_select(0, starts) for tap in taps_of(ids, self.fan_ins[-1], span)]
-        if not windows or len(levels) != 1 or carried.nodes.table is None:
+        taps = [tap.index_select(0, starts) for tap in taps_of(ids, self.kernel_sizes[-1], span)]
+        if not windows or len(layers) != 1 or carried.nodes.table is None:
             carried = Carried()  # the same children may have other numbers in the next chunk
         if share < NEARLY_ALL:
             children, rows = number_windows(taps, kinds, self.vocab_size, carried)
         else:
             children, rows = every(taps)
             rows += carried.windows.count
-        return [*levels, children], rows.long(), starts
+        return [*layers, children], rows.long(), starts
 
-    def _nodes(self, level: int, below: Below, children: Tensor) -> Iterator[Tensor]:
-        """Tiles `(TILE, channels)` of the level's nodes with these children; the last is filled up with node 0's."""
+    def _nodes(self, layer: int, below: Below, children: Tensor) -> Iterator[Tensor]:
+        """Tiles `(TILE, channels)` of the layer's nodes with these children; the last is filled up with node 0's."""
         contributions, values = below
-        fan_in, room, _ = contributions.shape
-        rows = _padded(children) + torch.arange(fan_in, device=children.device) * room
-        starts = torch.arange(0, TILE * fan_in, fan_in, device=children.device)
-        for tile in rows.flatten().split(TILE * fan_in) if len(rows) else ():
+        kernel_size, room, _ = contributions.shape
+        rows = _padded(children) + torch.arange(kernel_size, device=children.device) * room
+        starts = torch.arange(0, TILE * kernel_size, kernel_size, device=children.device)
+        for tile in rows.flatten().split(TILE * kernel_size) if len(rows) else ():
             # One pass over the rows of all taps: a gather and a sum, tap after tap.
             summed = F.embedding_bag(tile, contributions.flatten(0, 1), starts, mode="sum")
             if values is None:
                 yield tanh_(summed)
             else:
-                rightmost = tile[fan_in - 1 :: fan_in] - (fan_in - 1) * room
-                yield self._gates.nodes(level, summed, values.index_select(0, rightmost))
+                rightmost = tile[kernel_size - 1 :: kernel_size] - (kernel_size - 1) * room
+                yield self._gates.nodes(layer, summed, values.index_select(0, rightmost))
 
     def _contributions(
-        self, level: int, tiles: Iterable[Tensor], count: int, carried: Carried, start: int = 0
+        self, layer: int, tiles: Iterable[Tensor], count: int, carried: Carried, start: int = 0
     ) -> Below:
-        """What nodes contribute to their parents in `level`: `(fan_in, room, channels)`, the bias in tap 0.
+        """What nodes contribute to their parents in `layer`: `(kernel_size, room, channels)`, the bias in tap 0.
 
         The `count` nodes of the tiles come behind the `start` that `carried` has. Those of a gated model are kept too.
         """
-        taps, channels = self._taps[level], self._taps[level].shape[1]
+        taps, channels = self._taps[layer], self._taps[layer].shape[1]
         # Every tile is written whole: the next one, or the next chunk, overwrites what the last was filled up with.
         room = start + count + TILE
         out = carried.contributions = _room(carried.contributions, start, taps, len(taps), room, taps.shape[2])
@@ -286,7 +286,7 @@ class SharedNodes:
             rows = slice(start, start := start + TILE)
             if self._gates is not None:
                 carried.values[rows], tile = tile, tile[:, :channels]
-            torch.addmm(self._bias[level], tile, taps[0], out=out[0, rows])
+            torch.addmm(self._bias[layer], tile, taps[0], out=out[0, rows])
             for tap in range(1, len(taps)):
                 torch.mm(tile, taps[tap], out=out[tap, rows])
         return out, carried.values
@@ -302,20 +302,20 @@ class _Gates:
     def __init__(self, model: ConvWaveNet, taps: list[Tensor], biases: list[Tensor]):
         for weight in [*taps, *biases]:
             weight[..., weight.shape[-1] // 2 :] /= 2
-        after = [level.convs()[1:] for level in model.levels]  # residual, which the last level has not, and skip
+        after = [layer.convs()[1:] for layer in model.layers]  # residual, which the last layer has not, and skip
         self.matrices = [torch.cat([conv.weight[..., 0].t() for conv in convs], 1) / 2 for convs in after]
         self.biases = [torch.cat([conv.bias for conv in convs]) for convs in after]
         self.hidden, self.hidden_bias = model.hidden.weight[..., 0].t().contiguous(), model.hidden.bias.clone()
         self.n_embd = len(self.hidden)
 
-    def nodes(self, level: int, summed: Tensor, rightmost: Tensor) -> Tensor:
-        """Nodes (h, s) side by side, `(n, 2 * n_embd)`; in the last level what the head reads, `(n, n_embd)`.
+    def nodes(self, layer: int, summed: Tensor, rightmost: Tensor) -> Tensor:
+        """Nodes (h, s) side by side, `(n, 2 * n_embd)`; in the last layer what the head reads, `(n, n_embd)`.
 
         summed: f and half g, `(n, 2 * gate)`, overwritten; rightmost: (h, s) of the rightmost child.
         """
         f, g = tanh_(summed).chunk(2, 1)
-        z, matrix = f * g.add_(_ONE), self.matrices[level]
-        nodes = torch.addmm(rightmost[:, -matrix.shape[1] :], z, matrix).add_(self.biases[level])
+        z, matrix = f * g.add_(_ONE), self.matrices[layer]
+        nodes = torch.addmm(rightmost[:, -matrix.shape[1] :], z, matrix).add_(self.biases[layer])
         if matrix is not self.matrices[-1]:
             return nodes
         return torch.addmm(self.hidden_bias, nodes.relu_(), self.hidden).relu_()
@@ -363,7 +363,7 @@ def number(
 
     taps: for each tap the children's numbers, below `kinds`, integers `(positions,)`; outside: positions that hold no
     node, numbered as the first position is; carried: what has been numbered before, which goes on from there where a
-    table can. Returns the children of each new distinct node, int64 `(distinct, fan_in)`, and the number of the node
+    table can. Returns the children of each new distinct node, int64 `(distinct, kernel_size)`, and the number of the node
     at each position, int32 or int64 `(positions,)`.
     """
     space = kinds ** len(taps)
@@ -422,18 +422,18 @@ def _keys(taps: list[Tensor], kinds: int) -> Tensor:
     return keys
 
 
-def _digits(keys: Tensor, kinds: int, fan_in: int) -> Tensor:
-    """The tuples that `_keys` made keys of: int64 `(keys, fan_in)`."""
+def _digits(keys: Tensor, kinds: int, kernel_size: int) -> Tensor:
+    """The tuples that `_keys` made keys of: int64 `(keys, kernel_size)`."""
     digits = [keys.long()]
-    for _ in range(fan_in - 1):
+    for _ in range(kernel_size - 1):
         digits[:1] = [digits[0] // kinds, digits[0] % kinds]
     return torch.stack(digits, 1)
 
 
-def taps_of(ids: Tensor, fan_in: int, dilation: int) -> list[Tensor]:
+def taps_of(ids: Tensor, kernel_size: int, dilation: int) -> list[Tensor]:
     """Shifted views: tap j of the parent at position p is `ids[p + j * dilation]`."""
-    reach = (fan_in - 1) * dilation
-    return [ids[j * dilation : len(ids) - reach + j * dilation] for j in range(fan_in)]
+    reach = (kernel_size - 1) * dilation
+    return [ids[j * dilation : len(ids) - reach + j * dilation] for j in range(kernel_size)]
 
 
 def _room(buffer: Tensor | None, kept: int, like: Tensor, *shape: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""One new node a level for each new character: the tree's logits from ring buffers of old nodes.
+"""One new node a layer for each new character: the tree's logits from ring buffers of old nodes.
 
-A level needs, beside its newest child, the children at distances d, 2d, ..., (fan_in - 1) * d back (README: Generating
+A layer needs, beside its newest child, the children at distances d, 2d, ..., (kernel_size - 1) * d back (README: Generating
 one character at a time; Paine et al. 2016, arXiv:1611.09482). Knows nothing of characters, nor of how they are drawn.
 """
 
@@ -39,8 +39,8 @@ class Stream:
 
     A row that has been started anew has read nothing but `.`, and the first `step` reads one more. Fed `.` and then a
     name, a row gives the tree's logits at every position of it: to 1e-12 in float64 and 1e-5 in float32. The state is
-    here and not in the model, which is copied: each level keeps the last `(fan_in - 1) * dilation + 1` of its children
-    in every row. The lowest levels, where few nodes are possible, are a table.
+    here and not in the model, which is copied: each layer keeps the last `(kernel_size - 1) * dilation + 1` of its children
+    in every row. The lowest layers, where few nodes are possible, are a table.
 
     model: a `ConvWaveNet`, gated or not, in whatever mode. batch: rows. device and dtype: where and in what to compute
     (as the model is; float32 is IEEE, also on CUDA). compiled: whether loops that Numba compiles take the steps and not
@@ -91,25 +91,25 @@ class Stream:
         self._kinds = self.vocab_size ** dilations[self._first]  # nodes in the table
         self._table = contributions[:, : self._kinds].flatten(0, 1)  # what they contribute, tap after tap
         self._gates, self._values = nodes._gates, None if values is None else values[: self._kinds]
-        levels = list(zip(nodes._taps, nodes._bias, dilations))[self._first :]
-        self._levels = [_Level(taps, bias, dilation, self.batch) for taps, bias, dilation in levels]
-        self._levels[0].children = self.keys.new_zeros(len(self._levels[0].children))  # a node of the table is its key
+        layers = list(zip(nodes._taps, nodes._bias, dilations))[self._first :]
+        self._layers = [_Layer(taps, bias, dilation, self.batch) for taps, bias, dilation in layers]
+        self._layers[0].children = self.keys.new_zeros(len(self._layers[0].children))  # a node of the table is its key
         self._head, self._head_bias = nodes._head, nodes._head_bias
         self._logits = self._head.new_empty(self.batch, len(self._head_bias))
         self._shown = self._logits[:, : self.vocab_size]
-        # Of each level, row after row, its children: which row's they are, how many steps back, and among how many.
+        # Of each layer, row after row, its children: which row's they are, how many steps back, and among how many.
         children = [
-            (row, back, level.size, level.size * row, level.size * self.batch)
-            for level in self._levels
+            (row, back, layer.size, layer.size * row, layer.size * self.batch)
+            for layer in self._layers
             for row in range(self.batch)
-            for back in level.back
+            for back in layer.back
         ]
         self._row, self._back, self._size, self._row_start, self._pad = (
             torch.tensor(children, device=self.device).t().contiguous()
         )
-        self._counts = [len(level.back) * self.batch for level in self._levels]
+        self._counts = [len(layer.back) * self.batch for layer in self._layers]
         taps = torch.arange(0, len(self._table), self._kinds, device=self.device)
-        self._tap_rows = taps.repeat(self.batch)  # of the first level's children, as many
+        self._tap_rows = taps.repeat(self.batch)  # of the first layer's children, as many
 
     def step(self, tokens: Tensor) -> Tensor:
         """Reads one token of every row, int64 `(batch,)`, and returns the logits of the next, `(batch, vocab)`.
@@ -192,7 +192,7 @@ class Stream:
         raise StateError("a Stream is not copied or pickled; make another of the same model and give it the state()")
 
     def _parts(self) -> dict[str, Tensor]:
-        rings = {f"level {index}": level.children for index, level in enumerate(self._levels)}
+        rings = {f"layer {index}": layer.children for index, layer in enumerate(self._layers)}
         return {"model": self._digest, "clocks": self.clocks, "keys": self.keys, **rings}
 
     def state(self) -> dict[str, Tensor]:
@@ -218,7 +218,7 @@ class Stream:
                     f"{name!r} of this state is {found.dtype} of shape {tuple(found.shape)}, here it is "
                     f"{part.dtype} of shape {tuple(part.shape)}; the state is damaged, make another"
                 )
-        keys = torch.cat([state["keys"], state["level 0"]])
+        keys = torch.cat([state["keys"], state["layer 0"]])
         if keys.min() < 0 or keys.max() >= self._kinds or state["clocks"].min() < 0:
             raise StateError("'keys' or 'clocks' of this state are out of range; the state is damaged, make another")
         for name, part in own.items():
@@ -228,24 +228,24 @@ class Stream:
     def _advance(self, tokens: Tensor, start: bool = False) -> None:
         """One step in PyTorch, which leaves its logits in `_logits`; its operations never ask the device.
 
-        start: all that a level keeps becomes its newest child, which is what `.` alone gives.
+        start: all that a layer keeps becomes its newest child, which is what `.` alone gives.
         """
         child = self.keys.mul_(self.vocab_size).remainder_(self._kinds).add_(tokens)
         value = None if self._values is None else self._values.index_select(0, child)
         then = self.clocks.index_select(0, self._row) - self._back
         places = torch.where(then < 0, self._pad, then % self._size + self._row_start).split(self._counts)
         self.clocks += 1
-        for index, (level, own) in enumerate(zip(self._levels, places)):
-            fan_in = len(level.back)
+        for index, (layer, own) in enumerate(zip(self._layers, places)):
+            kernel_size = len(layer.back)
             if start:
-                level.children[...] = child[0]
-            level.children.index_copy_(0, own[fan_in - 1 :: fan_in], child)
-            children = level.children.index_select(0, own)
+                layer.children[...] = child[0]
+            layer.children.index_copy_(0, own[kernel_size - 1 :: kernel_size], child)
+            children = layer.children.index_select(0, own)
             if index == 0:
                 rows = self._table.index_select(0, children + self._tap_rows)
-                total = rows.view(self.batch, fan_in, -1).sum(1)
+                total = rows.view(self.batch, kernel_size, -1).sum(1)
             else:
-                total = torch.addmm(level.bias, children.view(self.batch, -1), level.weight)
+                total = torch.addmm(layer.bias, children.view(self.batch, -1), layer.weight)
             if value is None:
                 child = tanh_(total)
             else:
@@ -254,28 +254,28 @@ class Stream:
         torch.addmm(self._head_bias, child, self._head, out=self._logits)
 
     def _for_loops(self) -> Arrays:
-        """What `loops` reads and writes; from now on the levels' children are parts of it."""
+        """What `loops` reads and writes; from now on the layers' children are parts of it."""
         loops = self._loops
-        like, (first, *above), gates, hidden = self._head, self._levels, [], self._head.new_empty(0, 0)
+        like, (first, *above), gates, hidden = self._head, self._layers, [], self._head.new_empty(0, 0)
         if self._gates is not None:
             gates = list(zip(self._gates.matrices, self._gates.biases))[self._first :]
             hidden = torch.cat([self._gates.hidden.t(), self._gates.hidden_bias[None]])
-        weights = [[*[tap.t() for tap in level.weight.split(level.shape[0])], level.bias] for level in self._levels]
+        weights = [[*[tap.t() for tap in layer.weight.split(layer.shape[0])], layer.bias] for layer in self._layers]
         weights += [[matrix.t(), bias] for matrix, bias in gates]
         starts = [0, *accumulate(sum(part.numel() for part in parts) for parts in weights)]
-        rows = [0, 0, *accumulate(len(level.children) for level in above)]  # the first level's children are elsewhere
+        rows = [0, 0, *accumulate(len(layer.children) for layer in above)]  # the first layer's children are elsewhere
         values = like.new_empty(self._kinds, 0) if self._values is None else self._values.contiguous()
-        widest = max(values.shape[1], len(like), *(width for level in self._levels for width in level.shape))
+        widest = max(values.shape[1], len(like), *(width for layer in self._layers for width in layer.shape))
         widest += -widest % 16  # no row begins inside a cache line
         children = like.new_zeros(rows[-1], widest)
-        levels = []
-        for index, level in enumerate(self._levels):
-            gate = (starts[len(self._levels) + index], len(gates[index][1])) if gates else (-1, 0)
+        layers = []
+        for index, layer in enumerate(self._layers):
+            gate = (starts[len(self._layers) + index], len(gates[index][1])) if gates else (-1, 0)
             early = index * self.batch * loops.AHEAD
-            levels.append((len(level.back), level.dilation, *level.shape, starts[index], *gate, rows[index], early))
-        for level, start in zip(above, rows[1:]):
-            part = children[start : start + len(level.children), : level.shape[0]]
-            level.children = part.copy_(level.children)
+            layers.append((len(layer.back), layer.dilation, *layer.shape, starts[index], *gate, rows[index], early))
+        for layer, start in zip(above, rows[1:]):
+            part = children[start : start + len(layer.children), : layer.shape[0]]
+            layer.children = part.copy_(layer.children)
         arrays = {
             "clocks": self.clocks,
             "keys": self.keys,
@@ -285,8 +285,8 @@ class Stream:
             "table": self._table,
             "values": values,
             "weights": torch.cat([part.flatten() for parts in weights for part in parts]),
-            "levels": torch.tensor(levels, device=self.device),
-            "early": like.new_zeros(len(levels) * self.batch * loops.AHEAD, widest),
+            "layers": torch.tensor(layers, device=self.device),
+            "early": like.new_zeros(len(layers) * self.batch * loops.AHEAD, widest),
             "hidden": hidden,
             "head": self._head.t().contiguous(),
             "head_bias": self._head_bias,
@@ -296,19 +296,19 @@ class Stream:
         return loops.Arrays(self.vocab_size, *[arrays[name].numpy() for name in loops.Arrays._fields[1:]])
 
 
-class _Level:
-    """A level's weights, and of every row its last children.
+class _Layer:
+    """A layer's weights, and of every row its last children.
 
-    weight: `(fan_in * inputs, channels)`, rows for each tap, oldest first. children: those of row r at its step t are
+    weight: `(kernel_size * inputs, channels)`, rows for each tap, oldest first. children: those of row r at its step t are
     entry `r * size + t % size`; the last entry is what `.` alone gives. back: how many steps each tap's child is back.
     """
 
     def __init__(self, taps: Tensor, bias: Tensor, dilation: int, batch: int):
-        fan_in, inputs, channels = taps.shape
+        kernel_size, inputs, channels = taps.shape
         self.dilation, self.shape = dilation, (inputs, channels)
         self.weight, self.bias = taps.flatten(0, 1), bias
-        self.back = [(fan_in - 1 - tap) * dilation for tap in range(fan_in)]
-        self.size = (fan_in - 1) * dilation + 1
+        self.back = [(kernel_size - 1 - tap) * dilation for tap in range(kernel_size)]
+        self.size = (kernel_size - 1) * dilation + 1
         self.children = taps.new_empty(batch * self.size + 1, inputs)
 
 

@@ -58,7 +58,7 @@ Exit code 0 when done, 1 for a failed job, 2 for wrong usage, 130 for Ctrl-C.
 # name: the types that a setting may have in TOML; a float may be written as an integer
 SETTINGS: dict[str, tuple[type, ...]] = {
     **{field.name: (type(field.default),) for field in fields(Recipe)},
-    **{"n_embd": (int,), "n_hidden": (int, list), "fan_ins": (list,)},
+    **{"n_embd": (int,), "n_hidden": (int, list), "kernel_sizes": (list,)},
     **{"batch_norm": (bool,), "bias": (bool,), "gated": (bool,)},
 }
 

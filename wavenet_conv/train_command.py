@@ -67,19 +67,19 @@ def add_parser(commands: Any) -> None:
         metavar="PATH",
         help="a checkpoint to learn from, in place of the preset's teachers",
     )
-    add("--fan-ins", type=_integers, metavar="2,2,2", help="how many nodes each level fuses, lowest first")
+    add("--kernel-sizes", type=_integers, metavar="2,2,2", help="how many nodes each layer fuses, lowest first")
     add("--n-embd", type=int, metavar="N", help="width of the embedding")
-    add("--n-hidden", type=int, metavar="N", help="width of every level")
-    add("--gated", action="store_true", default=None, help="gated levels with residual and skip connections")
+    add("--n-hidden", type=int, metavar="N", help="width of every layer")
+    add("--gated", action="store_true", default=None, help="gated layers with residual and skip connections")
     length = command.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="steps to take")
     length.add_argument("--epochs", type=int, metavar="N", help="times to see every name")
     add("--seconds", type=float, metavar="S", help="stop after the validation that ends after S seconds of training it")
     for field in fields(Recipe):
-        if field.name not in ("steps", "schedule", "optimiser"):
+        if field.name not in ("steps", "schedule", "optimizer"):
             kind = int if isinstance(field.default, int) else float
             add(f"--{field.name.replace('_', '-')}", type=kind, metavar="X", help=f"see Recipe ({field.name})")
-    add("--optimiser", choices=("adamw", "sgd"), help="of torch.optim")
+    add("--optimizer", choices=("adamw", "sgd"), help="of torch.optim")
     add("--schedule", choices=("onecycle", "constant"), help="of the learning rate")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute (auto: cuda where it is)")
     add("--resume", action="store_true", help="go on where an interrupted run with the same arguments was")
@@ -272,7 +272,7 @@ def _configured(options: Namespace, vocab_size: int, train_names: int) -> tuple[
     """The preset with what the options change."""
     shape, recipe = PRESETS[options.preset]
     given = {name: value for name, value in vars(options).items() if value is not None}
-    shape = shape | {name: given[name] for name in ("fan_ins", "n_embd", "n_hidden", "gated") if name in given}
+    shape = shape | {name: given[name] for name in ("kernel_sizes", "n_embd", "n_hidden", "gated") if name in given}
     changes = {field.name: given[field.name] for field in fields(Recipe) if field.name in given}
     try:
         recipe = replace(recipe, **changes)

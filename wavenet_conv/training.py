@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .errors import ConfigError, ModeError, NamesError, TrainingError
-from .model import ConvWaveNet, GatedLevel
+from .model import ConvWaveNet, GatedLayer
 from .nodes import crossing, node_positions, number, taps_of
 from .vocabulary import Vocabulary, checked_names
 
@@ -29,10 +29,10 @@ VALIDATED = 2**14  # names that are validated together: bounds memory
 
 @dataclass(frozen=True)
 class Batch:
-    """The windows of some names as their distinct nodes, level by level, lowest first.
+    """The windows of some names as their distinct nodes, layer by layer, lowest first.
 
-    children: of each level int64 `(nodes, fan_in)`, the numbers of a node's children (tokens at the first level).
-    uses: of each level `(nodes, 1)`, how many windows have the node. counts: `(windows, vocab)`, how often each token
+    children: of each layer int64 `(nodes, kernel_size)`, the numbers of a node's children (tokens at the first layer).
+    uses: of each layer `(nodes, 1)`, how many windows have the node. counts: `(windows, vocab)`, how often each token
     follows each distinct window, or is expected to by teachers. Both in the dtype of the weights. positions: how many
     predictions there are.
     """
@@ -60,8 +60,8 @@ class Corpus:
         tokens, lengths = tokens.to(weight.device), lengths.to(weight.device)
         self.dtype, self.vocab_size, self.children = weight.dtype, len(vocab), []
         ids, kinds, span = tokens, len(vocab), 1
-        for fan_in in model.config.fan_ins:
-            taps, span = taps_of(ids, fan_in, span), span * fan_in
+        for kernel_size in model.config.kernel_sizes:
+            taps, span = taps_of(ids, kernel_size, span), span * kernel_size
             children, ids = number(taps, kinds, crossing(lengths, context, span))
             self.children.append(children)
             kinds = len(children)
@@ -82,7 +82,7 @@ class Corpus:
         places = torch.arange(positions, device=outputs.device) + before.repeat_interleave(outputs)
         numbers, children, uses = self.windows[places], [], []
         counts = torch.bincount(numbers, minlength=len(self.children[-1]))
-        for level in reversed(range(len(self.children))):
+        for layer in reversed(range(len(self.children))):
             met = counts.nonzero()[:, 0]
             here = torch.empty_like(counts)  # a node's number in this batch
             here[met] = torch.arange(len(met), device=met.device)
@@ -90,11 +90,11 @@ class Corpus:
                 children[0] = here[children[0]]
             else:
                 numbers = here[numbers]
-            below, used = self.children[level][met], counts[met]
+            below, used = self.children[layer][met], counts[met]
             children.insert(0, below)
             uses.insert(0, used[:, None].to(self.dtype))
-            if level:
-                counts = torch.zeros(len(self.children[level - 1]), dtype=torch.int64, device=met.device)
+            if layer:
+                counts = torch.zeros(len(self.children[layer - 1]), dtype=torch.int64, device=met.device)
                 counts.index_add_(0, below.flatten(), used.repeat_interleave(below.shape[1]))
         followed = torch.bincount(
             numbers * self.vocab_size + self.targets[places], minlength=len(children[-1]) * self.vocab_size
@@ -124,23 +124,23 @@ def shared_logits(model: ConvWaveNet, batch: Batch, dropout: float = 0.0) -> Ten
     """
     dropout = dropout if model.training else 0.0
     x, skips = model.embedding.weight, None
-    for level, children, uses in zip(model.levels, batch.children, batch.uses):
-        h = _fused(level.conv, x, children, dropout)
-        if isinstance(level, GatedLevel):
+    for layer, children, uses in zip(model.layers, batch.children, batch.uses):
+        h = _fused(layer.conv, x, children, dropout)
+        if isinstance(layer, GatedLayer):
             f, g = h.chunk(2, 1)
             z, right = torch.tanh(f) * torch.sigmoid(g), children[:, -1]
-            own = _mapped(level.skip, z, 0.0)
+            own = _mapped(layer.skip, z, 0.0)
             skips = own if skips is None else own + skips.index_select(0, right)
-            x = None if level.residual is None else _mapped(level.residual, z, 0.0) + x.index_select(0, right)
+            x = None if layer.residual is None else _mapped(layer.residual, z, 0.0) + x.index_select(0, right)
         else:
-            x = torch.tanh(h if level.norm is None else level.norm(h, uses))
+            x = torch.tanh(h if layer.norm is None else layer.norm(h, uses))
     if model.hidden is not None:
         x = F.relu(_mapped(model.hidden, F.relu(skips), dropout))
     return _mapped(model.head, x, dropout)
 
 
 def _fused(conv: nn.Conv1d, x: Tensor, children: Tensor, dropout: float) -> Tensor:
-    """The linear map of a level: x `(kinds, c_in)` to `(nodes, c_out)`."""
+    """The linear map of a layer: x `(kinds, c_in)` to `(nodes, c_out)`."""
     taps = conv.weight.permute(2, 1, 0)
     if dropout:
         read = F.dropout(x.index_select(0, children.flatten()).view(len(children), len(taps) * x.shape[1]), dropout)
@@ -183,7 +183,7 @@ def split_names(names: Sequence[str], seed: int = 42) -> tuple[list[str], list[s
 class Recipe:
     """How to train; the defaults are those of the preset "fast".
 
-    steps and batch (names a step). optimiser: "adamw" or "sgd". schedule: "onecycle" (rises to lr over the first
+    steps and batch (names a step). optimizer: "adamw" or "sgd". schedule: "onecycle" (rises to lr over the first
     `warmup` of the steps and falls to nothing) or "constant". weight_decay: on matrices, not on biases and norms.
     dropout: of what linear maps read, see `shared_logits`. average: decay a step of the exponential average of the
     weights that is validated and kept; 0 keeps the weights themselves. every: steps between validations. patience:
@@ -193,7 +193,7 @@ class Recipe:
 
     steps: int = 1500
     batch: int = 256
-    optimiser: str = "adamw"
+    optimizer: str = "adamw"
     schedule: str = "onecycle"
     lr: float = 1e-2
     warmup: float = 0.25
@@ -217,12 +217,12 @@ class Recipe:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
         if not (isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"lr is {self.lr}; it must be a positive number")
-        for name, known in (("optimiser", ("adamw", "sgd")), ("schedule", ("onecycle", "constant"))):
+        for name, known in (("optimizer", ("adamw", "sgd")), ("schedule", ("onecycle", "constant"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it is {' or '.join(map(repr, known))}")
 
 
-GATED = {"gated": True, "fan_ins": (2, 2, 2, 2), "n_embd": 96, "n_hidden": 96}
+GATED = {"gated": True, "kernel_sizes": (2, 2, 2, 2), "n_embd": 96, "n_hidden": 96}
 
 # name: (fields of WaveNetConfig without the vocabulary, recipe)
 PRESETS: dict[str, tuple[dict[str, Any], Recipe]] = {
@@ -271,13 +271,13 @@ class Trainer:
         if teachers:
             self.train.taught /= len(teachers)
         self.share = recipe.taught if teachers else 0.0
-        self.optimiser, self.schedule = _optimiser(model, recipe)
+        self.optimizer, self.schedule = _optimizer(model, recipe)
         self.average = None
         if recipe.average:
             mean = get_ema_multi_avg_fn(recipe.average)
             self.average = AveragedModel(model, multi_avg_fn=mean, use_buffers=True)
         self.ranks, self.rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        for norm in (level.norm for level in model.levels if level.norm is not None):
+        for norm in (layer.norm for layer in model.layers if layer.norm is not None):
             norm.over_ranks = self.ranks > 1
         self.step, self.losses, self.validations = 0, [], []
         self._epoch, self._order = -1, torch.zeros(0, dtype=torch.int64)  # the epoch of `step`, and its order of names
@@ -294,7 +294,7 @@ class Trainer:
         rows = self._rows()
         batch = self.train.batch(rows[self.rank :: self.ranks], self.share)
         positions = int(self.train.outputs[rows].sum())
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         device = self.model.embedding.weight.device
         with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=recipe.dropout > 0):
             if recipe.dropout:
@@ -304,7 +304,7 @@ class Trainer:
         loss = loss.detach()
         if self.ranks > 1:
             loss = self._summed(loss)
-        self.optimiser.step()
+        self.optimizer.step()
         self.schedule.step()
         self.step += 1
         self.losses.append(loss)
@@ -377,8 +377,8 @@ class Trainer:
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
         if self.average is not None:
             tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
-        for place, values in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{place}.{name}": value for name, value in values.items()}
+        for place, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{place}.{name}": value for name, value in values.items()}
         tensors["losses"] = torch.stack(self.losses) if self.losses else torch.zeros(0)
         numbers = {"step": self.step, "best_step": self.best_step, "validations": self.validations}
         return tensors, numbers
@@ -394,15 +394,15 @@ class Trainer:
         if self.average is not None:
             self.average.load_state_dict(under("average."))
         slots: dict[int, dict[str, Tensor]] = {}
-        for name, value in under("optimiser.").items():
+        for name, value in under("optimizer.").items():
             place, of = name.split(".", 1)
             slots.setdefault(int(place), {})[of] = value
-        groups = self.optimiser.state_dict()["param_groups"]
-        for place, parameter in enumerate(p for group in self.optimiser.param_groups for p in group["params"]):
+        groups = self.optimizer.state_dict()["param_groups"]
+        for place, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
             for name, value in slots.get(place, {}).items():
                 if value.shape == parameter.shape:  # a fused step pairs numbers by their place in memory
                     slots[place][name] = torch.empty_like(parameter).copy_(value)
-        self.optimiser.load_state_dict({"state": slots, "param_groups": groups})
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         self.step, self.best_step = numbers["step"], numbers["best_step"]
         self.validations = [(step, loss) for step, loss in numbers["validations"]]
         self.best_loss = dict(self.validations).get(self.best_step, float("inf"))
@@ -414,7 +414,7 @@ class Trainer:
             self.schedule.step()
 
 
-def _optimiser(
+def _optimizer(
     model: ConvWaveNet, recipe: Recipe
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Biases, norms and the embedding are not decayed."""
@@ -422,16 +422,16 @@ def _optimiser(
     others = [p for p in model.parameters() if p.ndim != 3]
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     options: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-    if recipe.optimiser == "adamw":
-        optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True, **options)
+    if recipe.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True, **options)
     else:
-        optimiser = torch.optim.SGD(groups, **options)
+        optimizer = torch.optim.SGD(groups, **options)
     if recipe.schedule == "onecycle":
         total = recipe.steps + 1
         warmup = recipe.warmup if recipe.warmup * total != 1 else 0.0  # it would divide by a rise of no steps
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, recipe.lr, total_steps=total, pct_start=float(warmup), cycle_momentum=False
+            optimizer, recipe.lr, total_steps=total, pct_start=float(warmup), cycle_momentum=False
         )
     else:
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
-    return optimiser, schedule
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return optimizer, schedule
