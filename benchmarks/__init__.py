@@ -1,6 +1,6 @@
-"""One module a question; each prints tables, and can write JSON. Runs from the checkout."""
+"""One module per question; each prints tables and can write JSON. They run from the checkout."""
 
 import os
 
-# PyTorch's profiler writes a line to stderr at every start and stop unless this is high before torch is imported.
+# Unless this is high before torch is imported, PyTorch's profiler writes a line to stderr at every start and stop.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

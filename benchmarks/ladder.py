@@ -2,48 +2,40 @@
 
 Every rung is trained from scratch by `reference.train`, 200,000 minibatches of 32 windows, on the lecture's split of
 the lecture's list; its validation loss stands beside the published one. A full run in which a rung is further than
-0.015 nats from its published validation loss ends with exit code 1. Our slid models stand below as rungs of their own.
+0.015 nats from its published validation loss ends with exit code 1. Our presets stand below as rungs of their own.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import multiprocessing
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from torch import Tensor
+from wavenet_conv.names import LECTURE_SHA256, lecture_names
 
 import reference
 from benchmarks import harness
-from benchmarks.harness import UsageError
-from benchmarks.slide import positive, table_of
-from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, WaveNetConvError, training
-from wavenet_conv.lists import LECTURE_SHA256, lecture_names, read_names
+from benchmarks.harness import Benchmark, Results, Session, UsageError, positive
+from benchmarks.methods import parameters
+from benchmarks.tables import Row, Table, words
+from wavenet_conv import Vocabulary, training
 
 STEPS, QUICK_STEPS = 200_000, 2_000
-BATCH, LR, SEED = 32, 0.1, 42
+BATCH_SIZE, LR = 32, 0.1
 TOLERANCE = 0.015  # nats
 
 
 class Rung(NamedTuple):
     """One line of the lecture's log.
 
-    network: of `reference.NETWORKS`; None counts bigrams. train, validation: the published losses in nats a character;
-    None where nothing is published. drop_at: the step, of 200,000, at which the rate becomes a tenth. unscaled: every
-    weight and bias starts as a standard normal, as in part 2, not as `reference.build` starts them.
+    network: of `reference.NETWORKS`; None counts bigrams. train, validation: the published losses, if any. drop_at: the
+    step, of 200,000, at which the rate becomes a tenth. unscaled: parameters start as standard normals, as in part 2.
     """
 
     name: str
@@ -67,84 +59,32 @@ LECTURE = (
     Rung("tree-68", "tree-68", 1.912, 2.022),
     Rung("wide", "wide", 1.769, 1.993),
 )
-OURS = ("fast", "wide", "gated")  # of `training.PRESETS`: slid models with recipes of their own
-RUNGS = LECTURE + tuple(Rung(f"ours-{name}", None, None, None) for name in OURS)
+OURS = ("fast", "wide", "gated")  # of `training.PRESETS`: models with recipes of their own
+RUNGS = {rung.name: rung for rung in (*LECTURE, *(Rung(f"ours-{name}", None, None, None) for name in OURS))}
 
 
-class Job(NamedTuple):
-    """What one process needs to train one rung; the parts are names."""
+class Parts(NamedTuple):
+    """What a rung is trained and validated on, and how long."""
 
-    rung: Rung
     train: list[str]
     validation: list[str]
-    characters: str
+    vocab: Vocabulary
     steps: int
+    seed: int
 
 
-class Outcome(NamedTuple):
-    """Losses in nats a character, in evaluation mode, of the whole part."""
-
-    parameters: int
-    context: int
-    steps: int
-    train: float
-    validation: float
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which rungs, and how long."""
+    parser.add_argument("--rungs", metavar="RUNG,...", type=rungs, default=list(RUNGS), help=f"of {', '.join(RUNGS)}")
+    parser.add_argument("--steps", metavar="N", type=positive, help=f"per rung ({QUICK_STEPS}; --full: {STEPS})")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the ladder; returns the exit code: 1 where a full run misses a published loss, 2 for wrong usage."""
-    args = parse(arguments)
-    try:
-        args.names = args.names or lecture_list()
-        names = read_names(args.names)
-        jobs = jobs_of(args, names)
-        harness.check_writable(args.json)
-        kept = kept_rows(args, settings(args, names, jobs))
-    except WaveNetConvError as error:
-        print(f"benchmarks.ladder: {error}", file=sys.stderr)
-        return 2
-    try:
-        with harness.progress_bar() as progress:
-            results = run(args, names, jobs, kept, progress)
-    except WaveNetConvError as error:
-        print(f"benchmarks.ladder: {error}", file=sys.stderr)
-        return 1
-    except BrokenProcessPool:
-        print("benchmarks.ladder: a worker was killed; try again with fewer --workers", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    code = harness.report(results, args.json, print_tables)
-    return 0 if results["caveat"] else code
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; argparse leaves with exit code 2 for what it cannot read."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ladder", description=__doc__.splitlines()[0])
-    cores = os.cpu_count() or 1
-    parser.add_argument("--names", metavar="FILE", help="one name a line (the lecture's list)")
-    parser.add_argument(
-        "--rungs", metavar="RUNG,...", type=rungs, default=RUNGS, help=f"all, or of {', '.join(r.name for r in RUNGS)}"
-    )
-    parser.add_argument("--steps", metavar="N", type=positive, help=f"a rung ({STEPS}; with --quick {QUICK_STEPS})")
-    parser.add_argument("--workers", metavar="N", type=positive, default=cores, help=f"rungs at once ({cores})")
-    parser.add_argument("--json", metavar="FILE|-", help="write the results as JSON; - prints it instead of the table")
-    parser.add_argument(
-        "--resume", action="store_true", help="keep the rungs that --json's file has, and run the others"
-    )
-    parser.add_argument("--quick", action="store_true", help="few steps, to see that it runs: under a minute")
-    args = parser.parse_args(arguments)
-    args.steps = args.steps or (QUICK_STEPS if args.quick else STEPS)
-    return args
-
-
-def rungs(text: str) -> tuple[Rung, ...]:
+def rungs(text: str) -> list[str]:
     """Rungs by their names, such as mlp-bn,wide, in the ladder's order."""
-    wanted, known = text.split(","), [rung.name for rung in RUNGS]
-    for name in wanted:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"no rung is called {name!r}; there are {', '.join(known)}")
-    return tuple(rung for rung in RUNGS if rung.name in wanted)
+    for name in text.split(","):
+        if name not in RUNGS:
+            raise argparse.ArgumentTypeError(f"no rung is called {name!r}; there are {', '.join(RUNGS)}")
+    return [name for name in RUNGS if name in text.split(",")]
 
 
 def lecture_list() -> str:
@@ -158,291 +98,121 @@ def lecture_list() -> str:
     return str(path)
 
 
-def jobs_of(args: argparse.Namespace, names: list[str]) -> list[Job]:
-    """One job a rung; raises `UsageError` for a list too short to split."""
-    train, validation, _ = reference.split_names(names, SEED)
-    if not train or not validation:
-        raise UsageError(f"--names {args.names}: {len(names)} names leave nothing to validate on; give at least 10")
-    characters = Vocabulary.from_names(names).characters
-    return [Job(rung, train, validation, characters, args.steps) for rung in args.rungs]
+def check_length(session: Session) -> None:
+    """Rejects a list that is too short to split."""
+    if len(session.names) < 10:
+        complaint = f"{len(session.names)} names leave nothing to validate on; give at least 10"
+        raise UsageError(f"--names {session.args.names}: {complaint}")
 
 
-def run(
-    args: argparse.Namespace, names: list[str], jobs: list[Job], kept: dict[str, dict[str, Any]], progress: Progress
-) -> dict[str, Any]:
-    """All results, as they stand in the JSON; each rung goes to stderr, and to the JSON's file, as it ends."""
-    rows = dict(kept)
-    for row in rows_as_they_end([job for job in jobs if job.rung.name not in rows], args.workers, progress):
-        rows[row["rung"]] = row
-        progress.console.print(summary(row), soft_wrap=True)
-        if args.json not in (None, "-"):
-            harness.write_json(results_of(args, names, jobs, rows), args.json)
-    return results_of(args, names, jobs, rows)
-
-
-def results_of(
-    args: argparse.Namespace, names: list[str], jobs: list[Job], rows: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    """The JSON with the rungs that have ended, in the ladder's order."""
-    differences = [abs(row["difference"]) for row in rows.values() if row["difference"] is not None]
+def run(session: Session) -> Results:
+    """All results; each rung also goes to stderr as it ends."""
+    args, rows = session.args, []
+    train, validation, _ = reference.split_names(session.names, args.seed)
+    parts = Parts(train, validation, session.vocab, args.steps or session.pick(QUICK_STEPS, STEPS), args.seed)
+    for name in session.progress.track(args.rungs, description="rungs"):
+        row = row_of(RUNGS[name], parts)
+        losses = f"train {row['train_loss']:.4f}, validation {row['validation_loss']:.4f}"
+        session.progress.console.print(f"{name}: {losses}, {row['seconds']:.0f} s", soft_wrap=True)
+        rows.append(row)
+    differences = [abs(row["difference"]) for row in rows if row["difference"] is not None]
+    digest, caveat = hashlib.sha256(Path(args.names).read_bytes()).hexdigest(), None
+    if parts.steps != STEPS:
+        caveat = f"{parts.steps:,} steps per rung in place of {STEPS:,}: this shows that it runs and proves nothing."
+    elif digest != LECTURE_SHA256:
+        caveat = "Not the lecture's list: the published losses are of another, so these prove nothing about them."
+    sizes = {"of": len(session.names), "train": len(train), "validation": len(validation)}
     return {
-        "device": harness.machine(torch.device("cpu")).rpartition(", ")[0],
-        **settings(args, names, jobs),
-        "workers": min(args.workers, len(jobs)),
-        "caveat": caveat(args),
+        "names": {"file": Path(args.names).name, "sha256": digest, **sizes},
+        "recipe": {"steps": parts.steps, "batch": BATCH_SIZE, "lr": LR, "seed": args.seed},
+        "caveat": caveat,
         "equality": {
-            "equal": all(difference <= TOLERANCE for difference in differences),
+            "equal": caveat is not None or all(difference <= TOLERANCE for difference in differences),
             "max_abs_diff": max(differences, default=None),
             "tolerance": TOLERANCE,
         },
-        "rungs": [rows[rung.name] for rung in RUNGS if rung.name in rows],
+        "rungs": rows,
     }
 
 
-def settings(args: argparse.Namespace, names: list[str], jobs: list[Job]) -> dict[str, Any]:
-    """What rungs of two runs must have in common to stand in one table."""
-    return {
-        "torch": torch.__version__,
-        "dtype": "float32",
-        "names": {
-            "file": Path(args.names).name,
-            "sha256": hashlib.sha256(Path(args.names).read_bytes()).hexdigest(),
-            "of": len(names),
-            "train": len(jobs[0].train),
-            "validation": len(jobs[0].validation),
-        },
-        "recipe": {"steps": args.steps, "batch": BATCH, "lr": LR, "seed": SEED},
-    }
-
-
-def kept_rows(args: argparse.Namespace, now: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The rungs that `--resume` finds in the JSON's file; raises `UsageError` where they are of another run."""
-    if not args.resume or args.json in (None, "-") or not Path(args.json).exists():
-        return {}
-    try:
-        found = json.loads(Path(args.json).read_text())
-        rows, then = {row["rung"]: row for row in found["rungs"]}, {name: found[name] for name in now}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--resume: {args.json} is no ladder's JSON ({error}); give another file") from error
-    if then != now:
-        raise UsageError(f"--resume: {args.json} is of a run with other settings; give another file")
-    return rows
-
-
-def caveat(args: argparse.Namespace) -> str | None:
-    """Why the published losses say nothing about this run, where they do not."""
-    if args.steps != STEPS:
-        return f"{args.steps:,} steps a rung in place of {STEPS:,}: this shows that it runs and proves nothing."
-    if hashlib.sha256(Path(args.names).read_bytes()).hexdigest() != LECTURE_SHA256:
-        return "Not the lecture's list: the published losses are of another, so these prove nothing about them."
-    return None
-
-
-def summary(row: dict[str, Any]) -> str:
-    """A rung in one line, for whoever is waiting."""
-    published = row["published_validation_loss"]
-    beside = "" if published is None else f" (published {published:.3f})"
-    return (
-        f"{row['rung']}: train {row['train_loss']:.4f}, validation {row['validation_loss']:.4f}{beside}, "
-        f"{row['seconds']:.0f} s"
-    )
-
-
-def rows_as_they_end(jobs: list[Job], workers: int, progress: Progress) -> Iterator[dict[str, Any]]:
-    """A row a rung as it ends: one after another in this process, or several at once in processes of their own."""
-    tasks = [progress.add_task(job.rung.name, total=job.steps) for job in jobs]
-    if workers == 1 or len(jobs) <= 1:
-        for job, task in zip(jobs, tasks):
-            yield row_of(job, lambda done, task=task: progress.update(task, completed=done))
-        return
-    context = multiprocessing.get_context("spawn")  # a fork of a process in which PyTorch has run may hang
-    steps_done = context.Array("q", len(jobs), lock=False)
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, share_steps, (steps_done,))
-    try:
-        # The slow rungs stand last: started first, they do not run on alone at the end.
-        waiting = {pool.submit(row_in_worker, index, jobs[index]) for index in reversed(range(len(jobs)))}
-        while waiting:
-            ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-            for task, done in zip(tasks, steps_done):
-                progress.update(task, completed=done)
-            yield from (future.result() for future in ended)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def share_steps(steps_done: Any) -> None:
-    """Gives a worker the array in which it counts the steps of each job."""
-    global STEPS_DONE
-    STEPS_DONE = steps_done
-
-
-def row_in_worker(index: int, job: Job) -> dict[str, Any]:
-    """`row_of` in a worker."""
-
-    def tick(done: int) -> None:
-        STEPS_DONE[index] = done
-
-    return row_of(job, tick)
-
-
-def row_of(job: Job, tick: Callable[[int], None]) -> dict[str, Any]:
-    """Trains and evaluates one rung on one thread: its row in the JSON. `tick` gets the steps done."""
-    threads = torch.get_num_threads()
+def row_of(rung: Rung, parts: Parts) -> Row:
+    """Trains and evaluates a rung on one thread; losses in nats per character, in evaluation mode, of all names."""
+    threads, begin = torch.get_num_threads(), time.perf_counter()
     torch.set_num_threads(1)  # a minibatch of 32 is too little work to share
-    start = time.perf_counter()
     try:
-        if job.rung.name.startswith("ours-"):
-            outcome = train_ours(job, tick)
-        else:
-            outcome = count_bigrams(job) if job.rung.network is None else train_tree(job, tick)
+        by = train_ours if rung.name.startswith("ours-") else train_tree if rung.network else count_bigrams
+        row = dict(zip(("parameters", "context", "steps", "train_loss", "validation_loss"), by(rung, parts)))
     finally:
         torch.set_num_threads(threads)
-    tick(job.steps)
-    published = job.rung.validation
-    return {
-        "rung": job.rung.name,
-        "parameters": outcome.parameters,
-        "context": outcome.context,
-        "steps": outcome.steps,
-        "train_loss": outcome.train,
-        "published_train_loss": job.rung.train,
-        "validation_loss": outcome.validation,
-        "published_validation_loss": published,
-        "difference": None if published is None else outcome.validation - published,
-        "seconds": time.perf_counter() - start,
-    }
+    difference = None if rung.validation is None else row["validation_loss"] - rung.validation
+    published = {"published_train_loss": rung.train, "published_validation_loss": rung.validation}
+    return {"rung": rung.name, **row, **published, "difference": difference, "seconds": time.perf_counter() - begin}
 
 
-def count_bigrams(job: Job) -> Outcome:
+Outcome = tuple[int, int, int, float, float]  # parameters, context, steps, losses
+
+
+def count_bigrams(rung: Rung, parts: Parts) -> Outcome:
     """The floor: how often each token follows each other in the training part, every count raised by one."""
-    vocab_size = len(job.characters) + 1
-    parts = [reference.examples(names, job.characters, 1) for names in (job.train, job.validation)]
-    X, Y = parts[0]
+    vocab_size, characters = len(parts.vocab), parts.vocab.characters
+    (X, Y), held_out = (reference.examples(names, characters, 1) for names in (parts.train, parts.validation))
     counts = torch.bincount(X[:, 0] * vocab_size + Y, minlength=vocab_size**2).view(vocab_size, vocab_size) + 1
     log_probs = (counts.double() / counts.sum(1, keepdim=True)).log()
-    train, validation = (float(-log_probs[X[:, 0], Y].mean()) for X, Y in parts)
-    return Outcome(counts.numel(), 1, 0, train, validation)
+    train, validation = (float(-log_probs[X[:, 0], Y].mean()) for X, Y in ((X, Y), held_out))
+    return counts.numel(), 1, 0, train, validation
 
 
-def train_tree(job: Job, tick: Callable[[int], None]) -> Outcome:
+def train_tree(rung: Rung, parts: Parts) -> Outcome:
     """One of the lecture's networks by the lecture's recipe; weights and minibatches come from one generator."""
-    rung, generator = job.rung, torch.Generator().manual_seed(SEED)
-    sizes, _ = reference.NETWORKS[rung.network]
-    tree = reference.build(
-        **sizes, vocab_size=len(job.characters) + 1, per_position=rung.per_position, generator=generator
-    )
-    if rung.unscaled:
-        with torch.no_grad():
-            for parameter in tree.parameters():
-                parameter.normal_(generator=generator)
-    context = reference.context_of(tree)
-    X, Y = reference.examples(job.train, job.characters, context)
-
-    def on_step(done: int, loss: Tensor) -> None:
-        if done % 100 == 0:
-            tick(done)
-
-    drop_at = rung.drop_at * job.steps // STEPS
-    reference.train(
-        tree, X, Y, steps=job.steps, batch=BATCH, lr=LR, drop_at=drop_at, generator=generator, on_step=on_step
-    )
-    validation = reference.evaluate(tree, *reference.examples(job.validation, job.characters, context))
-    parameters = sum(parameter.numel() for parameter in tree.parameters())
-    return Outcome(parameters, context, job.steps, reference.evaluate(tree, X, Y), validation)
+    generator = torch.Generator().manual_seed(parts.seed)
+    sizes: dict[str, Any] = {**reference.NETWORKS[rung.network or ""][0], "vocab_size": len(parts.vocab)}
+    tree = reference.build(**sizes, per_position=rung.per_position, generator=generator)
+    for parameter in tree.parameters() if rung.unscaled else ():
+        parameter.data.normal_(generator=generator)
+    context, drop_at = reference.context_of(tree), rung.drop_at * parts.steps // STEPS
+    X, Y = reference.examples(parts.train, parts.vocab.characters, context)
+    options = {"steps": parts.steps, "batch_size": BATCH_SIZE, "lr": LR, "drop_at": drop_at}
+    reference.train(tree, X, Y, **options, generator=generator)
+    held_out = reference.examples(parts.validation, parts.vocab.characters, context)
+    losses = reference.evaluate(tree, X, Y), reference.evaluate(tree, *held_out)
+    return parameters(tree), context, parts.steps, *losses
 
 
-def train_ours(job: Job, tick: Callable[[int], None]) -> Outcome:
-    """One of our presets of the slid model, by its own recipe on the same parts: the weights that validated best.
-
-    Where the ladder is shortened, its steps are so in proportion.
-    """
-    preset = job.rung.name.removeprefix("ours-")
-    trainer = trained(job, preset, training.PRESETS[preset][1].seed, tick)
-    model = best_of(trainer)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    train = training.evaluate(model, trainer.train)
-    return Outcome(parameters, model.context, trainer.step, train, trainer.best_loss)
+def train_ours(rung: Rung, parts: Parts) -> Outcome:
+    """One of our presets by its own recipe on the same parts, shortened as the ladder is: the best weights."""
+    preset, share, lists = rung.name.removeprefix("ours-"), parts.steps / STEPS, (parts.train, parts.validation)
+    teachers = TEACHERS.setdefault((share, *parts.train), {})
+    trainer = training.fit_preset(preset, parts.vocab, *lists, seed=parts.seed, steps=share, trained=teachers)
+    train = training.evaluate(trainer.model, trainer.train_corpus)
+    return parameters(trainer.model), trainer.model.context, trainer.step, train, trainer.best_loss
 
 
-def trained(job: Job, preset: str, seed: int, tick: Callable[[int], None]) -> training.Trainer:
-    """A preset's training at its end, its teachers' before it, as `wavenet-conv train` has them."""
-    sizes, recipe = training.PRESETS[preset]
-    recipe = replace(recipe, steps=max(1, recipe.steps * job.steps // STEPS), seed=seed)
-    teachers = [taught_by(job, name, seed + 1 + at, tick) for at, name in enumerate(training.TEACHERS.get(preset, ()))]
-    vocab = Vocabulary(job.characters)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = ConvWaveNet(WaveNetConfig(vocab_size=len(vocab), **sizes))
-    trainer = training.Trainer(model, vocab, job.train, job.validation, recipe, teachers)
-    while not trainer.finished:
-        trainer.advance()
-        if trainer.step % recipe.every == 0 or trainer.step == recipe.steps:
-            trainer.validate()
-        tick(trainer.step * job.steps // recipe.steps)
-    return trainer
+TEACHERS: dict[tuple, dict] = {}  # by steps and names: several presets share them
 
 
-TAUGHT_BY: dict[tuple, ConvWaveNet] = {}  # this process's teachers, which several presets share
-
-
-def taught_by(job: Job, preset: str, seed: int, tick: Callable[[int], None]) -> ConvWaveNet:
-    """A teacher; one that has been trained before is not trained again."""
-    key = (preset, seed, job.steps, *job.train)
-    if key not in TAUGHT_BY:
-        TAUGHT_BY[key] = best_of(trained(job, preset, seed, tick))
-    return TAUGHT_BY[key]
-
-
-def best_of(trainer: training.Trainer) -> ConvWaveNet:
-    """The model with the lowest validation loss."""
-    trainer.kept.load_state_dict(trainer.best_weights)
-    return trainer.kept.eval()
-
-
-def print_tables(results: dict[str, Any]) -> None:
-    """The results on stdout, as a table that is Markdown too."""
-    console = Console(width=200, highlight=False, soft_wrap=True)  # a table that wraps is no Markdown
-    names, recipe, equality = results["names"], results["recipe"], results["equality"]
-    table = table_of(
-        *("rung", "parameters", "context", "steps", "train", "validation", "published validation", "difference"),
-        "seconds",
-    )
-    for row in results["rungs"]:
-        table.add_row(
-            row["rung"],
-            f"{row['parameters']:,}",
-            str(row["context"]),
-            f"{row['steps']:,}",
-            loss_cell(row["train_loss"]),
-            loss_cell(row["validation_loss"]),
-            loss_cell(row["published_validation_loss"]),
-            "" if row["difference"] is None else f"{row['difference']:+.3f}",
-            f"{row['seconds']:,.0f}",
-        )
-    if equality["max_abs_diff"] is None:
-        verdict = "Nothing is published for these rungs."
-    else:
-        verdict = (
-            f"{'Every rung is' if equality['equal'] else 'NOT every rung is'} within {equality['tolerance']} nats of "
-            f"its published validation loss; the furthest is {equality['max_abs_diff']:.3f} away."
-        )
-    console.print(
-        f"{results['device']}, PyTorch {results['torch']}, {results['dtype']}; rungs at once: {results['workers']}, "
-        f"one thread each. The lecture's recipe: minibatches of {recipe['batch']} windows, learning rate "
-        f"{recipe['lr']}, then a tenth of it.",
-        f"{names['train']:,} names to train on, {names['validation']:,} to validate on, of {names['of']:,}. Losses in "
-        f"nats a character.",
-        "",
-        table,
-        results["caveat"] or verdict,
-        sep="\n",
+def tables(results: Results) -> Iterator[Table]:
+    """What is printed."""
+    yield Table(
+        f"Losses in nats per character; {words(results['recipe'])}, then a tenth of the rate",
+        "rung; parameters=parameters ,; context; steps=steps ,; train=train_loss .3f; validation=validation_loss .3f; "
+        "published validation=published_validation_loss .3f; difference=difference +.3f; seconds=seconds ,.0f",
+        results["rungs"],
+        results["caveat"] or "",
     )
 
 
-def loss_cell(loss: float | None) -> str:
-    """A loss to three digits, as the lecture publishes it."""
-    return "" if loss is None else f"{loss:.3f}"
-
+BENCHMARK = Benchmark(
+    "ladder",
+    __doc__,
+    run,
+    tables,
+    add_options,
+    check_length,
+    devices=("cpu",),
+    default_names=lecture_list,
+    gradients=True,
+)
+main = partial(harness.main, BENCHMARK)
 
 if __name__ == "__main__":
     sys.exit(main())
