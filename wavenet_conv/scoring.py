@@ -84,11 +84,8 @@ class Scorer:
             self.nodes = SharedNodes(weights)
 
     def __getstate__(self) -> bytes:
-        """For pickling and copying: everything but the buffers that calls write into, as bytes.
-
-        `multiprocessing` would move the tensors themselves to shared memory. Then all workers would write into the same
-        buffers, and a thread that is scoring would lose the weights that it reads.
-        """
+        # Without the buffers that calls write into, and as bytes: `multiprocessing` moves tensors to shared memory. All
+        # workers would write into the same buffers, and a thread that is scoring would lose the weights that it reads.
         return pickle.dumps(self.__dict__ | {"_caches": []})
 
     def __setstate__(self, state: bytes) -> None:
@@ -101,9 +98,6 @@ class Scorer:
         Args:
             path: A file, or "default" for the model that ships with the package.
             options: As in `Scorer(...)`.
-
-        Raises:
-            CheckpointError: The file cannot be read, or is not a checkpoint.
         """
         checkpoint = load_checkpoint(path)
         return cls(checkpoint.model, checkpoint.vocab, **{"quantiles": checkpoint.quantiles} | options)
@@ -172,10 +166,8 @@ class Scorer:
     def percentile(self, names: Names, *, unknown: str = "error") -> Tensor:
         """Percent of the training list that need fewer bits per character than each name: `(names,)`.
 
-        Near 0 for a very plausible name, 100 for one less plausible than any in the list.
-
-        Raises:
-            ConfigError: The checkpoint carries no quantiles of its training list.
+        Near 0 for a very plausible name, 100 for one less plausible than any in the list. Raises `ConfigError` if the
+        checkpoint carries no quantiles of its training list.
         """
         if self.quantiles is None:
             raise ConfigError("this model carries no quantiles of its training list; give Scorer(..., quantiles=...)")

@@ -8,6 +8,7 @@ children's ids, and the ids of a layer are assigned to the distinct tuples (`tor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -155,9 +156,7 @@ def ids_of_names(
         Per layer the children of its new distinct nodes, int64 `(distinct, kernel_size)`; for each output the id of its
         window, int64 `(outputs,)`; and where that window starts in `tokens`, int64 `(outputs,)`.
     """
-    cache, context = IdCache() if cache is None else cache, 1
-    for size in kernel_sizes:
-        context *= size
+    cache, context = IdCache() if cache is None else cache, prod(kernel_sizes)
     table: IdTable | None = cache.nodes
     ids, kinds, span = tokens, vocab_size, 1  # ids: of the node that starts at each position
     for size in kernel_sizes[:tabulated]:

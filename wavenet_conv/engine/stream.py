@@ -125,25 +125,10 @@ class Stream:
             ShapeError: Other shapes.
             TokenError: A token outside the vocabulary. No row has then read anything.
         """
-        shapes = [tuple(part.shape) if isinstance(part, Tensor) else repr(part)[:40] for part in (tokens, lengths)]
-        if shapes[0][:1] != (self.batch_size,) or shapes[1] != (self.batch_size,) or len(shapes[0]) != 2:
-            raise ShapeError(
-                f"tokens {shapes[0]} and lengths {shapes[1]} are not those of {self.batch_size} prefixes, one per row; "
-                f"make them with vocab.encode(prefixes, context=stream.context)"
-            )
-        tokens, lengths = tokens.cpu(), lengths.cpu()
-        longest = int(lengths.max())
-        before = tokens.shape[1] - longest  # zeros before each prefix
-        if before < 1 or int(lengths.min()) < 0 or tokens[:, :before].any():
-            raise ShapeError(
-                f"tokens {shapes[0]} do not hold `.` and then prefixes of up to {longest} characters; make them with "
-                f"vocab.encode(prefixes, context=stream.context)"
-            )
-        check_tokens(tokens, self.vocab_size)
-        # All prefixes end at the same step: a row that has read nothing but `.` may read more of them.
-        places = before - 1 + (torch.arange(longest + 1) - (longest - lengths[:, None])).clamp_(min=0)
+        columns = _columns_of(tokens, lengths, self.batch_size)
+        check_tokens(columns, self.vocab_size)
         self.reset()
-        for column in tokens.long().gather(1, places).t().contiguous().to(self.device):
+        for column in columns.to(self.device):
             logits = self.step(column)
         return logits
 
@@ -156,18 +141,8 @@ class Stream:
         Raises:
             ShapeError: Anything else; the message names a row that does not exist.
         """
-        try:
-            chosen = torch.as_tensor(range(self.batch_size) if rows is None else rows, device="cpu")
-        except (TypeError, ValueError, RuntimeError):
-            chosen = torch.empty(())
-        if chosen.dtype == torch.bool and chosen.shape == (self.batch_size,):
-            chosen = chosen.nonzero()[:, 0]
-        if chosen.ndim != 1 or (len(chosen) and (chosen.is_floating_point() or chosen.dtype == torch.bool)):
-            raise ShapeError(f"rows is {rows!r}; give a list of rows, or a bool for each of the {self.batch_size} rows")
-        for row in chosen.tolist():
-            if not 0 <= row < self.batch_size:
-                raise ShapeError(f"row {row} is not among the {self.batch_size} rows, 0 to {self.batch_size - 1}")
-        mask = torch.zeros(self.batch_size, dtype=torch.bool).index_fill_(0, chosen.long(), True)
+        mask = torch.zeros(self.batch_size, dtype=torch.bool)
+        mask[_numbers_of(rows, self.batch_size)] = True
         self.backend.reset(mask.to(self.device))
 
     def state(self) -> dict[str, Tensor]:
@@ -204,6 +179,46 @@ class Stream:
 
     def _exact(self) -> AbstractContextManager[None]:
         return exact_float32() if self.device.type == "cuda" else nullcontext()
+
+
+def _columns_of(tokens: Tensor, lengths: Tensor, rows: int) -> Tensor:
+    """What each step of `Stream.push` reads, int64 `(steps, rows)`.
+
+    All prefixes end at the same step: a row that has read nothing but `.` may read more of them.
+    """
+    shapes = [tuple(part.shape) if isinstance(part, Tensor) else repr(part)[:40] for part in (tokens, lengths)]
+    if shapes[0][:1] != (rows,) or shapes[1] != (rows,) or len(shapes[0]) != 2:
+        raise ShapeError(
+            f"tokens {shapes[0]} and lengths {shapes[1]} are not those of {rows} prefixes, one per row; "
+            f"make them with vocab.encode(prefixes, context=stream.context)"
+        )
+    tokens, lengths = tokens.cpu(), lengths.cpu()
+    longest = int(lengths.max())
+    before = tokens.shape[1] - longest  # zeros before each prefix
+    if before < 1 or int(lengths.min()) < 0 or tokens[:, :before].any():
+        raise ShapeError(
+            f"tokens {shapes[0]} do not hold `.` and then prefixes of up to {longest} characters; make them with "
+            f"vocab.encode(prefixes, context=stream.context)"
+        )
+    places = before - 1 + (torch.arange(longest + 1) - (longest - lengths[:, None])).clamp_(min=0)
+    return tokens.long().gather(1, places).t().contiguous()
+
+
+def _numbers_of(rows: Sequence[int] | Tensor | None, count: int) -> list[int]:
+    """The row numbers that the argument of `Stream.reset` means."""
+    try:
+        chosen = torch.as_tensor(range(count) if rows is None else rows, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        chosen = torch.empty(())
+    if chosen.dtype == torch.bool and chosen.shape == (count,):
+        chosen = chosen.nonzero()[:, 0]
+    if chosen.ndim != 1 or (len(chosen) and (chosen.is_floating_point() or chosen.dtype == torch.bool)):
+        raise ShapeError(f"rows is {rows!r}; give a list of rows, or a bool for each of the {count} rows")
+    numbers = [int(row) for row in chosen.tolist()]
+    for row in numbers:
+        if not 0 <= row < count:
+            raise ShapeError(f"row {row} is not among the {count} rows, 0 to {count - 1}")
+    return numbers
 
 
 def _loops_can_run(device: torch.device, dtype: torch.dtype) -> bool:
