@@ -74,7 +74,7 @@ class Stream:
                 f"pip install 'wavenet-conv[fast]', or leave out compiled=True"
             )
         self.compiled = loops_can_run and compiled is not False
-        with self._exact():
+        with _exact(self.device):
             shared = SharedNodes(weights)
             if self.compiled:
                 from .loops import CompiledSteps  # Numba takes 0.3 s to import
@@ -107,7 +107,7 @@ class Stream:
 
     def advance(self, tokens: Tensor) -> Tensor:
         """`step` without its checks; the next step overwrites the logits."""
-        with self._exact():
+        with _exact(self.device):
             return self.backend.step(tokens)
 
     def push(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -136,10 +136,7 @@ class Stream:
         """Makes these rows, or all of them, new ones; the others continue.
 
         Args:
-            rows: Row numbers, or bool `(batch_size,)`.
-
-        Raises:
-            ShapeError: Anything else; the message names a row that does not exist.
+            rows: Row numbers, or bool `(batch_size,)`. Raises `ShapeError` for anything else, naming a wrong row.
         """
         mask = torch.zeros(self.batch_size, dtype=torch.bool)
         mask[_numbers_of(rows, self.batch_size)] = True
@@ -177,8 +174,9 @@ class Stream:
     def __reduce_ex__(self, protocol: object) -> tuple:
         raise StateError("a Stream is not copied or pickled; make another of the same model and give it the state()")
 
-    def _exact(self) -> AbstractContextManager[None]:
-        return exact_float32() if self.device.type == "cuda" else nullcontext()
+
+def _exact(device: torch.device) -> AbstractContextManager[None]:
+    return exact_float32() if device.type == "cuda" else nullcontext()
 
 
 def _columns_of(tokens: Tensor, lengths: Tensor, rows: int) -> Tensor:
