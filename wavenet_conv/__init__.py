@@ -2,16 +2,18 @@
 
 from .equivalence import verify
 from .errors import WaveNetConvError
-from .mapping import fold_batch_norm, from_tree
+from .engine.slide import FoldedWaveNet, fold_batch_norm
+from .mapping import from_tree
 from .model import ConvWaveNet, WaveNetConfig
 from .precision import exact_float32
 from .sampling import sample, sample_stream
 from .scoring import Scorer
-from .streaming import Stream
+from .engine.stream import Stream
 from .vocabulary import Vocabulary
 
 __all__ = [
     "ConvWaveNet",
+    "FoldedWaveNet",
     "Scorer",
     "Stream",
     "Vocabulary",

@@ -10,7 +10,7 @@ reads the node `j * dilation` to the right.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -137,36 +137,6 @@ def _from_gated(layers: list[Any]) -> ConvWaveNet:
         _copy_linear(conv.hidden, hidden)
         _copy_linear(conv.head, head)
     return conv
-
-
-def fold_batch_norm(conv: ConvWaveNet) -> ConvWaveNet:
-    """The same model with batch norm inside the convolutions, in evaluation mode; `conv` is left as it is.
-
-    With `scale = gamma / sqrt(var + eps)` the weights become `weight * scale` and the bias
-    `beta + (bias - mean) * scale`. Logits agree to rounding, with one operator less a level. Without batch norm, as in
-    a gated model, it is an equal copy.
-    """
-    if not isinstance(conv, ConvWaveNet):
-        raise MappingError(
-            f"fold_batch_norm takes a ConvWaveNet, not a {type(conv).__name__}; map a tree with from_tree"
-        )
-    config = replace(conv.config, batch_norm=False, bias=True) if conv.config.batch_norm else conv.config
-    folded = blank(config, conv.embedding.weight)
-    with torch.no_grad():
-        folded.embedding.load_state_dict(conv.embedding.state_dict())
-        folded.head.load_state_dict(conv.head.state_dict())
-        if conv.hidden is not None:
-            folded.hidden.load_state_dict(conv.hidden.state_dict())
-        for target, source in zip(folded.layers, conv.layers):
-            if source.norm is None:
-                target.load_state_dict(source.state_dict())
-                continue
-            norm = source.norm
-            scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-            before = 0 if source.conv.bias is None else source.conv.bias
-            target.conv.weight.copy_(source.conv.weight * scale[:, None, None])
-            target.conv.bias.copy_(norm.bias + (before - norm.running_mean) * scale)
-    return folded
 
 
 def blank(config: WaveNetConfig, like: Tensor) -> ConvWaveNet:

@@ -21,7 +21,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .errors import ConfigError, ModeError, NamesError, TrainingError
 from .model import ConvWaveNet, GatedLayer
-from .nodes import crossing, node_positions, number, taps_of
+from .engine.ids import crossing_starts as crossing
+from .engine.ids import node_ids as number
+from .engine.ids import node_starts as node_positions
+from .engine.ids import tap_views as taps_of
 from .vocabulary import Vocabulary, checked_names
 
 VALIDATED = 2**14  # names that are validated together: bounds memory

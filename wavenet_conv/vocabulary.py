@@ -147,6 +147,28 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
         )
 
 
+def check_sequences(
+    tokens: Tensor, context: int, vocab_size: int, device: torch.device, *, values: bool = True
+) -> None:
+    """Raises `ShapeError` or `TokenError` unless tokens are int64 `(batch, time)` that a model can read.
+
+    values: Whether to check the tokens themselves, which waits for the device.
+    """
+    if not isinstance(tokens, Tensor):
+        raise ShapeError(f"tokens are a {type(tokens).__name__}; pass an int64 tensor, as Vocabulary.encode returns")
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ShapeError(f"tokens must be int64 (batch, time), not {tokens.dtype} of shape {tuple(tokens.shape)}")
+    if tokens.shape[1] < context:
+        raise ShapeError(
+            f"a sequence of {tokens.shape[1]} tokens is shorter than the context of {context}; "
+            f"put {context} zeros before each name, as Vocabulary.encode does"
+        )
+    if tokens.device != device:
+        raise ShapeError(f"tokens are on {tokens.device} and the model on {device}; move them with .to(...)")
+    if values and not (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        check_tokens(tokens, vocab_size)
+
+
 def checked_names(names: Iterable[str]) -> list[str]:
     """`names` as a list; raises `NamesError` for one string in place of a list, and for what is not a string."""
     if isinstance(names, str):

@@ -1,11 +1,9 @@
-"""The last layer for many windows at once, as one Triton kernel in IEEE float32 and as the PyTorch that defines it.
+"""The last layer for many windows at once, as one Triton kernel in IEEE float32; `last_layer_ref` defines the results.
 
-A window's last node is a gather of what its children contribute, a sum and a tanh; then come the head, a log-softmax
-and the one entry that is wanted (README: Nodes shared across names). The kernel writes no node and no logit to memory.
-A window reads `kernel_size * channels * 4` bytes of contributions and takes `channels * vocab * 2` operations, which is
-`vocab / (2 * kernel_size)` operations a byte. For an alphabet that is few, so the limit that it is near is the gather's.
-
-Knows nothing of names or of models. Can be imported without Triton.
+A window's last node is a gather of what its children contribute, a sum and a tanh. The head, a log-softmax and the
+choice of one entry follow. The kernel writes neither nodes nor logits to memory. A window reads
+`kernel_size * channels * 4` bytes and takes `channels * vocab * 2` operations: `vocab / (2 * kernel_size)` operations
+per byte. That is few, so the kernel is near the limit of the gather. This module can be imported without Triton.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .errors import ShapeError, WaveNetConvError
+from ..errors import ShapeError, WaveNetConvError
 
 try:
     import triton
@@ -31,15 +29,21 @@ MAX_VOCAB = 1024  # a program holds whole rows of logits
 
 
 class KernelError(WaveNetConvError, RuntimeError):
-    """The kernel was asked for where it cannot run."""
+    """The kernel cannot run here."""
 
 
 def last_layer_ref(contributions: Tensor, children: Tensor, targets: Tensor, head: Tensor, head_bias: Tensor) -> Tensor:
-    """Log-probability, in nats, of each window's target: the definition, in plain PyTorch, for any device and dtype.
+    """Log-probabilities of the windows' targets in plain PyTorch, for any device and dtype.
 
-    contributions: `(kernel_size, kinds, channels)`, what each node below contributes at each tap, or a list of `kernel_size`
-    tensors `(kinds, channels)`; children: int64 `(n, kernel_size)`, below `kinds`; targets: int64 `(n,)`, below `vocab`;
-    head: `(channels, vocab)`; head_bias: `(vocab,)`. Returns `(n,)`.
+    Args:
+        contributions: `(kernel_size, kinds, channels)`, what each node below contributes at each tap.
+        children: int64 `(n, kernel_size)`, below `kinds`.
+        targets: int64 `(n,)`, below `vocab`.
+        head: `(channels, vocab)`.
+        head_bias: `(vocab,)`.
+
+    Returns:
+        `(n,)`, in nats.
     """
     nodes = torch.tanh(sum(tap[child] for tap, child in zip(contributions, children.unbind(1))))
     return (nodes @ head + head_bias).log_softmax(1).gather(1, targets[:, None])[:, 0]
@@ -55,16 +59,24 @@ def last_layer(
 ) -> Tensor:
     """`last_layer_ref` as one kernel, in float32 and without gradients.
 
-    contributions: float32 `(kernel_size, kinds, channels)`, one tensor; children: int64 `(n, kernel_size)`; targets: int64
-    `(n,)`; head: float32 `(channels, vocab)`; head_bias: float32 `(vocab,)`; all contiguous, on one device. Returns
-    float32 `(n,)`, in `out` where that is given. Numbers in children and targets must be in range and are not
-    checked, as the check would wait for the device: a child out of range reads other memory.
+    The bits of a window's result do not depend on the other windows: block sizes depend on the shapes of the weights
+    only, and each row of a block is computed in the same order. Indices are not checked, since that would wait for the
+    device: a child out of range reads other memory.
 
-    A window's result has the same bits whatever the others are and wherever it stands: the blocks depend on the shapes
-    of the weights only, and each row of a block is computed in the same order.
+    Args:
+        contributions: As in `last_layer_ref`; all arguments are contiguous and on one device, weights float32.
+        children: As in `last_layer_ref`.
+        targets: As in `last_layer_ref`.
+        head: As in `last_layer_ref`.
+        head_bias: As in `last_layer_ref`.
+        out: float32 `(n,)`, where the result goes. Default: new memory.
 
-    Raises `KernelError` where `why_not` gives a reason or a gradient is wanted, `ShapeError` for arguments that do not
-    fit each other.
+    Returns:
+        `(n,)`, in nats.
+
+    Raises:
+        KernelError: `why_not` gives a reason, or a gradient is wanted.
+        ShapeError: The arguments do not fit each other.
     """
     if out is None:
         out = contributions.new_empty(len(children))
@@ -84,7 +96,7 @@ def usable(device: torch.device | str, dtype: torch.dtype, vocab: int = 1) -> bo
 
 
 def why_not(device: torch.device | str, dtype: torch.dtype, vocab: int = 1) -> str:
-    """What keeps `last_layer` from running there, and the mend; empty where it runs."""
+    """Why `last_layer` cannot run there, and the fix; empty if it can."""
     kind = torch.device(device).type
     if not AVAILABLE:
         return "Triton cannot be imported; run `pip install triton`"
@@ -104,14 +116,14 @@ def why_not(device: torch.device | str, dtype: torch.dtype, vocab: int = 1) -> s
 
 @cache
 def warn_once_without_triton() -> None:
-    """Says, once a process, that the plain path runs because Triton is missing; says nothing where it is there."""
+    """Warns, once per process, that the plain path runs because Triton is missing."""
     if not AVAILABLE:
         message = "Triton cannot be imported, so the last layer runs as plain PyTorch, which is slower on a GPU; "
         warnings.warn(message + "run `pip install triton`", RuntimeWarning, stacklevel=2)
 
 
 def _blocks(kernel_size: int, channels: int, vocab: int) -> dict[str, int | bool]:
-    """The kernel's constants: of the weights' shapes only, and within the shared memory of every GPU since Turing."""
+    """The kernel's constants: functions of the weights' shapes, within the shared memory of every GPU since Turing."""
     columns = max(16, triton.next_power_of_2(vocab))
     return {
         "KERNEL_SIZE": kernel_size,
@@ -141,7 +153,8 @@ def _check(
     n, vocab = len(children), len(head_bias)
     if shapes[1:] != [(n, kernel_size), (n,), (channels, vocab), (vocab,), (n,)] or not kernel_size * channels * vocab:
         raise ShapeError(
-            "last_layer takes (kernel_size, kinds, channels), (n, kernel_size), (n,), (channels, vocab), (vocab,), out (n,); "
+            "last_layer takes (kernel_size, kinds, channels), (n, kernel_size), (n,), (channels, vocab), (vocab,) and "
+            "out (n,); "
             f"these are {', '.join(map(str, shapes))}"
         )
     if any(tensor.dtype != torch.int64 for tensor in numbers):
@@ -153,7 +166,7 @@ def _check(
 
 @jit()
 def _tanh(x):
-    """To a few units in the last place: by its series below 1/4, where 1 - exp(-2x) would cancel."""
+    """To a few units in the last place; by its series below 1/4, where 1 - exp(-2x) would cancel."""
     square = x * x
     series = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
     e = tl.exp(-2 * tl.abs(x))

@@ -1,0 +1,134 @@
+"""Steps of a stream in PyTorch, and the ring buffers that every backend of a stream has. `Stream` checks what comes in.
+
+All rows take their steps together, so a ring has one write position. A row that has been reset is younger than the
+ring: children from before its first step are those of `.` alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .shared import SharedNodes
+
+TILE_ROWS = 128  # rows of every matrix product of a sampler, so that a row's bits do not depend on the others
+
+
+class Ring:
+    """The last children of one layer, in every row.
+
+    Attributes:
+        backs: How many steps back the child of each tap is, oldest first.
+        padding: The child that `.` alone gives, `(c_in,)`; of the lowest layer its id, `()`.
+        nodes: `(size, rows, c_in)`, or int64 `(size, rows)`; the child of step t is entry `t % size`.
+    """
+
+    def __init__(self, kernel_size: int, dilation: int, padding: Tensor, rows: int):
+        self.backs = [(kernel_size - 1 - tap) * dilation for tap in range(kernel_size)]
+        self.padding = padding
+        self.nodes = padding.expand(self.backs[0] + 1, rows, *padding.shape).clone()
+
+    def push(self, child: Tensor, clock: int, ages: Tensor, settled: int) -> list[Tensor]:
+        """Writes the newest child and returns the child of each tap, `(rows, c_in)`.
+
+        `settled`: steps since the last reset of any row; an older child of a younger row is padding.
+        """
+        self.nodes[clock % len(self.nodes)] = child
+        children = []
+        for back in self.backs:
+            old = self.nodes[(clock - back) % len(self.nodes)]
+            if back > settled:
+                young = (ages < back).view(-1, *[1] * self.padding.ndim)
+                old = torch.where(young, self.padding, old)
+            children.append(old)
+        return children
+
+
+class TorchSteps:
+    """A backend: the state of all rows, and a step that never waits for the device.
+
+    Layers that `SharedNodes` tabulates need no ring: the last tokens of a row are a key into the table.
+
+    Attributes:
+        kinds: Keys of the table.
+        clock: Steps taken.
+        ages: int64 `(rows,)`, steps since each row was reset.
+        keys: int64 `(rows,)`, each row's newest node in the table.
+        rings: Per layer above the table, lowest first.
+        settled: Steps since the last reset of any row.
+    """
+
+    @torch.no_grad()
+    def __init__(self, shared: SharedNodes, rows: int, tile: int | None = None):
+        self.tile = rows if tile is None else tile  # rows of one matrix product
+        self.nodes, self.first = shared.nodes, shared.tabulated
+        self.kinds = shared.vocab_size ** self.nodes.dilations[self.first]
+        contributions, values = shared.table
+        self.table = contributions[:, : self.kinds].contiguous()
+        self.values = None if values is None else values[: self.kinds].contiguous()
+        self.clock, self.settled = 0, 0
+        self.keys = torch.zeros(rows, dtype=torch.int64, device=self.table.device)
+        self.ages = torch.zeros_like(self.keys)
+        self.rings = self._new_rings(rows)
+
+    def _new_rings(self, rows: int) -> list[Ring]:
+        child, rings = torch.zeros_like(self.keys[0]), []
+        value = None if self.values is None else self.values[:1]
+        for layer, (taps, dilation) in enumerate(zip(self.nodes.taps, self.nodes.dilations)):
+            if layer >= self.first:
+                rings.append(Ring(len(taps), dilation, child, rows))
+                value = self._value(layer, [child[None]] * len(taps), value)
+                child = value[0, : self.nodes.n_embd] if self.values is not None else value[0]
+        return rings
+
+    def _value(self, layer: int, children: list[Tensor], rightmost: Tensor | None) -> Tensor:
+        """The nodes of a layer with these children."""
+        if layer == self.first:
+            summed = self.table[0].index_select(0, children[0])
+            for tap, ids in enumerate(children[1:], start=1):
+                summed += self.table[tap].index_select(0, ids)
+        else:
+            taps = self.nodes.taps[layer]
+            summed = torch.addmm(self.nodes.biases[layer], torch.cat(children, 1), taps.flatten(0, 1))
+        return self.nodes.values(layer, summed, rightmost)
+
+    def _tiled(self, layer: int, children: list[Tensor], rightmost: Tensor | None) -> Tensor:
+        """`_value` in tiles of a fixed number of rows."""
+        if self.tile == len(self.keys):
+            return self._value(layer, children, rightmost)
+        tiles = zip(*(child.split(self.tile) for child in children))
+        values = [None] * len(self.keys) if rightmost is None else rightmost.split(self.tile)
+        return torch.cat([self._value(layer, list(tile), value) for tile, value in zip(tiles, values)])
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Reads one token per row, int64 `(rows,)`; returns logits `(rows, vocab)`."""
+        child = self.keys.mul_(self.nodes.vocab_size).remainder_(self.kinds).add_(tokens)
+        value = None if self.values is None else self.values.index_select(0, child)
+        for layer, ring in enumerate(self.rings, start=self.first):
+            value = self._tiled(layer, ring.push(child, self.clock, self.ages, self.settled), value)
+            child = value[:, : self.nodes.n_embd] if self.values is not None else value
+            if self.values is None:
+                value = None
+        self.ages += 1
+        self.clock, self.settled = self.clock + 1, self.settled + 1
+        head = self.nodes.head
+        logits = [torch.addmm(head.bias, tile, head.weight) for tile in child.split(self.tile)]
+        return (logits[0] if len(logits) == 1 else torch.cat(logits))[:, : self.nodes.vocab_size]
+
+    def reset(self, mask: Tensor) -> None:
+        """Makes the rows of a mask, bool `(rows,)`, new ones."""
+        self.ages.masked_fill_(mask, 0)
+        self.keys.masked_fill_(mask, 0)
+        self.settled = 0
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on: the tensors themselves, not copies."""
+        rings = {f"layer {index}": ring.nodes for index, ring in enumerate(self.rings)}
+        return {"clock": torch.tensor([self.clock]), "ages": self.ages, "keys": self.keys, **rings}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continues from a `state()` of the same shapes."""
+        for name, part in self.state().items():
+            part.copy_(state[name])
+        self.clock, self.settled = int(state["clock"]), 0

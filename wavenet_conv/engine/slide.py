@@ -1,0 +1,125 @@
+"""Whole sequences as matrix products over shifted views. `ConvWaveNet.forward` defines what this computes.
+
+`nn.Conv1d` has a large fixed cost on the CPU. Here nodes lie in time-major order, `(time * batch, channels)`: the nodes
+that tap j reads are all nodes but the first `j * dilation * batch`, one contiguous view without a copy. So a layer is
+one matrix product per tap and a tanh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..model import ConvWaveNet
+from ..vocabulary import check_sequences, check_tokens
+from .weights import Weights, fold
+
+
+class FoldedWaveNet:
+    """A frozen model for inference: batch norm folded into matrices that are made once.
+
+        fast = fold_batch_norm(conv)
+        logits = fast(tokens)  # as conv.eval()(tokens), to rounding
+
+    Attributes:
+        weights: The matrices.
+        config: The shape of the model that was folded.
+        context: Tokens that one prediction sees.
+    """
+
+    def __init__(self, weights: Weights):
+        self.weights, self.config, self.context = weights, weights.config, weights.config.context
+        self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        self.dilations = weights.config.dilations
+        self.taps = [layer.taps.unbind() for layer in weights.layers]  # views cost as much as a short name's arithmetic
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FoldedWaveNet:
+        """The same model on another device or in another dtype; this one is left as it is."""
+        return FoldedWaveNet(self.weights.to(device, dtype))
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Computes the logits of the token after every window, without gradients.
+
+        Args:
+            tokens: int64 `(batch, time)`, as `ConvWaveNet.forward` takes them.
+
+        Returns:
+            Logits `(batch, time - context + 1, vocab)`; output t reads tokens `[t, t + context)`.
+
+        Raises:
+            ShapeError: Tokens have another shape, dtype or device, or are fewer than the context.
+            TokenError: A token is outside the vocabulary.
+        """
+        weights, vocab_size = self.weights, self.config.vocab_size
+        check_sequences(tokens, self.context, vocab_size, self.device, values=self.device.type != "cpu")
+        batch, outputs = len(tokens), tokens.shape[1] - self.context + 1
+        try:
+            x = F.embedding(tokens.t(), weights.embedding)
+        except IndexError:  # on the CPU the lookup checks every token
+            check_tokens(tokens, vocab_size)
+            raise
+        if outputs == 1:
+            x, steps = self._windows_in_tap_order(x), self._steps_in_tap_order()
+        else:
+            x, steps = x.flatten(0, 1), self.dilations
+        if weights.hidden is not None:
+            skips = self._skip_sums(x, batch, outputs, steps)
+            x = torch.relu_(torch.addmm(weights.hidden.bias, torch.relu_(skips), weights.hidden.weight))
+        else:
+            for taps, layer, step in zip(self.taps, weights.layers, steps):
+                x = torch.tanh_(convolve(x, taps, layer.bias, step * batch))
+        logits = torch.addmm(weights.head.bias, x, weights.head.weight)
+        return logits.view(outputs, batch, -1).transpose(0, 1).contiguous()
+
+    def _skip_sums(self, x: Tensor, batch: int, outputs: int, steps: tuple[int, ...]) -> Tensor:
+        """The skip sums of a gated model, for outputs only: they are the last nodes of every layer."""
+        sums: list[Tensor] = []
+        for taps, layer, step in zip(self.taps, self.weights.layers, steps):
+            f, g = convolve(x, taps, layer.bias, step * batch).chunk(2, 1)
+            z = torch.tanh(f) * torch.sigmoid(g)
+            if layer.skip is not None:
+                sums.append(torch.addmm(layer.skip.bias, z[len(z) - outputs * batch :], layer.skip.weight))
+            if layer.residual is not None:
+                x = torch.addmm(x[len(x) - len(z) :], z, layer.residual.weight).add_(layer.residual.bias)
+        return sum(sums[1:], start=sums[0])
+
+    def _windows_in_tap_order(self, x: Tensor) -> Tensor:
+        """For one window per row: reorders x `(context, batch, n_embd)` so that only nodes of its tree are computed.
+
+        A position's digits, written in the mixed radix of the kernel sizes, are reversed. The first children of all
+        nodes of a layer then lie side by side, behind them the second children, and so on.
+        """
+        sizes = self.config.kernel_sizes
+        digits = range(len(sizes))
+        return x.view(*reversed(sizes), *x.shape[1:]).permute(*reversed(digits), -2, -1).reshape(-1, x.shape[2])
+
+    def _steps_in_tap_order(self) -> tuple[int, ...]:
+        """Per layer, how far apart two taps then are: the number of its nodes in one tree."""
+        return tuple(self.context // span for span in (*self.dilations[1:], self.context))
+
+
+def fold_batch_norm(conv: ConvWaveNet) -> FoldedWaveNet:
+    """Copies a model for inference, with batch norm folded into its matrices; `conv` is left as it is.
+
+    Args:
+        conv: A `ConvWaveNet` in any mode, with or without batch norm.
+
+    Returns:
+        A frozen model with the logits of `conv.eval()`, to rounding, and without its operator calls.
+
+    Raises:
+        MappingError: `conv` is not a `ConvWaveNet`.
+    """
+    return FoldedWaveNet(fold(conv))
+
+
+def convolve(x: Tensor, taps: Sequence[Tensor], bias: Tensor, step: int) -> Tensor:
+    """A layer's linear map: x `(n, c_in)`, taps `step` rows apart, to `(n - (kernel_size - 1) * step, c_out)`."""
+    rows = len(x) - (len(taps) - 1) * step
+    h = torch.addmm(bias, x[:rows], taps[0])
+    for tap in range(1, len(taps)):
+        h.addmm_(x[tap * step : tap * step + rows], taps[tap])
+    return h

@@ -1,0 +1,241 @@
+"""One character at a time: one new node per layer per step, from ring buffers of old nodes.
+
+A layer's new node needs, beside the newest child, the children at distances d, 2d, ..., (kernel_size - 1) * d back,
+where d is its dilation. Source: Paine et al. 2016, arXiv:1611.09482.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, ShapeError, StateError
+from ..model import ConvWaveNet
+from ..precision import exact_float32
+from ..vocabulary import check_tokens
+from .rings import TorchSteps
+from .shared import SharedNodes
+from .weights import Weights, fold
+
+FEW_ROWS = 8  # up to here compiled loops are faster: they take row after row, and read all weights for each
+
+
+class Stream:
+    """Reads names side by side, one character of each per step.
+
+        stream = Stream(model, batch_size=2)
+        logits = stream.step(torch.tensor([0, 0]))  # (2, vocab), of each name's first character
+        logits = stream.step(torch.tensor([5, 13]))
+
+    A new row has read nothing but `.`, and the first step reads one more. Fed `.` and then a name, a row gives the
+    logits of the model at every position: to 1e-12 in float64 and 1e-5 in float32. The model is copied.
+
+    Args:
+        model: A `ConvWaveNet`, gated or not, in any mode.
+        batch_size: Rows.
+        device: Where to compute. Default: the model's device.
+        dtype: What to compute in. Default: the model's dtype. float32 is IEEE, also on CUDA.
+        compiled: Whether Numba's loops take the steps, or PyTorch. Default: loops where they can run, which is on the
+            CPU in float32 or float64 with at most 8 rows and the extra "fast". They are compiled at the first step, in
+            some seconds, and kept beside the package.
+
+    Raises:
+        ShapeError: `batch_size` is below 1.
+        ConfigError: `compiled` is True and the loops cannot run.
+    """
+
+    @torch.inference_mode(False)  # a stream made in inference mode can be used outside
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: ConvWaveNet,
+        batch_size: int = 1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        compiled: bool | None = None,
+    ):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ShapeError(f"batch_size is {batch_size!r}; it must be an integer of at least 1")
+        if compiled not in (None, True, False):
+            raise ConfigError(f"compiled is {compiled!r}; it must be True, False or None")
+        weights = fold(model, device, dtype)
+        self.batch_size, self.context, self.vocab_size = batch_size, model.context, model.config.vocab_size
+        self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        self._digest = torch.frombuffer(bytearray(_digest(weights)), dtype=torch.uint8)
+        loops_can_run = batch_size <= FEW_ROWS and _loops_can_run(self.device, self.dtype)
+        if compiled and not loops_can_run:
+            raise ConfigError(
+                f"compiled steps are for up to {FEW_ROWS} rows on the CPU, in float32 or float64, and need Numba: "
+                f"pip install 'wavenet-conv[fast]', or leave out compiled=True"
+            )
+        self.compiled = loops_can_run and compiled is not False
+        with _exact(self.device):
+            shared = SharedNodes(weights)
+            if self.compiled:
+                from .loops import CompiledSteps  # Numba takes 0.3 s to import
+
+                self.backend: TorchSteps = CompiledSteps(shared, batch_size)
+            else:
+                self.backend = TorchSteps(shared, batch_size)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Reads one token per row.
+
+        Args:
+            tokens: int64 `(batch_size,)`.
+
+        Returns:
+            Logits of the next token, `(batch_size, vocab)`.
+
+        Raises:
+            ShapeError: Tokens of another shape, dtype or device.
+            TokenError: A token outside the vocabulary. No row has then read anything.
+        """
+        if not isinstance(tokens, Tensor) or tokens.shape != (self.batch_size,) or tokens.dtype != torch.int64:
+            found = f"{tokens.dtype} of shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
+            raise ShapeError(f"step takes tokens int64 ({self.batch_size},), one per row, not {found}")
+        if tokens.device != self.device:
+            raise ShapeError(f"tokens are on {tokens.device} and the stream on {self.device}; move them with .to(...)")
+        if self.batch_size > FEW_ROWS or not all(0 <= token < self.vocab_size for token in tokens.tolist()):
+            check_tokens(tokens, self.vocab_size)
+        return self.advance(tokens).clone()
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """`step` without its checks; the next step overwrites the logits."""
+        with _exact(self.device):
+            return self.backend.step(tokens)
+
+    def push(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Resets every row and reads a prefix of its own into it.
+
+        Args:
+            tokens: int64 `(batch_size, time)`, as `vocab.encode(prefixes, context=stream.context)` returns them. One
+                `.` before a prefix is enough.
+            lengths: int64 `(batch_size,)`, characters per prefix.
+
+        Returns:
+            Logits of what follows each prefix, `(batch_size, vocab)`.
+
+        Raises:
+            ShapeError: Other shapes.
+            TokenError: A token outside the vocabulary. No row has then read anything.
+        """
+        columns = _columns_of(tokens, lengths, self.batch_size)
+        check_tokens(columns, self.vocab_size)
+        self.reset()
+        for column in columns.to(self.device):
+            logits = self.step(column)
+        return logits
+
+    def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
+        """Makes these rows, or all of them, new ones; the others continue.
+
+        Args:
+            rows: Row numbers, or bool `(batch_size,)`. Raises `ShapeError` for anything else, naming a wrong row.
+        """
+        mask = torch.zeros(self.batch_size, dtype=torch.bool)
+        mask[_numbers_of(rows, self.batch_size)] = True
+        self.backend.reset(mask.to(self.device))
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of all that the rows have read, as plain tensors: what `load_state` takes."""
+        return {"model": self._digest.clone()} | {name: part.clone() for name, part in self.backend.state().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continues from a `state()`, also from one of another device.
+
+        Raises:
+            StateError: Not a state, or one of another model, dtype or batch size. Nothing has then changed.
+        """
+        if not isinstance(state, dict) or not all(isinstance(part, Tensor) for part in state.values()):
+            raise StateError("a state is a dict of tensors, as Stream.state() returns it")
+        mine = self.backend.state()
+        same_model = torch.equal(state.get("model", torch.zeros(0)).cpu(), self._digest)
+        if not same_model or state.keys() - {"model"} != mine.keys():
+            raise StateError("this state is of another model or dtype; load it into a stream of that one")
+        if state["ages"].ndim == 1 and len(state["ages"]) != self.batch_size:
+            raise StateError(f"this state is of {len(state['ages'])} rows; load it into a stream of that batch_size")
+        for name, part in mine.items():
+            if state[name].shape != part.shape or state[name].dtype != part.dtype:
+                raise StateError(
+                    f"{name!r} of this state is {state[name].dtype} of shape {tuple(state[name].shape)}, here it is "
+                    f"{part.dtype} of shape {tuple(part.shape)}; the state is damaged, make another"
+                )
+        keys = torch.cat([state["keys"], state["layer 0"].flatten()])
+        if keys.min() < 0 or keys.max() >= self.backend.kinds or min(state["ages"].min(), state["clock"].min()) < 0:
+            raise StateError("'keys', 'ages' or 'clock' of this state are out of range; it is damaged, make another")
+        self.backend.load_state(state)
+
+    def __reduce_ex__(self, protocol: object) -> tuple:
+        raise StateError("a Stream is not copied or pickled; make another of the same model and give it the state()")
+
+
+def _exact(device: torch.device) -> AbstractContextManager[None]:
+    return exact_float32() if device.type == "cuda" else nullcontext()
+
+
+def _columns_of(tokens: Tensor, lengths: Tensor, rows: int) -> Tensor:
+    """What each step of `Stream.push` reads, int64 `(steps, rows)`.
+
+    All prefixes end at the same step: a row that has read nothing but `.` may read more of them.
+    """
+    shapes = [tuple(part.shape) if isinstance(part, Tensor) else repr(part)[:40] for part in (tokens, lengths)]
+    if shapes[0][:1] != (rows,) or shapes[1] != (rows,) or len(shapes[0]) != 2:
+        raise ShapeError(
+            f"tokens {shapes[0]} and lengths {shapes[1]} are not those of {rows} prefixes, one per row; "
+            f"make them with vocab.encode(prefixes, context=stream.context)"
+        )
+    tokens, lengths = tokens.cpu(), lengths.cpu()
+    longest = int(lengths.max())
+    before = tokens.shape[1] - longest  # zeros before each prefix
+    if before < 1 or int(lengths.min()) < 0 or tokens[:, :before].any():
+        raise ShapeError(
+            f"tokens {shapes[0]} do not hold `.` and then prefixes of up to {longest} characters; make them with "
+            f"vocab.encode(prefixes, context=stream.context)"
+        )
+    places = before - 1 + (torch.arange(longest + 1) - (longest - lengths[:, None])).clamp_(min=0)
+    return tokens.long().gather(1, places).t().contiguous()
+
+
+def _numbers_of(rows: Sequence[int] | Tensor | None, count: int) -> list[int]:
+    """The row numbers that the argument of `Stream.reset` means."""
+    try:
+        chosen = torch.as_tensor(range(count) if rows is None else rows, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        chosen = torch.empty(())
+    if chosen.dtype == torch.bool and chosen.shape == (count,):
+        chosen = chosen.nonzero()[:, 0]
+    if chosen.ndim != 1 or (len(chosen) and (chosen.is_floating_point() or chosen.dtype == torch.bool)):
+        raise ShapeError(f"rows is {rows!r}; give a list of rows, or a bool for each of the {count} rows")
+    numbers = [int(row) for row in chosen.tolist()]
+    for row in numbers:
+        if not 0 <= row < count:
+            raise ShapeError(f"row {row} is not among the {count} rows, 0 to {count - 1}")
+    return numbers
+
+
+def _loops_can_run(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cpu" or dtype not in (torch.float32, torch.float64):
+        return False
+    try:
+        from . import loops  # noqa: F401
+    except ImportError:  # Numba is missing, or does not support the NumPy that is installed
+        return False
+    return True
+
+
+def _digest(weights: Weights) -> bytes:
+    """SHA-256 of a model's shape, dtype and weights."""
+    digest = hashlib.sha256(f"{weights.config} {weights.embedding.dtype}".encode())
+
+    def update(tensor: Tensor) -> Tensor:
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return tensor
+
+    weights.map(update)
+    return digest.digest()
