@@ -33,6 +33,7 @@ LONGEST = 100  # characters; a name is cut there
 OUR_BATCHES = {"cpu": (1024, 131072, 64, 16384, 65536), "cuda": (16384, 1048576, 1024, 131072, 524288)}
 GROWTH_LAYERS = range(3, 13)  # contexts 8, 16, ... 4096
 GROWTH_BATCH = 64  # rows of a stream
+COMPARED_NAMES = (40, 200)  # without and with --full
 COMPARED_BATCHES = (1, 9)  # rows of a stream that is compared with windows: compiled loops take the steps of few
 
 Draw = Callable[[Tensor, Tensor, Tensor], Tensor]  # probabilities `(batch, vocab)`, names, positions -> `(batch,)`
@@ -109,7 +110,7 @@ def equality(models: Models, session: Session) -> Results:
     In float32 names at every batch against those drawn one by one. Then the logits of the streams whose growth is
     timed, against their windows', in float32.
     """
-    count, seed, exact, device = session.pick(40, 200), session.args.seed, torch.float64, session.device
+    count, seed, exact, device = session.pick(*COMPARED_NAMES), session.args.seed, torch.float64, session.device
     tree = reference.from_conv(models.conv).to(device=device, dtype=exact)
 
     def uniforms(name: int, position: int) -> float:
@@ -316,8 +317,8 @@ def tables(results: Results) -> Iterator[Table]:
         columns,
         results["growth"],
         f"Microseconds per character, first at batch 1, then of many names: the windows at their best batch, the "
-        f"stream at {GROWTH_BATCH}. x: how many times faster the method before it is. Kernel sizes of 2, random weights; a "
-        f"character is its logits and a draw.",
+        f"stream at {GROWTH_BATCH}. x: how many times faster the method before it is. Kernel sizes of 2, random "
+        f"weights; a character is its logits and a draw.",
     )
 
 

@@ -81,7 +81,7 @@ def words(values: Row) -> str:
     parts = []
     for name, value in values.items():
         if isinstance(value, dict):
-            parts += [f"{name.replace('_', ' ')}: {words(value)}"]
+            parts += [f"{name.replace('_', ' ')}: {words(value) if any(value.values()) else 'none'}"]
         elif not isinstance(value, (bool, type(None))):
             form = ".2g" if isinstance(value, float) else "," if isinstance(value, int) else ""
             parts += [f"{name.replace('_', ' ')} {value if isinstance(value, list) else format(value, form)}"]

@@ -1,0 +1,154 @@
+"""The harness: exit codes, JSON, tables, timing; and counts against counts by hand."""
+
+import json
+
+import pytest
+import torch
+
+import reference
+from benchmarks import counting, harness
+from benchmarks.harness import Benchmark
+from benchmarks.score import limit
+from benchmarks.tables import Table, print_page
+from wavenet_conv import WaveNetConfig, WaveNetConvError, fold_batch_norm, from_tree
+from wavenet_conv.names import lecture_names, read_names
+
+CPU = torch.device("cpu")
+RESULTS = {"equality": {"equal": True, "tolerance": 1e-5}, "rows": [{"method": "loop", "us": 2.0}]}
+
+
+def fake(results=RESULTS):
+    def run(session):
+        if isinstance(results, BaseException):
+            raise results
+        session.ticks("measured", 1)()
+        return results
+
+    return Benchmark("fake", "What?\n", run, lambda results: [Table("Times", "method; us=us .1f", results["rows"])])
+
+
+def test_tables_go_to_stdout_and_progress_to_stderr(tmp_path, capsys):
+    (tmp_path / "out.json").write_text("what was there")
+    assert harness.main(fake(), ["--json", str(tmp_path / "out.json")]) == 0
+    printed = capsys.readouterr()
+    assert "Equal: tolerance 1e-05." in printed.out and "| loop   | 2.0 |" in printed.out
+    assert "measured" in printed.err and "measured" not in printed.out
+    assert json.loads((tmp_path / "out.json").read_text())["rows"] == RESULTS["rows"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+@pytest.mark.parametrize(
+    ("results", "code"),
+    [({"equality": {"equal": False}}, 1), (WaveNetConvError("it broke"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_the_exit_code_says_how_a_run_ended(results, code, capsys):
+    assert harness.main(fake(results), []) == code
+    printed = capsys.readouterr()
+    assert "|" not in printed.out and ("NOT EQUAL" in printed.out) == isinstance(results, dict)
+    assert ("benchmarks.fake: it broke\n" in printed.err) == isinstance(results, WaveNetConvError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--names", "missing.txt"], "benchmarks.fake: missing.txt: No such file"),
+        (["--seed", "-1"], "--seed: '-1' is not an integer from 0"),
+        (["--seed", str(2**63)], "is not an integer from 0 to 2**63 - 1"),
+        (["--json", "no/such/folder/out.json"], "benchmarks.fake: --json no/such/folder/out.json: cannot write there"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--quick", "--full"], "not allowed with argument"),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [(["--device", "cuda"], "--device cuda: this PyTorch sees no CUDA device")]
+        ),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments, message, capsys):
+    try:
+        code = harness.main(fake(), arguments)
+    except SystemExit as left:
+        code = left.code
+    printed = capsys.readouterr()
+    assert code == 2 and not printed.out and message in printed.err
+    assert printed.err.startswith("usage") or printed.err.count("\n") == 1
+
+
+def test_a_table_prints_what_the_rows_hold_and_a_dash_for_what_they_do_not(capsys):
+    rows = [
+        {"method": "loop", "us": 9.0, "q1_us": 8.0, "q3_us": 10.0, "nodes": [4000, 2], "of": [{"rate": 5}]},
+        {"method": "slid", "us": 3.0, "q1_us": 2.0, "q3_us": 4.0},
+        {"method": "peer", "message": "not installed"},
+    ]
+    columns = "method; time=us .1f; quartiles=~us .0f; x loop=us/loop .2f; nodes=nodes ,; rate=of.0.rate"
+    print_page(
+        {"device": "d", "torch": "t", "dtype": "f", "equality": {"equal": True}}, [Table("T", columns, rows, "R")]
+    )
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if "|" in line
+    ]
+    assert cells[0] == ["method", "time", "quartiles", "x loop", "nodes", "rate"]
+    assert cells[2] == ["loop", "9.0", "8 to 10", "1.00", "4,000 2", "5"]
+    assert cells[3] == ["slid", "3.0", "2 to 4", "3.00", "-", "-"]
+    assert cells[4] == ["peer", "not installed", "- to -", "-", "-", "-"]
+
+
+def test_methods_take_turns_in_blocks():
+    order, ticks = [], []
+    methods = {name: lambda name=name: order.append(name) for name in "ab"}
+    samples = harness.time_calls(methods, 3, CPU, block=2, tick=lambda: ticks.append(0))
+    assert "".join(order) == "aabbaabb" and len(ticks) == 2
+    assert [len(times) for times in samples.values()] == [4, 4]
+    assert harness.spread("us", [1, 2, 3, 4, 5]) == {"us": 3, "q1_us": 2, "q3_us": 4}
+    assert harness.spread("us", [7]) == {"us": 7, "q1_us": 7, "q3_us": 7}
+
+
+def test_launches_are_operators_that_python_calls():
+    a = torch.ones(2, 2)
+    assert harness.count_launches(lambda: a + a @ a, CPU) == 2
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_nodes_are_counted_and_not_computed_from_a_formula(gated):
+    conv = from_tree(reference.build((3, 2), n_embd=4, n_hidden=(5, 6), gated=gated).eval())
+    folded, tree, tokens = fold_batch_norm(conv), reference.from_conv(conv), torch.randint(27, (2, 10))
+    with torch.no_grad():
+        for call, nodes in (
+            (lambda: conv(tokens), [16, 10]),
+            (lambda: folded(tokens), [16, 10]),
+            (lambda: folded(tokens[:, 4:]), [4, 2]),  # one window per name: nothing is shared
+            (lambda: reference.window_logits(tree, tokens), [20, 10]),
+            (lambda: reference.loop_logits(tree, tokens[:1]), [10, 5]),
+            (lambda: None, [0, 0]),
+        ):
+            assert counting.nodes_of(call, conv.config) == nodes
+    if gated:  # convolution and residual of every node, skips and head of every output
+        work = 16 * (3 * 4 * 10 + 5 * 4) + 10 * (2 * 4 * 12) + 10 * (5 * 4 + 6 * 4 + 4 * 4 + 4 * 27)
+    else:
+        work = 16 * 3 * 4 * 5 + 10 * 2 * 5 * 6 + 10 * 6 * 27
+    assert counting.multiply_adds(conv, [16, 10], 10) == work
+
+
+def test_products_are_counted_while_they_run():
+    with counting.CountingProducts() as counted:
+        torch.addmm(torch.ones(5), torch.ones(2, 3), torch.ones(3, 5)) @ torch.ones(5, 7)
+    assert counted.multiply_adds == 2 * 3 * 5 + 2 * 5 * 7
+
+
+def test_the_floors_by_hand():
+    config = WaveNetConfig(vocab_size=5, n_embd=4, n_hidden=(6, 7), kernel_sizes=(3, 2))
+    assert counting.shared_multiply_adds(config, [10, 20]) == 10 * 2 * 6 * 7 + 20 * 7 * 5
+    names = ["ab", "abc"]
+    gathered, written = 10 * 3 * (6 * 4 + 8) + 20 * 2 * (7 * 4 + 8), 10 * 2 * 7 * 4 + 20 * 4
+    assert counting.shared_bytes(config, [10, 20], names) == gathered + written + (7 + 5 * 2) + 7 * 12 + 2 * 4
+    rates = {"matmul_multiply_adds_per_second": 1000.0, "copy_bytes_per_second": 1e12}
+    floor = limit(rates, config, [10, 20], names, 10.0)
+    assert floor["bound_by"] == "operations" and floor["share_of_floor"] == pytest.approx(1.54 / 10)
+
+
+def test_distinct_nodes_are_different_spans():
+    assert counting.distinct_nodes(["ab", "aa"], (2, 2)) == [4, 4]  # .. .a ab aa and .... ...a ..ab ..aa
+    path = lecture_names()
+    if path is not None:
+        bigrams, fourgrams, windows = counting.distinct_nodes(read_names(path), (2, 2, 2))
+        assert windows == 58_841 and bigrams == 602 and fourgrams == 22_135

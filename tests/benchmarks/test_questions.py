@@ -1,0 +1,284 @@
+"""Each benchmark in a short run: its counts are what theory says, and differing models end it without timings."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import ladder, methods, sample, score, slide, train
+from benchmarks.methods import METHODS, MISSING, PEER, Models
+from benchmarks.tables import print_page
+from wavenet_conv import Vocabulary, from_tree, training
+from wavenet_conv.checkpoint import load_checkpoint
+from wavenet_conv.names import read_names
+
+BENCHMARKS = {"slide": slide, "score": score, "sample": sample, "train": train, "ladder": ladder}
+NAMES = read_names(Path(__file__).parents[2] / "names.txt")[::150] + ["abcdefghijklmnopqrstuvwxyz"]
+ARGUMENTS = {
+    "slide": ["--n-embd", "4", "--n-hidden", "8"],
+    "score": ["--count", "1500"],
+    "sample": [],
+    "train": ["--target", "3.2"],
+    "ladder": ["--steps", "600", "--rungs", "bigram,mlp-10-200-unscaled,mlp-bn,tree-68-bug,ours-fast"],
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The options of a short run; batches, contexts and trainings are small while this is in use."""
+    path = tmp_path_factory.mktemp("lists") / "names.txt"
+    path.write_text("\n".join(NAMES))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(methods.WINDOW_BATCHES, "cpu", (64, 256))
+        patch.setitem(methods.NAME_BATCHES, "cpu", (64,))
+        patch.setitem(slide.WINDOW_TOKENS, "cpu", (2**12,))
+        patch.setattr(slide, "GROWTH_LAYERS", range(3, 8, 2))
+        patch.setattr(sample, "GROWTH_LAYERS", range(3, 7))
+        patch.setitem(sample.OUR_BATCHES, "cpu", (64,))
+        patch.setattr(sample, "COMPARED_NAMES", (15, 15))
+        patch.setattr(train, "BATCHES", (8,))
+        for name, steps in (("LECTURE_STEPS", 40), ("LECTURE_EVERY", 20), ("OUR_EVERY", 2)):
+            patch.setattr(train, name, steps)
+        yield ["--names", str(path), "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def results(small, tmp_path_factory):
+    """The results of each benchmark, which runs once."""
+    made, folder = {}, tmp_path_factory.mktemp("results")
+
+    def of(name):
+        if name not in made:
+            path = folder / f"{name}.json"
+            assert BENCHMARKS[name].main([*small, *ARGUMENTS[name], "--json", str(path)]) == 0
+            made[name] = json.loads(path.read_text())
+        return made[name]
+
+    return of
+
+
+def by_method(rows):
+    return {row["method"]: row for row in rows}
+
+
+def spans_of(names):
+    """All spans of 2, 4 and 8 tokens, by layer."""
+    padded = ["." * 8 + name for name in names]
+    return [[name[i : i + span] for name in padded for i in range(len(name) - span + 1)] for span in (2, 4, 8)]
+
+
+def assert_spread(row, key):
+    assert 0 < row[f"q1_{key}"] <= row[key] <= row[f"q3_{key}"]
+
+
+def test_slide_counts_what_the_formulas_say(results):
+    found = results("slide")
+    assert found["equality"]["equal"] and found["equality"]["max_abs_diff"] < 1e-5
+    one, whole = by_method(found["one_name"]), by_method(found["whole_list"])
+    for method in ("loop", "windows", "windows_folded"):
+        assert one[method]["nodes"] == [32, 16, 8] and sum(one[method]["nodes"]) == 7 * (len("analisa") + 1)
+        assert [n / whole[method]["positions"] for n in whole[method]["nodes"]] == [4, 2, 1]
+    for method in ("slid_conv1d", "slid"):
+        assert one[method]["nodes"] == [14, 12, 8] and sum(one[method]["nodes"]) == 3 * len("analisa") + 13
+        assert whole[method]["nodes"] == [len(layer) for layer in spans_of(NAMES[::10])]
+    assert one["loop"]["launches"] > one["windows"]["launches"] > one["slid"]["launches"] > 0
+    for row in found["one_name"]:
+        assert_spread(row, "us")
+    assert found["distinct_nodes"]["one_name"] == [8, 8, 8]
+    assert found["distinct_nodes"]["whole_list"] == [len(set(layer)) for layer in spans_of(NAMES[::10])]
+    work = (4 * 2 * 4 * 8 + 2 * 2 * 8 * 8 + 2 * 8 * 8) + 8 * 27
+    assert whole["windows"]["multiply_adds_per_position"] == pytest.approx(work)
+
+
+def test_growth_tends_to_the_theory(results):
+    growth = results("slide")["growth"]
+    assert [row["context"] for row in growth] == [8, 32, 128]
+    for row in growth:
+        context, (windows, slid) = row["context"], row["methods"]
+        spans = [2**layer for layer in range(1, row["layers"] + 1)]
+        assert slid["nodes"] == [slide.GROWTH_TOKENS + 1 - span for span in spans]
+        assert windows["nodes"] == [context // span * windows["positions"] for span in spans]
+        assert (
+            0.75 * row["theory_node_ratio"]
+            < row["node_ratio"]
+            <= row["theory_node_ratio"]
+            == (context - 1) / row["layers"]
+        )
+
+
+def test_score_counts_distinct_nodes_and_its_floors(results):
+    found, used = results("score"), NAMES[::10]
+    assert list(found["equality"]["max_abs_diffs"]) == [*score.METHODS, "shared, default model"]
+    rows, distinct = by_method(found["methods"]), [len(set(layer)) for layer in spans_of(used)]
+    assert rows["slid"]["nodes"] == [len(layer) for layer in spans_of(used)] and found["distinct_nodes"] == distinct
+    bigrams, fourgrams, windows = rows["shared"]["nodes"]  # nearly all distinct windows are not looked up
+    assert bigrams == 0 and fourgrams == distinct[1] and windows in (distinct[2], rows["shared"]["positions"])
+    for row in rows.values():
+        assert_spread(row, "us")
+        assert_spread(row, "positions_per_second")
+    limits = found["limits"]
+    floors = (
+        limits["multiply_adds"] / limits["matmul_multiply_adds_per_second"],
+        limits["bytes"] / limits["copy_bytes_per_second"],
+    )
+    assert limits["share_of_floor"] == pytest.approx(max(floors) / limits["seconds"])
+    assert [row["names"] for row in found["growth"]] == [1000, 1500]
+    for row in found["growth"]:
+        assert row["nodes"][0] == 0 < row["nodes"][1] and row["windows_share"] == row["nodes"][2] / row["positions"] < 1
+        assert_spread(row, "us_per_name")
+
+
+def test_sample_measures_what_it_draws(results):
+    found = results("sample")
+    equality, rows = found["equality"], by_method(found["methods"])
+    ways = [f"sample, batch {batch}, {dtype}" for batch in (1, 64) for dtype in ("float64", "float32")]
+    assert equality["different_names"] == dict.fromkeys(["windows", *ways], 0) and equality["characters"] > 60
+    assert rows["loop"]["times_loop"] == 1 and rows["loop"]["characters"] == rows["loop_with_gradients"]["characters"]
+    for row in rows.values():
+        if row.get("installed", True):
+            assert_spread(row, "names_per_second")
+            assert 3 < row["characters"] / row["names"] < 10  # a name of the list has 7.1
+    latency = by_method(found["latency"])
+    assert latency["windows"]["parameters"] == latency["stream"]["parameters"] == 76_579
+    assert latency["slid"]["parameters"] == 76_579 - 3 * 128  # gamma goes into the weights, beta becomes the bias
+    assert latency["windows"]["launches"] > latency["windows_folded"]["launches"] > 0
+    assert [row["context"] for row in found["growth"]] == [8, 64]
+    for row in found["growth"]:
+        assert row["nodes_per_character"] == {"windows": row["context"] - 1, "stream": row["layers"]}
+        windows, _, stream = (part["us_per_character"] for part in row["one"])
+        assert row["times_windows"] == windows / stream
+
+
+def test_train_stops_at_the_target(results):
+    found = results("train")
+    assert found["equality"]["largest"] < 1e-10 and found["parameters"] == 76_579
+    assert [row["method"] for row in found["throughput"]] == ["windows", "slid", "shared"]
+    (row,) = found["trainings"]
+    for part in (row["lecture"], row["ours"]):
+        assert part["reached"] and part["curve"][-1] == [part["steps"], part["validation_loss"]]
+        assert all(loss > 3.2 for _, loss in part["curve"][:-1])
+    assert found["times_faster"] == row["lecture"]["seconds"] / row["ours"]["seconds"]
+
+
+def test_the_ladder_trains_every_kind_of_rung(results):
+    found = results("ladder")
+    assert "proves nothing" in found["caveat"] and found["names"]["train"] == int(0.8 * len(NAMES))
+    assert [row["rung"] for row in found["rungs"]] == ARGUMENTS["ladder"][-1].split(",")
+    assert [row["context"] for row in found["rungs"]] == [1, 3, 3, 8, 8]
+    steps = training.PRESETS["fast"][1].steps * 600 // ladder.STEPS
+    assert [row["steps"] for row in found["rungs"]] == [0, 600, 600, 600, steps]
+    for row in found["rungs"]:
+        assert 0 < row["train_loss"] < 40 and 0 < row["validation_loss"] < 40  # the unscaled rung starts near 27
+        published = row["published_validation_loss"]
+        assert row["difference"] == (None if published is None else row["validation_loss"] - published)
+
+
+def off_by_a_little(tree):
+    conv = from_tree(tree)
+    conv.layers[1].conv.weight.data[0, 0, 0] += 0.1
+    return conv
+
+
+def other_names(*args, **options):
+    names = sample_names(*args, **options)
+    return names if options["batch_size"] != 64 else [names[0] + "a", *names[1:]]
+
+
+class NotANumber(sample.Stream):
+    def step(self, tokens):
+        return super().step(tokens) * torch.nan
+
+
+sample_names, exact_loss = sample.sample, train.total_loss
+BREAKS = [
+    ("slide", methods, "from_tree", off_by_a_little),
+    ("score", methods, "from_tree", off_by_a_little),
+    ("sample", sample, "sample", other_names),
+    ("sample", sample, "Stream", NotANumber),
+    ("train", train, "total_loss", lambda *args: exact_loss(*args) * (1 + 1e-9)),
+]
+
+
+@pytest.mark.parametrize(("name", "module", "what", "broken"), BREAKS, ids=[f"{b[0]}-{b[2]}" for b in BREAKS])
+def test_what_differs_ends_a_run_with_exit_code_1_and_no_timings(
+    name, module, what, broken, small, monkeypatch, capsys
+):
+    monkeypatch.setattr(module, what, broken)
+    assert BENCHMARKS[name].main([*small, *ARGUMENTS[name], "--json", "-"]) == 1
+    found = json.loads(capsys.readouterr().out)  # nothing but the JSON
+    assert not found["equality"]["equal"] and list(found)[-1] == "equality"
+
+
+def test_a_full_ladder_that_misses_a_published_loss_ends_with_exit_code_1(small, monkeypatch, capsys):
+    monkeypatch.setattr(ladder, "STEPS", 6)
+    options = [*small, "--full", "--rungs", "mlp-bn"]
+    assert ladder.main(options) == 0 and "Not the lecture's list" in capsys.readouterr().out
+    digest = ladder.hashlib.sha256(Path(small[1]).read_bytes()).hexdigest()
+    monkeypatch.setattr(ladder, "LECTURE_SHA256", digest)
+    assert ladder.main(options) == 1 and "NOT EQUAL" in capsys.readouterr().out
+    monkeypatch.setattr(ladder, "TOLERANCE", 10.0)
+    assert ladder.main(options) == 0 and "Equal: max abs diff" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("slide", ["--name", "an4lisa"], "--name an4lisa: the list of names has no character '4'"),
+        ("slide", ["--kernel-sizes", "2,0"], "--kernel-sizes: '0' is not an integer of at least 1"),
+        ("score", ["--count", "0"], "--count: '0' is not an integer of at least 1"),
+        ("train", ["--target", "0"], "--target: 0 is not a loss in nats"),
+        ("ladder", ["--rungs", "mlp-bn,deep"], "--rungs: no rung is called 'deep'; there are bigram, "),
+        ("ladder", ["--names", "FEW"], "2 names leave nothing to validate on; give at least 10"),
+    ],
+)
+def test_wrong_options_are_exit_code_2(name, arguments, message, small, tmp_path, capsys):
+    (tmp_path / "few.txt").write_text("emma\nolivia\n")
+    arguments = [str(tmp_path / "few.txt") if argument == "FEW" else argument for argument in arguments]
+    try:
+        code = BENCHMARKS[name].main([*small, *arguments])
+    except SystemExit as left:
+        code = left.code
+    printed = capsys.readouterr()
+    assert code == 2 and not printed.out and message in printed.err
+
+
+def test_the_ladder_asks_for_the_lectures_list(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WAVENET_CONV_LECTURE_NAMES", str(tmp_path / "nothing"))
+    assert ladder.main([]) == 2
+    error = capsys.readouterr().err
+    assert "the published losses are of the lecture's list, which is not here: run" in error and error.count("\n") == 1
+
+
+def test_the_bigram_model_is_the_counts_raised_by_one():
+    parts = ladder.Parts(["ab", "aa"], ["b"], Vocabulary("ab"), 0, 42)
+    parameters, context, steps, train_loss, validation_loss = ladder.count_bigrams(ladder.RUNGS["bigram"], parts)
+    # After `.`: a twice of 2, so 3/5 for a, 1/5 for b and for the end; after a: ., a, b once each; after b: . once.
+    expected = torch.tensor([3 / 5, 2 / 6, 2 / 4, 3 / 5, 2 / 6, 2 / 6]).log().mean()
+    assert train_loss == pytest.approx(-float(expected)) and (parameters, context, steps) == (9, 1, 0)
+    assert validation_loss == pytest.approx(-float(torch.tensor([1 / 5, 2 / 4]).log().mean()))
+
+
+def test_without_the_peer_its_row_says_how_to_install_it(results, capsys):
+    print_page(found := results("score") | {"peer": MISSING}, score.tables(found))
+    assert "| not installed: pip install pytorch-tcn |" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(methods.TCN is None, reason="needs the peer: pip install pytorch-tcn")
+def test_the_peer_streams_what_it_computes_at_once():
+    trained = load_checkpoint("default")
+    models = Models(sample.reference.from_conv(trained.model), trained.vocab)
+    tokens = torch.randint(1, 27, (1, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        step = METHODS[PEER].step(models, 1)
+        streamed = torch.stack([step(token) for token in tokens.t()], 1)
+        assert torch.allclose(streamed, models.peer(tokens), rtol=0, atol=1e-6)
+
+
+if torch.cuda.is_available():
+
+    def test_slide_on_cuda_replays_a_graph(small, capsys):
+        assert slide.main([*small[:2], "--device", "cuda", "--json", "-"]) == 0
+        rows = by_method(json.loads(capsys.readouterr().out)["one_name"])
+        assert rows["slid_graph"]["nodes"] == rows["slid"]["nodes"] == [14, 12, 8]
+        assert all(row["launches"] is None or row["launches"] > 0 for row in rows.values())
