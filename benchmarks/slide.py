@@ -53,7 +53,7 @@ def check_name(session: Session) -> None:
 
 def run(session: Session) -> Results:
     """All results; where the models differ, nothing after the equality."""
-    args, names = session.args, session.names[:: session.pick(10, 1)]
+    args, names = session.args, session.names[:: session.pick(5, 1)]
     sizes = {name: getattr(args, name) for name in ("kernel_sizes", "n_embd", "n_hidden")}
     models = random_models(names, session, **sizes)
     results: Results = {
