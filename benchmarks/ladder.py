@@ -344,7 +344,7 @@ def train_tree(job: Job, tick: Callable[[int], None]) -> Outcome:
 
     drop_at = rung.drop_at * job.steps // STEPS
     reference.train(
-        tree, X, Y, steps=job.steps, batch=BATCH, lr=LR, drop_at=drop_at, generator=generator, on_step=on_step
+        tree, X, Y, steps=job.steps, batch_size=BATCH, lr=LR, drop_at=drop_at, generator=generator, on_step=on_step
     )
     validation = reference.evaluate(tree, *reference.examples(job.validation, job.characters, context))
     parameters = sum(parameter.numel() for parameter in tree.parameters())

@@ -86,6 +86,9 @@ def verify(
         )
     _reject_training(tree, "tree")
     _reject_training(conv, "conv")
+    names = checked_names(names)
+    if not set(vocab.characters).issuperset("".join(names)):
+        raise vocab.unknown_character_error(names)
     reports = []
     for chunk in _chunks(names, conv.context):
         reports.append(_compare(tree, conv, chunk, vocab))
@@ -143,10 +146,10 @@ def _tolerance(expected: torch.dtype, found: torch.dtype) -> float:
     return TOLERANCE[expected]
 
 
-def _chunks(names: Iterable[str], context: int) -> Iterator[list[str]]:
+def _chunks(names: list[str], context: int) -> Iterator[list[str]]:
     """Chunks of names of similar length, so that there is little padding, and of bounded size."""
     chunk: list[str] = []
-    for name in sorted(checked_names(names), key=len):
+    for name in sorted(names, key=len):
         if chunk and (len(chunk) + 1) * (len(name) + context) * context > TOKENS_AT_ONCE:
             yield chunk
             chunk = []
