@@ -77,7 +77,7 @@ def save_checkpoint(
     for value, kind in ((model, ConvWaveNet), (vocab, Vocabulary)):
         if not isinstance(value, kind):
             raise CheckpointError(f"{path}: a checkpoint holds a {kind.__name__}, not a {type(value).__name__}")
-    norms: list[Any] = [layer.norm for layer in model.layers if layer.norm is not None]
+    norms: list[Any] = [layer.norm for layer in model.layers if model.config.batch_norm]
     tensors = model.state_dict() | ({} if quantiles is None else {"quantiles": quantiles})
     # safetensors takes contiguous tensors only, and none that share memory.
     in_file = {_renamed(name): tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

@@ -1,0 +1,156 @@
+"""Files of names, and the lecture's list from a local server: whole, or absent."""
+
+import hashlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from helpers import run_python
+
+from wavenet_conv import names as names_module
+from wavenet_conv.errors import DownloadError, NamesError
+from wavenet_conv.names import download_lecture_names, lecture_names, read_names
+
+LIST = b"emma\nolivia\nava"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        LIST,
+        b"emma\nolivia\nava\n",
+        b"emma\r\nolivia\r\nava\r\n",
+        b"emma\rolivia\rava\r",
+        b"\xef\xbb\xbfemma\n\nolivia\nava\n\n",
+        b" emma\nolivia \n  \n\tava",
+    ],
+    ids=["plain", "newline at the end", "CRLF", "CR", "byte-order mark and blank lines", "white space"],
+)
+def test_read_names_accepts(tmp_path, data):
+    file = tmp_path / "names.txt"
+    file.write_bytes(data)
+    assert read_names(file) == read_names(str(file)) == ["emma", "olivia", "ava"]
+
+
+def test_read_names_keeps_other_characters(tmp_path):
+    file = tmp_path / "names.txt"
+    file.write_text("zoë\n-x \u2028y\n", encoding="utf-8")
+    assert read_names(file) == ["zoë", "-x \u2028y"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message", "place"),
+    [
+        (b"", "no names in it; give a text file with one name per line", (None, None, None)),
+        (b"\n\r\n\n", "no names in it", (None, None, None)),
+        (b"emma\nol\xedvia\n", "line 2: byte 0xed is not UTF-8; save the file as UTF-8", (None, None, None)),
+        (b"emma\n\nava\no.k\n", r"line 4 \('o.k'\): '.' marks the end of a name; remove it", (2, 1, ".")),
+        (None, "No such file.*one name per line", (None, None, None)),
+    ],
+)
+def test_read_names_rejects(tmp_path, data, message, place):
+    file = tmp_path / "list.txt"
+    if data is not None:
+        file.write_bytes(data)
+    with pytest.raises(NamesError, match=f"list.txt.*{message}") as raised:
+        read_names(file)
+    assert (raised.value.index, raised.value.position, raised.value.character) == place
+
+
+def test_read_names_rejects_a_folder(tmp_path):
+    with pytest.raises(NamesError, match="one name per line"):
+        read_names(tmp_path)
+
+
+def test_reading_names_imports_no_torch(tmp_path):
+    (tmp_path / "names.txt").write_bytes(LIST)
+    package = "import types; sys.modules['floor'] = types.ModuleType('floor'); floor = sys.modules['floor']\n"
+    code = "floor.__path__ = ['wavenet_conv']; import floor.names; print(floor.names.read_names(sys.argv[1])[1])"
+    assert run_python(package + code, tmp_path / "names.txt", blocked=["torch", "numpy"]).stdout == "olivia\n"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        if self.path == "/missing":
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(LIST)))
+        self.end_headers()
+        self.wfile.write({"/whole": LIST, "/wrong": LIST.upper(), "/broken": LIST[:7], "/empty": b""}[self.path])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def shared_server():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def server(shared_server):
+    shared_server.asked = []
+    shared_server.url = f"http://127.0.0.1:{shared_server.server_address[1]}"
+    return shared_server
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, and the local server's list in place of the lecture's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("WAVENET_CONV_LECTURE_NAMES", raising=False)
+    monkeypatch.setattr(names_module, "LECTURE_SHA256", hashlib.sha256(LIST).hexdigest())
+    return tmp_path / "cache"
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_whole_download_is_kept_and_verified_every_time(server, cache):
+    path = download_lecture_names(f"{server.url}/whole")
+    assert path.read_bytes() == LIST and files(cache) == [path] and lecture_names() == path
+    assert download_lecture_names(f"{server.url}/whole") == path and server.asked == ["/whole"]
+    path.write_bytes(LIST + b"!")
+    assert lecture_names() is None
+    assert download_lecture_names(f"{server.url}/whole").read_bytes() == LIST
+    assert server.asked == ["/whole", "/whole"] and files(cache) == [path]
+
+
+@pytest.mark.parametrize("what", ["wrong", "broken", "empty", "missing"])
+def test_failed_download_leaves_nothing_behind(server, cache, what):
+    with pytest.raises(DownloadError, match=rf"{server.url}/{what}: .*try again.*set WAVENET_CONV_LECTURE_NAMES"):
+        download_lecture_names(f"{server.url}/{what}")
+    assert server.asked == [f"/{what}"] and not cache.exists() and lecture_names() is None
+
+
+def test_failed_download_leaves_the_previous_file(server, cache):
+    folder = cache / "wavenet-conv"
+    folder.mkdir(parents=True)
+    (folder / "lecture-names.txt").write_bytes(b"half of it")
+    with pytest.raises(DownloadError):
+        download_lecture_names(f"{server.url}/broken")
+    assert [path.read_bytes() for path in files(cache)] == [b"half of it"]
+
+
+def test_download_without_a_server_says_so(cache):
+    with pytest.raises(DownloadError, match="127.0.0.1:9/names.txt: .*refused"):
+        download_lecture_names("http://127.0.0.1:9/names.txt")
+    assert not cache.exists()
+
+
+def test_environment_variable_names_the_list_and_is_verified(cache, tmp_path, monkeypatch):
+    mine = tmp_path / "mine.txt"
+    monkeypatch.setenv("WAVENET_CONV_LECTURE_NAMES", str(mine))
+    assert lecture_names() is None
+    mine.write_bytes(LIST)
+    assert lecture_names() == mine
+    mine.write_bytes(LIST + b"\n")
+    assert lecture_names() is None
