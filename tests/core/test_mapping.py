@@ -304,7 +304,10 @@ REJECTED = [
     (lambda: norm_with(eps=None), r"layer 3 \(BatchNorm1d\) has no eps"),
     (lambda: norm_with(gamma=torch.ones(4)), r"a gamma of shape \(4,\) for 5 channels"),
     (lambda: norm_with(running_var=torch.ones(1, 4)), r"running_var of shape \(1, 4\) for 5 channels"),
-    (lambda: norm_with(gamma=torch.ones(5).double()), "gamma of torch.float64 and the embedding one of torch.float32; "),
+    (
+        lambda: norm_with(gamma=torch.ones(5).double()),
+        "gamma of torch.float64 and the embedding one of torch.float32; ",
+    ),
     (torch_norm_over_positions, r"layer 3 \(BatchNorm1d\) normalises axis 1.*use a batch norm over the last axis"),
     (lambda: gated_with(3), r"layer 2 \(GatedBlock\) stands where a gated tree has its ReLU; a gated tree is"),
     (lambda: gated_with(0), "starts with an Embedding; it starts with GatedBlock"),
@@ -312,7 +315,10 @@ REJECTED = [
     (lambda: [*parts()[:5], *gated_parts()[1:]], r"layer 1 \(FlattenConsecutive\) stands where .* its GatedBlock"),
     (lambda: gated_with(6, N.Linear(4, 26)), r"layer 6 \(Linear\) has 4 inputs and 26 outputs; the head"),
     (lambda: gated_with(6, N.Linear(5, 27)), r"layer 6 \(Linear\) has 5 inputs .* needs 4 inputs and 27"),
-    (lambda: gated_with(4, N.Linear(4, 5)), r"layer 4 \(Linear\) has 4 .* the layer before the head needs 4 inputs and 4"),
+    (
+        lambda: gated_with(4, N.Linear(4, 5)),
+        r"layer 4 \(Linear\) has 4 .* the layer before the head needs 4 inputs and 4",
+    ),
     (lambda: gated_parts(residual=None), r"layer 1 \(GatedBlock\) has no residual that is a linear layer"),
     (lambda: gated_parts(skip=None), r"layer 1 \(GatedBlock\) has no skip that is a linear layer"),
     (lambda: gated_parts(n=None), r"layer 1 \(GatedBlock\) has no n that is an integer, its kernel size"),

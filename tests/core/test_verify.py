@@ -71,7 +71,9 @@ def test_tie_is_no_argmax_difference():
 def test_logits_that_are_not_finite_are_not_equal(side, value):
     tree = random_tree(**SMALL)
     conv = from_tree(tree)
-    for bias in {"tree": [tree.layers[-1].bias], "conv": [conv.head.bias]}.get(side, [tree.layers[-1].bias, conv.head.bias]):
+    for bias in {"tree": [tree.layers[-1].bias], "conv": [conv.head.bias]}.get(
+        side, [tree.layers[-1].bias, conv.head.bias]
+    ):
         bias.data[3] = value
     report = verify(tree, conv, NAMES, VOCAB)
     assert not report.equal and report.max_abs_diff == torch.inf
