@@ -23,6 +23,7 @@ from wavenet_conv.files import write_whole
 AB = Vocabulary("ab")
 SMALL = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, kernel_sizes=(2, 2))
 GATED = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, kernel_sizes=(2, 2), gated=True)
+MIXED = {"n_hidden": (5, 1, 4), "kernel_sizes": (3, 1, 2)}
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -70,14 +71,7 @@ def path(tmp_path) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "sizes",
-    [
-        {},
-        {"batch_norm": False},
-        {"bias": True},
-        {"batch_norm": False, "bias": False},
-        {"n_hidden": (5, 1, 4), "kernel_sizes": (3, 1, 2)},
-        {"n_hidden": (5, 1, 4), "kernel_sizes": (3, 1, 2), "gated": True},
-    ],
+    [{}, {"batch_norm": False}, {"bias": True}, {"batch_norm": False, "bias": False}, MIXED, MIXED | {"gated": True}],
     ids=str,
 )
 def test_every_bit_comes_back(tmp_path, sizes, dtype):
@@ -226,22 +220,18 @@ def test_header_that_contradicts_the_tensors_is_rejected(path):
 
 MISFITS = [
     ({"format": "pt"}, "of another model: its format is 'pt'"),
-    ({"without": ("format",)}, "of another model: its format is None"),
     ({"version": "3"}, "its version is '3' and this library reads '1' and '2'; install a newer"),
     ({"without": ("config",)}, "there is no config"),
-    ({"without": ("vocabulary",)}, "there is no vocabulary"),
     ({"without": ("notes",)}, "there is no notes"),
     ({"notes": "{"}, "its notes is not JSON"),
     ({"notes": "[]"}, "its notes is not a JSON object"),
     ({"vocabulary": "abc"}, "a vocabulary of 4 tokens ('.' and 3 characters) for a model of 3"),
     ({"vocabulary": "ba"}, "not sorted"),
-    ({"vocabulary": "aa"}, "a character twice"),
     ({"vocabulary": ""}, "at least one character"),
     ({"config": {"width": 3}}, "other fields than this library's: vocab_size, n_embd"),
     ({"config": {"kernel_sizes": [2, 2]}}, "other fields"),
     ({"without": ("fan_ins",)}, "other fields"),
     ({"config": {"fan_ins": [2, 0]}}, "kernel_sizes[1] is 0"),
-    ({"config": {"fan_ins": "22"}}, "kernel_sizes[0] is '2'"),
     ({"config": {"n_hidden": [3]}}, "1 widths"),
     ({"config": {"batch_norm": "no"}}, "batch_norm in its config is 'no', not true or false"),
     ({"config": {"gated": 1}}, "gated in its config is 1, not true or false"),
@@ -259,7 +249,6 @@ MISFITS = [
     ({"tensors": {"levels.0.norm.weight": torch.tensor([1.0, torch.nan, torch.inf])}}, "layers.0.norm.weight has 2"),
     ({"tensors": {"head.bias": torch.tensor([1.0, -torch.inf, 0.0])}}, "head.bias has 1 values that are NaN or inf"),
     ({"tensors": {"head.bias": torch.ones(3).double()}}, "its weights are of torch.float32, torch.float64"),
-    ({"tensors": {"head.bias": torch.ones(3).int()}}, "its weights are of torch.float32, torch.int32"),
     ({"tensors": {"quantiles": torch.ones(3).double()}}, "quantiles are torch.float64"),
     ({"tensors": {"quantiles": torch.tensor([2.0, 1.0])}}, "ascending"),
     ({"tensors": {"quantiles": torch.tensor([1.0, torch.inf])}}, "finite"),
@@ -267,7 +256,6 @@ MISFITS = [
 GATED_MISFITS = [
     ({"without": ("levels.0.residual.bias",)}, "there is no tensor layers.0.residual.bias"),
     ({"tensors": {"levels.1.residual.bias": torch.ones(2)}}, "'layers.1.residual.bias', which its config has no"),
-    ({"tensors": {"levels.1.skip.weight": torch.ones(3, 2, 1)}}, "layers.1.skip.weight is of shape (3, 2, 1) and its"),
     ({"config": {"n_hidden": [3, 4]}}, "layers.1.conv.weight is of shape (6, 2, 2) and its config asks for (8, 2, 2)"),
     ({"config": {"gated": False}}, "layers.0.conv.weight is of shape (6, 2, 2) and its config asks for (3, 2, 2)"),
     ({"tensors": {"hidden.bias": torch.tensor([1.0, torch.nan])}}, "hidden.bias has 1 values that are NaN"),

@@ -229,7 +229,6 @@ def torch_norm_over_positions():
 REJECTED = [
     (list, "has no layers"),
     (lambda: nn.GRU(3, 4), "starts with an Embedding; it starts with GRU"),
-    (lambda: parts()[1:], "starts with an Embedding; it starts with FlattenConsecutive"),
     (lambda: replaced(0, nn.Embedding(27, 4, max_norm=1.0)), r"layer 0 \(Embedding\).*max_norm.*build it without"),
     (lambda: replaced(0, N.Embedding(27, 4), [nn.Tanh]), "layer 1 is the class Tanh.*write Tanh"),
     (lambda: replaced(4, N.ReLU()), r"layer 4 \(ReLU\) is not a layer that the mapping knows \(Embedding, "),
@@ -239,7 +238,6 @@ REJECTED = [
     (lambda: replaced(1, nn.Flatten(2)), r"layer 1 \(Flatten\) flattens other axes.*use Flatten\(\)"),
     (lambda: replaced(1, N.FlattenConsecutive(3)), r"layer 2 \(Linear\) takes 8 inputs, but 3 \* 4 channels come in"),
     (lambda: replaced(1), r"layer 1 \(Linear\) takes 8 inputs, but 1 \* 4"),
-    (lambda: parts()[:1] + parts()[-1:], "layer 1.*takes 5 inputs"),
     (lambda: replaced(2, type("Linear", (), {})()), r"layer 2 \(Linear\) has no weight tensor"),
     (lambda: replaced(5), "does not end with a head.*a tree is Embedding"),
     (lambda: replaced(5, N.FlattenConsecutive(2), N.Linear(10, 27)), "does not end with a head"),
@@ -257,21 +255,16 @@ REJECTED = [
     (lambda: norm_with(gamma=torch.ones(5).double()), "gamma of torch.float64 and .* torch.float32; convert the whole"),
     (torch_norm_over_positions, r"layer 3 \(BatchNorm1d\) normalises axis 1.*use a batch norm over the last axis"),
     (lambda: gated_with(3), r"layer 2 \(GatedBlock\) stands where a gated tree has its ReLU; a gated tree is"),
-    (lambda: gated_with(0), "starts with an Embedding; it starts with GatedBlock"),
-    (lambda: gated_parts()[:3], r"layer 1 \(GatedBlock\) stands where a gated tree has its"),
     (lambda: [*parts()[:5], *gated_parts()[1:]], r"layer 1 \(FlattenConsecutive\) stands where .* its GatedBlock"),
     (lambda: gated_with(6, N.Linear(4, 26)), r"layer 6 \(Linear\) has 4 inputs and 26 outputs; the head"),
-    (lambda: gated_with(6, N.Linear(5, 27)), r"layer 6 \(Linear\) has 5 inputs .* needs 4 inputs and 27"),
     (lambda: gated_with(4, N.Linear(4, 5)), r"layer 4 \(Linear\) has 4 .* the layer before the head needs 4 .* 4"),
     (lambda: gated_parts(residual=None), r"layer 1 \(GatedBlock\) has no residual that is a linear layer"),
-    (lambda: gated_parts(skip=None), r"layer 1 \(GatedBlock\) has no skip that is a linear layer"),
     (lambda: gated_parts(n=None), r"layer 1 \(GatedBlock\) has no n that is an integer, its kernel size"),
     (lambda: gated_parts(n=3), r"layer 1 .* a linear of 8 inputs and 10 outputs; it needs 3 \* 4 inputs"),
     (lambda: gated_parts(linear=N.Linear(8, 9)), "8 inputs and 9 outputs; .* an even number of outputs"),
     (lambda: gated_parts(skip=N.Linear(4, 5)), r"layer 1 .*the skip of this GatedBlock needs 5 inputs and 4 outputs"),
     (lambda: gated_parts(skip=nn.Linear(5, 4).double()), r"layer 1 \(Linear\) has a weight of torch.float64"),
     (lambda: gated_with(2, gated_parts()[1]), r"layer 2 .* is the last block and has a residual.*set it to None"),
-    (lambda: [N.Embedding(27, 4), N.GatedBlock], "layer 1 is the class GatedBlock, not an instance"),
 ]
 
 
@@ -299,9 +292,6 @@ def test_there_and_back_gives_the_same_bits(kernel_sizes, kind):
     again = from_tree(back)
     assert again.config == conv.config
     assert all(torch.equal(p, q) for p, q in zip(again.state_dict().values(), conv.state_dict().values()))
-    tokens = torch.randint(27, (3, 20))
-    with torch.no_grad():
-        assert torch.equal(reference.window_logits(back, tokens), reference.window_logits(tree, tokens))
 
 
 def test_eps_and_momentum_are_kept():

@@ -1,7 +1,5 @@
 """The convolutional model is a stack of dilated `nn.Conv1d`, computes the paper's gates, and has clear errors."""
 
-import copy
-
 import pytest
 import torch
 from helpers import convolutions_of, needs_cuda
@@ -91,18 +89,6 @@ def test_logits_have_one_row_per_window(device, kernel_sizes, gated):
         assert logits.shape == (batch, time - conv.context + 1, 27) and logits.is_contiguous()
         assert logits.requires_grad
     assert torch.equal(conv(TOKENS.int().to(device)), conv(TOKENS.to(device)))
-
-
-@pytest.mark.parametrize("gated", [False, True])
-def test_stacked_models_give_the_logits_of_each(gated):
-    models = [ConvWaveNet(WaveNetConfig(n_embd=6, n_hidden=10, gated=gated)).eval() for _ in range(3)]
-    parameters, buffers = torch.func.stack_module_state(models)
-    base = copy.deepcopy(models[0])
-
-    run = torch.func.vmap(lambda *state: torch.func.functional_call(base, state, (TOKENS,)))
-    with torch.no_grad():
-        for model, logits in zip(models, run(parameters, buffers), strict=True):
-            assert torch.allclose(model(TOKENS), logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("token", "place"), [(27, [1, 4]), (-1, [2, 0]), (10**12, [0, 19])])
