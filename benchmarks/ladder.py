@@ -31,7 +31,7 @@ from benchmarks import harness
 from benchmarks.harness import UsageError
 from benchmarks.slide import positive, table_of
 from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, WaveNetConvError, training
-from wavenet_conv.lists import LECTURE_SHA256, lecture_names, read_names
+from wavenet_conv.names import LECTURE_SHA256, lecture_names, read_names
 
 STEPS, QUICK_STEPS = 200_000, 2_000
 BATCH, LR, SEED = 32, 0.1, 42
@@ -344,7 +344,7 @@ def train_tree(job: Job, tick: Callable[[int], None]) -> Outcome:
 
     drop_at = rung.drop_at * job.steps // STEPS
     reference.train(
-        tree, X, Y, steps=job.steps, batch=BATCH, lr=LR, drop_at=drop_at, generator=generator, on_step=on_step
+        tree, X, Y, steps=job.steps, batch_size=BATCH, lr=LR, drop_at=drop_at, generator=generator, on_step=on_step
     )
     validation = reference.evaluate(tree, *reference.examples(job.validation, job.characters, context))
     parameters = sum(parameter.numel() for parameter in tree.parameters())

@@ -15,7 +15,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, lists, sample_command, score_command
+import wavenet_conv.names
+from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, sample_command, score_command
 from wavenet_conv.checkpoint import load_checkpoint, save_checkpoint
 from wavenet_conv.cli import main
 from wavenet_conv.sampling import sample_stream
@@ -223,7 +224,7 @@ def test_the_lectures_list_is_found_where_it_is(run, monkeypatch, trained):
     listed = file.read_text(encoding="utf-8").split("\n")
     file.write_text("\n".join(listed), encoding="utf-8")
     monkeypatch.setenv("WAVENET_CONV_LECTURE_NAMES", str(file))
-    for module in (lists, sample_command):
+    for module in (wavenet_conv.names, sample_command):
         monkeypatch.setattr(module, "LECTURE_SHA256", digest(listed))
     expected = [name for name in names if name not in set(listed)][:20]
     assert lines(run("--novel", model=path)[1]) == expected

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import random_tree
 from hypothesis import given, settings
-from test_equivalence import clamp_for_tanh, to_exact  # noqa: F401
+from helpers import to_exact
 
 import reference
 from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, WaveNetConvError, from_tree, kernels, scoring

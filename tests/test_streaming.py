@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import loops, needs_numba, random_tree
 from hypothesis import given, settings
-from test_equivalence import clamp_for_tanh, to_exact  # noqa: F401
+from helpers import to_exact
 
 import reference
 from wavenet_conv import ConvWaveNet, Stream, Vocabulary, WaveNetConfig, WaveNetConvError, from_tree, streaming

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .errors import NamesError, UsageError
-from .lists import read_names
+from .names import read_names
 
 FEWEST = 10  # names; with fewer, a part of the split is empty
 

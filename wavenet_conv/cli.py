@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from . import find_lr_command, sample_command, sweep_command, train_command
 from .errors import UsageError, WaveNetConvError
-from .lists import LECTURE_URL, download_lecture_names
+from .names import LECTURE_URL, download_lecture_names
 from .score_command import CHUNK_LINES, ClosedPipe, score
 
 CONNECTION_TIMEOUT = 30  # seconds without a byte

@@ -18,7 +18,7 @@ import torch
 from .arguments import device_of
 from .checkpoint import Checkpoint, load_checkpoint
 from .errors import CheckpointError, ConfigError, NamesError, OutputError, UsageError, WaveNetConvError
-from .lists import LECTURE_SHA256, lecture_names, read_names
+from .names import LECTURE_SHA256, lecture_names, read_names
 from .sampling import sample_stream
 from .score_command import Meter, StandardOutput
 from .scoring import Scorer

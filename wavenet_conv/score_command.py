@@ -443,7 +443,7 @@ def _line_numbers(source: Source, names: list[str], scorer: Scorer) -> Iterator[
     except NamesError as error:
         known = set(scorer.vocab.characters)
         bad = next(index for index, name in enumerate(names) if not known.issuperset(name))
-        complaint = str(scorer.vocab.refusal([names[bad]])).removeprefix("name 0 ")
+        complaint = str(scorer.vocab.unknown_character_error([names[bad]])).removeprefix("name 0 ")
         raise NamesError(
             f"{source.where}, line {source.first + bad} {complaint}; use --unknown nan to score such names nan"
         ) from error
