@@ -1,12 +1,13 @@
-"""Files that are there whole or not at all. Knows nothing of what is in them."""
+"""Files that are replaced as a whole or not at all."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
+from typing import BinaryIO
 
 from .errors import OutputError
 
@@ -16,24 +17,40 @@ except ImportError:  # Windows: two runs with one output are not kept apart ther
     fcntl = None
 
 
-def write_whole(path: str | Path, data: bytes) -> None:
-    """Writes `data` beside `path`, on to the disk, and renames it; a reader sees the old file or the new one.
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a new file beside `path`, which replaces `path` when the `with` block ends without an error.
 
-    Raises the `OSError` of whatever fails; the previous file is then as it was and nothing is left beside it.
+    A reader of `path` sees the old file or the new one. After an error the old file is as it was, and the new one is
+    removed.
+
+    Args:
+        path: The file to write; its folder must exist.
+
+    Yields:
+        The new file, open for writing bytes.
+
+    Raises:
+        OSError: Whatever fails.
     """
     path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{token_hex(8)}")
     try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
+        with open(temporary, "xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are their owner's alone
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
-            os.unlink(temporary)
+            temporary.unlink()
         raise
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path` as `whole_file` does; raises the `OSError` of whatever fails."""
+    with whole_file(path) as file:
+        file.write(data)
 
 
 @contextmanager
@@ -63,9 +80,3 @@ def locked(path: str | Path) -> Iterator[None]:
         with suppress(FileNotFoundError):
             os.unlink(path)
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)  # it can only be read by setting it
-    os.umask(mask)
-    return mask

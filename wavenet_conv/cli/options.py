@@ -1,0 +1,81 @@
+"""Options that several commands share, and the checks of their values."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import CheckpointError, NamesError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..checkpoint import Checkpoint
+
+MIN_NAMES = 10  # with fewer, a part of the split is empty
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    """Add `--device`, whose value `device_of` takes."""
+    command.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute (auto: cuda if available)"
+    )
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """Add `--model`, whose value `load_model` takes."""
+    command.add_argument(
+        "--model", default="default", metavar="PATH", help="a checkpoint; 'default' is the one in the package"
+    )
+
+
+def positive(text: str) -> int:
+    """Parse an integer of at least 1, as the `type` of an option."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return number
+
+
+def device_of(choice: str) -> torch.device:
+    """Return the device that a value of `--device` means; raises `UsageError` if there is none."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if choice == "cuda" and not cuda:
+        raise UsageError("--device cuda: PyTorch finds no CUDA device; use --device cpu")
+    return torch.device("cuda" if cuda and choice != "cpu" else "cpu")
+
+
+def load_model(path: str, option: str = "--model") -> Checkpoint:
+    """Load a checkpoint; raises `UsageError` naming the option if it cannot be read."""
+    from ..checkpoint import load_checkpoint
+
+    try:
+        return load_checkpoint(path)
+    except CheckpointError as error:
+        raise UsageError(f"{option} {error}") from error
+
+
+def training_names(path: str) -> list[str]:
+    """Read a list of names to train on; raises `UsageError` if it cannot be read or is too short to split."""
+    from ..lists import read_names
+
+    try:
+        names = read_names(path)
+    except NamesError as error:
+        raise UsageError(str(error)) from error
+    if len(names) < MIN_NAMES:
+        raise UsageError(f"{path}: {len(names)} names are too few to split 80/10/10; give at least {MIN_NAMES}")
+    return names
+
+
+def check_output(output: str, *inputs: str) -> None:
+    """Raise `UsageError` if `--output` cannot be a regular file, or is one of the files that are read."""
+    path = Path(output)
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir():
+        raise UsageError(f"--output {output}: not a regular file in an existing folder; give another path")
+    if path.exists() and any(os.path.exists(file) and os.path.samefile(path, file) for file in inputs):
+        raise UsageError(f"--output {output}: this file is being read; give another one")
