@@ -1,7 +1,6 @@
 """The `wavenet-conv` command: a thin parser, one module per command, and exit codes.
 
-Each command's module has `add_parser(commands)`, which sets `run` to a function that takes the parsed options as
-keyword arguments. These modules import PyTorch inside that function only, so that help and usage errors come fast.
+PyTorch is imported inside the functions that run a command, so that help and usage errors come fast.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from importlib import import_module
 
 from .. import __version__
 from ..errors import UsageError, WaveNetConvError
-from .output import flush_output
+from .rows import write_output
 
 COMMANDS = ("score", "sample", "train", "sweep", "find_lr", "lecture_names")
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -36,14 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run, hint = options.pop("run"), options.pop("hint", "")
     try:
         run(**options)
-        flush_output()
+        write_output()  # of what was printed
     except BrokenPipeError:
         return 0
     except WaveNetConvError as error:
-        _complain(str(error))
+        print(f"wavenet-conv: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        _complain(f"interrupted{hint}")
+        print(f"wavenet-conv: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -57,8 +56,3 @@ def _parser() -> argparse.ArgumentParser:
     for name in [name for name in COMMANDS if find_spec(f"{__name__}.{name}")]:  # TODO until all are there
         import_module(f".{name}", __name__).add_parser(commands)
     return parser
-
-
-def _complain(text: str) -> None:
-    if sys.stderr is not None:
-        print(f"wavenet-conv: {text}", file=sys.stderr)

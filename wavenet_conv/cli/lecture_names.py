@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
+
+from .options import add_command
 
 CONNECTION_TIMEOUT = 30.0  # seconds without a byte
 
@@ -14,14 +17,11 @@ already there is checked and not downloaded again.
 
 def add_parser(commands: Any) -> None:
     """Add `wavenet-conv lecture-names`."""
-    command = commands.add_parser("lecture-names", help="download the lecture's list of names", description=DESCRIPTION)
-    command.set_defaults(run=lecture_names)
+    add_command(commands, lecture_names, "download the lecture's list of names", DESCRIPTION)
 
 
 def lecture_names() -> None:
     """Download the lecture's list to the cache folder if it is not there, and print its path."""
-    import socket
-
     from ..lists import LECTURE_URL, download_lecture_names
 
     socket.setdefaulttimeout(CONNECTION_TIMEOUT)

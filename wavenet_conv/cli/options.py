@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, NamesError, UsageError
 
@@ -17,18 +18,28 @@ if TYPE_CHECKING:
 MIN_NAMES = 10  # with fewer, a part of the split is empty
 
 
+def add_command(commands: Any, run: Callable[..., None], help: str, description: str) -> argparse.ArgumentParser:
+    """Add a command, named as the function that runs it; its options become the function's keyword arguments."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        run.__name__.replace("_", "-"),
+        help=help,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
 def add_device(command: argparse.ArgumentParser) -> None:
     """Add `--device`, whose value `device_of` takes."""
-    command.add_argument(
-        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="where to compute (auto: cuda if available)"
-    )
+    help = "where to compute (auto: cuda if available)"
+    command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help=help)
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
     """Add `--model`, whose value `load_model` takes."""
-    command.add_argument(
-        "--model", default="default", metavar="PATH", help="a checkpoint; 'default' is the one in the package"
-    )
+    help = "a checkpoint; 'default' is the one in the package"
+    command.add_argument("--model", default="default", metavar="PATH", help=help)
 
 
 def positive(text: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from functools import partial
 from hashlib import sha256
@@ -11,7 +10,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, NamesError, UsageError, WaveNetConvError
-from .options import add_device, add_model, device_of, load_model
+from .options import add_command, add_device, add_model, device_of, load_model
+from .rows import Rows, bits_per_character, write_output
 
 if TYPE_CHECKING:
     import torch
@@ -45,24 +45,13 @@ a full disk), 2 for wrong usage, 130 for Ctrl-C.
 
 def add_parser(commands: Any) -> None:
     """Add `wavenet-conv sample`."""
-    command = commands.add_parser(
-        "sample",
-        help="draw names from a trained model",
-        description=DESCRIPTION,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
+    command = add_command(commands, sample, "draw names from a trained model", DESCRIPTION)
     add = command.add_argument
     add_model(command)
     add_device(command)
     add("--count", type=int, default=20, metavar="N", help="names to write (20)")
     add("--prefix", default="", metavar="TEXT", help="what each name begins with, of any length up to --max-length")
-    add(
-        "--temperature",
-        type=float,
-        default=1.0,
-        metavar="T",
-        help="what logits are divided by (1); 0 always takes the likeliest character",
-    )
+    add("--temperature", type=float, default=1.0, metavar="T", help="what logits are divided by (1); 0 is the argmax")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest characters")
     add("--top-p", type=float, metavar="P", help="draw from the fewest characters that together have probability P")
     add("--max-length", type=int, default=100, metavar="N", help="characters after which a name is cut (100)")
@@ -71,13 +60,7 @@ def add_parser(commands: Any) -> None:
     add("--list", dest="training_list", metavar="FILE", help="the training list, for --novel")
     add("--unique", action="store_true", help="skip what has been written; keeps every written name in memory")
     add("--format", choices=("txt", "tsv", "jsonl"), default="txt", help="names only (txt), or their likelihoods too")
-    add(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="names drawn together, fewer where --max-length is large; the names do not depend on it",
-    )
-    command.set_defaults(run=sample)
+    add("--batch-size", type=int, metavar="N", help="names drawn together; the names do not depend on it")
 
 
 def sample(
@@ -97,16 +80,7 @@ def sample(
     format: str,
     batch_size: int | None,
 ) -> None:
-    """Write names that a model draws; the other options are those of `wavenet_conv.sample_stream`.
-
-    Args:
-        model: A checkpoint, or "default".
-        device: "auto", "cuda" or "cpu".
-        count: How many names to write.
-        novel: Whether to skip the names that the model was trained on.
-        training_list: The file with these names, for `novel`; None for the lecture's list.
-        unique: Whether to skip names that have been written.
-        format: "txt", "tsv" or "jsonl".
+    """Write names that a model draws; the arguments are the command's options.
 
     Raises:
         UsageError: If the job cannot begin.
@@ -114,7 +88,6 @@ def sample(
         OutputError: If the names cannot be written.
     """
     from ..sampling import sample_stream
-    from .output import open_output, shares_terminal
     from .progress import Progress
 
     if count < 1:
@@ -136,20 +109,17 @@ def sample(
         batch=batch_size,
         device=place,
     )
-    header, rows = _rows(format, checkpoint, place)
-    with open_output(None) as write, Progress(count, bar=not shares_terminal(None)) as progress:
+    chunks = _chunks(_drawn(draw, count, novel or unique), count, unique, skipped)
+    with Progress(count, rows=True) as progress:
         written = 0
-        for names in _chunks(_drawn(draw, count, novel or unique), count, unique, skipped):
-            write(b"".join([b"" if written else header, rows(names)]))
-            written += len(names)
+        for names, data in _rows(chunks, format, checkpoint, place):
+            write_output(data)
+            written += names
             progress.update_lines(written, written)
 
 
 def _drawn(draw: Callable[[int | None], Iterator[str]], count: int, endless: bool) -> Iterator[str]:
-    """Names in the order in which they are drawn: `count`, or without end.
-
-    The first are drawn apart, so that they do not wait for a large batch; then they are drawn again and skipped.
-    """
+    """Names in the order in which they are drawn; the first, apart, so that they do not wait for a large batch."""
     first = min(count, FIRST_NAMES)
     try:
         yield from draw(first)
@@ -187,21 +157,23 @@ def _chunks(drawn: Iterator[str], count: int, unique: bool, skipped: set[str]) -
         )
 
 
-def _rows(format: str, checkpoint: Checkpoint, device: torch.device) -> tuple[bytes, Callable[[list[str]], bytes]]:
-    """The header, and a function that formats names."""
+def _rows(
+    chunks: Iterator[list[str]], format: str, checkpoint: Checkpoint, device: torch.device
+) -> Iterator[tuple[int, bytes]]:
+    """Chunks of names as numbers of names and bytes to write."""
     if format == "txt":
-        return b"", lambda names: "".join(f"{name}\n" for name in names).encode()
+        for names in chunks:
+            yield len(names), "".join(f"{name}\n" for name in names).encode()
+        return
     from ..scoring import Scorer
-    from .rows import Rows, bits_per_character
 
     scorer = Scorer(checkpoint.model, checkpoint.vocab, device=device, remember=True)
-    rows = Rows(format, ("name", "log_likelihood", "bits_per_character"))
-
-    def scored(names: list[str]) -> bytes:
+    rows = Rows(format, "name", "log_likelihood", "bits_per_character")
+    header = rows.header
+    for names in chunks:
         scores = scorer.score(names)
-        return rows(names, scores, bits_per_character(names, scores))
-
-    return rows.header, scored
+        yield len(names), header + rows(names, scores, bits_per_character(names, scores))
+        header = b""
 
 
 def _training_names(model: str, notes: dict[str, Any], path: str | None) -> set[str]:
