@@ -31,7 +31,7 @@ from benchmarks import harness
 from benchmarks.harness import UsageError
 from benchmarks.slide import positive, table_of
 from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, WaveNetConvError, training
-from wavenet_conv.lists import LECTURE_SHA256, lecture_names, read_names
+from wavenet_conv.names import LECTURE_SHA256, lecture_names, read_names
 
 STEPS, QUICK_STEPS = 200_000, 2_000
 BATCH, LR, SEED = 32, 0.1, 42

@@ -41,7 +41,7 @@ from benchmarks.slide import (
 )
 from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, WaveNetConvError, exact_float32
 from wavenet_conv.checkpoint import Checkpoint, load_checkpoint
-from wavenet_conv.lists import read_names
+from wavenet_conv.names import read_names
 from wavenet_conv.sampling import sample_stream
 from wavenet_conv.scoring import CHUNK_NAMES, Scorer
 

@@ -33,7 +33,7 @@ from wavenet_conv import (
     verify,
 )
 from wavenet_conv.equivalence import TOLERANCE
-from wavenet_conv.lists import read_names
+from wavenet_conv.names import read_names
 
 GROWTH_TOKENS = 4096
 GROWTH_LAYERS = range(3, 11)  # contexts 8, 16, ... 1024

@@ -28,7 +28,7 @@ from benchmarks import harness
 from benchmarks.harness import quartiles, time_calls
 from benchmarks.slide import positive, table_of
 from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConvError, exact_float32, from_tree
-from wavenet_conv.lists import read_names
+from wavenet_conv.names import read_names
 from wavenet_conv.training import PRESETS, Corpus, Trainer, evaluate, split_names, total_loss
 
 TARGET = 1.993  # nats: the validation loss that the lecture ends with

@@ -16,7 +16,7 @@ from hypothesis import settings
 
 import reference
 from wavenet_conv import Vocabulary, exact_float32
-from wavenet_conv.lists import lecture_names, read_names
+from wavenet_conv.names import lecture_names, read_names
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,7 +11,7 @@ import pytest
 
 from wavenet_conv import WaveNetConvError, lists
 from wavenet_conv.cli import main
-from wavenet_conv.lists import download_lecture_names, lecture_names, read_names
+from wavenet_conv.names import download_lecture_names, lecture_names, read_names
 
 LIST = b"emma\nolivia\nava"
 

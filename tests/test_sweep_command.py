@@ -13,7 +13,7 @@ from conftest import ROOT
 from wavenet_conv import sweep_command
 from wavenet_conv.checkpoint import load_checkpoint
 from wavenet_conv.cli import main
-from wavenet_conv.lists import read_names
+from wavenet_conv.names import read_names
 from wavenet_conv.sweep_command import Space, Work
 from wavenet_conv.training import Corpus, evaluate, split_names
 

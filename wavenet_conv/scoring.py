@@ -177,7 +177,7 @@ class Scorer:
         for part, lengths in _chunks(names, chunk, self.context):
             tokens, lengths, known = self.vocab.pack(part, context=self.context, lengths=lengths)
             if unknown == "error" and not known.all():
-                raise self.vocab.refusal(part)
+                raise self.vocab.unknown_character_error(part)
             yield tokens, lengths, known
 
     def _repacked(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
