@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
 
 def lecture_names() -> None:
     """Download the lecture's list to the cache folder if it is not there, and print its path."""
-    from ..lists import LECTURE_URL, download_lecture_names
+    from ..names import LECTURE_URL, download_lecture_names
 
     socket.setdefaulttimeout(CONNECTION_TIMEOUT)
     print(download_lecture_names(LECTURE_URL))

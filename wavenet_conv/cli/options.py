@@ -72,7 +72,7 @@ def load_model(path: str, option: str = "--model") -> Checkpoint:
 
 def training_names(path: str) -> list[str]:
     """Read a list of names to train on; raises `UsageError` if it cannot be read or is too short to split."""
-    from ..lists import read_names
+    from ..names import read_names
 
     try:
         names = read_names(path)

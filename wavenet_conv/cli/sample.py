@@ -178,7 +178,7 @@ def _rows(
 
 def _training_names(model: str, notes: dict[str, Any], path: str | None) -> set[str]:
     """The names that a model was trained on, according to its notes; raises `UsageError` if they are not available."""
-    from ..lists import LECTURE_SHA256, lecture_names, read_names
+    from ..names import LECTURE_SHA256, lecture_names, read_names
 
     trained_on = notes.get("names_sha256") or notes.get("list_sha256")
     if not trained_on:

@@ -122,8 +122,8 @@ def _scores(lines: Lines, scorer: Scorer, unknown: str, names: list[str]) -> Ten
         return scorer.score(names, unknown=unknown)
     except NamesError as error:
         bad = scorer.vocab.unknown_character_error(names)
+        line, name = lines.count - len(names) + (bad.index or 0) + 1, names[bad.index or 0]
         raise NamesError(
-            f"{lines.label}, line {lines.count - len(names) + bad.index + 1} ({names[bad.index][:40]!r}): character "
-            f"{bad.character!r} at position {bad.position} is not in the vocabulary {scorer.vocab.characters!r}; "
-            f"use --unknown nan to score such names nan"
+            f"{lines.label}, line {line} ({name[:40]!r}): character {bad.character!r} at position {bad.position} is not "
+            f"in the vocabulary {scorer.vocab.characters!r}; use --unknown nan to score such names nan"
         ) from error
