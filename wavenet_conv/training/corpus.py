@@ -54,7 +54,7 @@ class Corpus:
         weight, context = model.embedding.weight, model.context
         tokens, lengths, known = vocab.pack(names, context=context)
         if not known.all():
-            raise vocab.refusal(names)
+            raise vocab.unknown_character_error(names)
         tokens, lengths = tokens.to(weight.device), lengths.to(weight.device)
         self.dtype, self.vocab_size = weight.dtype, len(vocab)
         self.children: list[Tensor] = []
