@@ -86,16 +86,16 @@ def sweep(
         work.run(trials, progress)
     done = work.counted()
     best = ranked(done)
+    rows = [_row(work.space, trial) for trial in best + [trial for trial in done if trial not in best]]
     if plot:
         from ..plots import plot_trials
 
-        plot_trials(plot, [(f"trial {t.number}", *t.user_attrs["curves"].values()) for t in done])
+        plot_trials(plot, [(f"trial {row['trial']}", *row["curves"].values()) for row in rows])
     if not best:
-        complaints = [trial.user_attrs["broke_down"] for trial in done if "broke_down" in trial.user_attrs]
-        raise TrainingError(f"none of {len(done)} trials came to its end; the first: {''.join(complaints[:1])}")
+        reasons = [trial.user_attrs["measured"].get("broke_down", "stopped early") for trial in done]
+        raise TrainingError(f"none of {len(done)} trials came to its end; the first: {reasons[0]}")
     if output:
         work.save(best[0], output, progress)
-    rows = [_row(work.space, trial) for trial in best + [trial for trial in done if trial not in best]]
     if as_json:
         print(json.dumps({"study": study, "trials": rows}))
     else:
@@ -208,8 +208,7 @@ class Work:
         if not stopped:
             measured["train_loss"] = evaluate(trainer.model, trainer.train_corpus)
         measured |= {"best_step": trainer.best_step, "seconds": round(monotonic() - begin, 1), "curves": curves}
-        for name, value in measured.items():
-            trial.set_user_attr(name, value)
+        trial.set_user_attr("measured", measured)
         if stopped:
             raise self.optuna.TrialPruned
         return trainer.best_loss
@@ -230,7 +229,7 @@ class Work:
 
         progress.say(f"training trial {trial.number} again for {output}")
         threads, trainer = torch.get_num_threads(), self.trainer(self.space.settings(trial))
-        torch.set_num_threads(trial.user_attrs["threads"])  # on which the last bits depend
+        torch.set_num_threads(trial.user_attrs["measured"]["threads"])  # on which the last bits depend
         run(trainer)
         torch.set_num_threads(threads)
         if trainer.best_loss != trial.value:
@@ -269,7 +268,7 @@ def _print_table(rows: list[dict[str, Any]], ended: int) -> None:
 
 
 def _row(space: Space, trial: FrozenTrial) -> dict[str, Any]:
-    measured = trial.user_attrs
+    measured = trial.user_attrs["measured"]
     ended = "ended" if trial.state.name == "COMPLETE" else "stopped early"
     return {
         "trial": trial.number,
