@@ -9,13 +9,6 @@ from pathlib import Path
 from secrets import token_hex
 from typing import BinaryIO
 
-from .errors import OutputError
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs with one output are not kept apart there
-    fcntl = None
-
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
@@ -51,32 +44,3 @@ def write_whole(path: str | Path, data: bytes) -> None:
     """Write `data` to `path` as `whole_file` does; raises the `OSError` of whatever fails."""
     with whole_file(path) as file:
         file.write(data)
-
-
-@contextmanager
-def locked(path: str | Path) -> Iterator[None]:
-    """Holds the lock file at `path` for the `with`, and takes it away afterwards; a killed process leaves no lock.
-
-    Raises `OutputError` where another process holds it, or where it cannot be made.
-    """
-    path = Path(path)
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                raise BlockingIOError  # its holder took it away between the opening and the lock
-        except BaseException:
-            os.close(descriptor)
-            raise
-    except BlockingIOError as error:
-        raise OutputError(f"{path}: another process is writing there; wait until it ends") from error
-    except OSError as error:
-        raise OutputError(f"{path}: {error.strerror or error}; give another output") from error
-    try:
-        yield
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        os.close(descriptor)

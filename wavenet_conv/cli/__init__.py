@@ -51,8 +51,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="wavenet-conv", description="The lecture's WaveNet, slid over whole names.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    from importlib.util import find_spec
-
-    for name in [name for name in COMMANDS if find_spec(f"{__name__}.{name}")]:  # TODO until all are there
+    for name in COMMANDS:
         import_module(f".{name}", __name__).add_parser(commands)
     return parser

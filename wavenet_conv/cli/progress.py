@@ -5,9 +5,6 @@ from __future__ import annotations
 import sys
 from time import monotonic
 
-from rich import progress
-from rich.console import Console
-
 QUIET_SECONDS = 2.0  # a shorter job prints no progress where there is no terminal
 
 
@@ -24,6 +21,9 @@ class Progress:
     def __init__(
         self, total: float | None = None, *, rows: bool = False, every_update: bool = False, quiet: bool = False
     ):
+        from rich import progress  # takes longer to import than a usage error to print
+        from rich.console import Console
+
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=quiet)
         self._live = self._console.is_terminal and not (rows and sys.stdout and sys.stdout.isatty())
         text = progress.TextColumn("{task.description}", markup=False)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, NamesError, UsageError, WaveNetConvError
 from .options import add_command, add_device, add_model, device_of, load_model
+from .progress import Progress
 from .rows import Rows, bits_per_character, write_output
 
 if TYPE_CHECKING:
@@ -88,7 +89,6 @@ def sample(
         OutputError: If the names cannot be written.
     """
     from ..sampling import sample_stream
-    from .progress import Progress
 
     if count < 1:
         raise UsageError(f"--count is {count}; it must be at least 1")

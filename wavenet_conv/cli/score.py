@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import NamesError
 from .options import add_command, add_device, add_model, check_output, device_of, load_model, positive
+from .progress import Progress
 from .rows import Rows, bits_per_character, open_output
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from ..lines import Lines
     from ..scoring import Scorer
-    from .progress import Progress
 
 DESCRIPTION = """\
 Scores a list of names, or of any short strings, one per line: UTF-8, of any length, from a file or standard input.
@@ -70,7 +70,6 @@ def score(
     """
     from ..lines import Lines
     from ..scoring import Scorer
-    from .progress import Progress
 
     if output is not None:
         check_output(output, file, model)
@@ -124,6 +123,6 @@ def _scores(lines: Lines, scorer: Scorer, unknown: str, names: list[str]) -> Ten
         bad = scorer.vocab.unknown_character_error(names)
         line, name = lines.count - len(names) + (bad.index or 0) + 1, names[bad.index or 0]
         raise NamesError(
-            f"{lines.label}, line {line} ({name[:40]!r}): character {bad.character!r} at position {bad.position} is not "
-            f"in the vocabulary {scorer.vocab.characters!r}; use --unknown nan to score such names nan"
+            f"{lines.label}, line {line} ({name[:40]!r}): character {bad.character!r} at position {bad.position} is "
+            f"not in the vocabulary {scorer.vocab.characters!r}; use --unknown nan to score such names nan"
         ) from error
