@@ -8,13 +8,15 @@ import re
 import shutil
 import subprocess
 import sys
+from math import inf
 from pathlib import Path
 
 import pytest
 
 import wavenet_conv
+from wavenet_conv import lines
 from wavenet_conv import names as names_module
-from wavenet_conv.cli import COMMANDS
+from wavenet_conv.cli import COMMANDS, progress, sample
 
 ROOT = Path(__file__).parents[2]
 POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "termios", "tty"}
@@ -91,6 +93,42 @@ def test_lecture_names_prints_the_path(run, monkeypatch, tmp_path):
     assert run("lecture-names") == (0, f"{tmp_path / 'names.txt'}\n".encode(), "")
 
 
+COMMANDS_OF_ROWS = pytest.mark.parametrize(
+    "arguments", [["score", ROOT / "names.txt", "--limit", 100], ["sample", "--count", 100]], ids=["score", "sample"]
+)
+
+
+@COMMANDS_OF_ROWS
+def test_a_reader_that_closes_the_pipe_ends_the_command(run, close_pipe, arguments):
+    close_pipe()
+    assert run(*arguments) == (0, b"", "")
+
+
+@COMMANDS_OF_ROWS
+def test_standard_output_that_is_full_or_closed_fails_the_job(run, monkeypatch, arguments):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        full_disk = "wavenet-conv: standard output: No space left on device; the rows are not complete\n"
+        assert run(*arguments) == (1, b"", full_disk)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run(*arguments) == (1, b"", "wavenet-conv: standard output is closed; redirect it to a file\n")
+
+
+@COMMANDS_OF_ROWS
+def test_progress_is_on_standard_error(run, monkeypatch, arguments):
+    expected = run(*arguments)[1]
+    monkeypatch.setattr(lines, "CHUNK_LINES", 40)
+    monkeypatch.setattr(sample, "CHUNK_SECONDS", 0)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    code, out, err = run(*arguments)
+    assert (code, out) == (0, expected)
+    assert err.splitlines()[-1].startswith("100 lines (") and err.endswith(" lines/s\n") and err.count("\n") > 2
+    monkeypatch.setattr(progress, "QUIET_SECONDS", inf)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # standard error counts as a terminal
+    code, out, err = run(*arguments)
+    assert (code, out) == (0, expected) and "100 lines (" in err and "━" in err
+
+
 @pytest.mark.slow
 def test_every_command_runs_without_posix_modules(tmp_path):
     (tmp_path / "list.txt").write_text("\n".join(["emma", "olivia", "ava", "mia"] * 5))
@@ -107,7 +145,7 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
     """With PyTorch and the other dependencies from this environment."""
     source, installed, elsewhere = tmp_path / "source", tmp_path / "installed", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info")
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "shared", "*.egg-info")
     shutil.copytree(ROOT, source, ignore=ignored)
     pip = ("-m", "pip", "--quiet", "--disable-pip-version-check")
     assert python(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source).returncode == 0

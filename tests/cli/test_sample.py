@@ -13,18 +13,9 @@ from math import inf
 import pytest
 import torch
 
-from wavenet_conv import (
-    ConvWaveNet,
-    Scorer,
-    Vocabulary,
-    WaveNetConfig,
-    load_checkpoint,
-    sample_stream,
-    sampling,
-    save_checkpoint,
-)
+from wavenet_conv import ConvWaveNet, Scorer, Vocabulary, WaveNetConfig, sample_stream, sampling
 from wavenet_conv import names as names_module
-from wavenet_conv.cli import progress
+from wavenet_conv.checkpoint import load_checkpoint, save_checkpoint
 from wavenet_conv.cli import sample as command
 
 HEADER = b"name\tlog_likelihood\tbits_per_character\n"
@@ -95,13 +86,10 @@ def test_the_first_names_of_many_are_those_of_few(sample, monkeypatch, model):
     expected = draw(model, 1500)
     for extra in ([], ["--batch-size", 700], ["--max-length", 1_000_000]):
         assert texts(sample("--count", 1500, *extra)[1]) == expected
+    assert texts(sample(model="default")[1]) == draw("default", 20)
     monkeypatch.setattr(command, "FIRST_NAMES", 5)
     for some in (1, 5, 6, 40):
         assert texts(sample("--count", some)[1]) == expected[:some]
-
-
-def test_the_default_model_draws_twenty_names(sample):
-    assert texts(sample(model="default")[1]) == draw("default", 20)
 
 
 def test_likelihoods_have_the_scorers_bits(sample, model):
@@ -151,7 +139,7 @@ def test_unique_names_are_written_once(sample, monkeypatch, model, format):
     arguments = ["--count", len(expected), "--unique", "--format", format]
     code, out, _ = sample(*arguments)
     assert code == 0 and [row.split("\t")[0] for row in texts(out.removeprefix(HEADER))] == expected
-    monkeypatch.setattr(command, "CHUNK_SECONDS", 0)
+    monkeypatch.setattr(command, "CHUNK_CHARACTERS", 100)
     assert sample(*arguments)[1] == out  # rows do not depend on the chunks
 
 
@@ -268,29 +256,6 @@ def test_a_model_whose_logits_are_nan_fails_the_job(sample, tmp_path):
     save_checkpoint(tmp_path / "wild.safetensors", model, Vocabulary("abcd"))
     code, out, err = sample("--count", 20, "--format", "tsv", model=tmp_path / "wild.safetensors")
     assert (code, out) == (1, b"") and "the logits after '........' are NaN" in err and err.count("\n") == 1
-
-
-def test_a_reader_that_closes_the_pipe_ends_the_command(sample, close_pipe):
-    close_pipe()
-    assert sample("--count", 10**12) == (0, b"", "")
-
-
-def test_standard_output_that_is_full_or_closed_fails_the_job(sample, monkeypatch):
-    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", full)
-        full_disk = "wavenet-conv: standard output: No space left on device; the rows are not complete\n"
-        assert sample() == (1, b"", full_disk)
-    monkeypatch.setattr(sys, "stdout", None)
-    assert sample() == (1, b"", "wavenet-conv: standard output is closed; redirect it to a file\n")
-
-
-def test_progress_is_on_standard_error(sample, monkeypatch):
-    expected = sample("--count", 6)[1]
-    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
-    monkeypatch.setattr(command, "CHUNK_SECONDS", 0)
-    code, out, err = sample("--count", 6)
-    assert (code, out) == (0, expected)
-    assert "1 lines (17%), " in err and err.count("6 lines (100%), ") == 1 and "lines/s\n" in err
 
 
 @pytest.mark.slow

@@ -8,13 +8,12 @@ import os
 import random
 import subprocess
 import sys
-from math import inf, isnan
+from math import isnan
 
 import pytest
 import torch
 
 from wavenet_conv import Scorer, lines
-from wavenet_conv.cli import progress
 
 NAMES = ["emma", "", "olivia", "x", "zzzzzzzzzzzz", "emma", "ava", "isabella", "mia", "a" * 300]
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -253,24 +252,6 @@ def test_wrong_usage_is_rejected_before_anything_is_written(score, tmp_path, lis
     if not torch.cuda.is_available():
         rejected("--device cuda: PyTorch finds no CUDA device", listed, "--device", "cuda")
     assert named(score(listed)[1]) == NAMES
-
-
-def test_a_reader_that_closes_the_pipe_ends_the_command(score, close_pipe, listed):
-    close_pipe()
-    assert score(listed) == (0, b"", "")
-
-
-def test_progress_is_on_standard_error(score, monkeypatch, listed):
-    expected = score(listed)[1]
-    monkeypatch.setattr(lines, "CHUNK_LINES", 4)
-    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
-    code, out, err = score(listed)
-    assert (code, out) == (0, expected)
-    assert "4 lines (4%), " in err and err.count("10 lines (100%), ") == 1 and "lines/s\n" in err
-    monkeypatch.setattr(progress, "QUIET_SECONDS", inf)
-    monkeypatch.setenv("FORCE_COLOR", "1")  # standard error counts as a terminal
-    code, out, err = score(listed)
-    assert (code, out) == (0, expected) and "10 lines (100%), " in err and "━" in err
 
 
 @pytest.mark.slow

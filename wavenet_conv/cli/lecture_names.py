@@ -8,11 +8,7 @@ from typing import Any
 from .options import add_command
 
 CONNECTION_TIMEOUT = 30.0  # seconds without a byte
-
-DESCRIPTION = """\
-Downloads makemore's names.txt to the user's cache folder, checks its SHA-256, and prints its path. A list that is
-already there is checked and not downloaded again.
-"""
+DESCRIPTION = "Downloads makemore's names.txt to the user's cache folder, checks its SHA-256, and prints its path."
 
 
 def add_parser(commands: Any) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,21 @@ MIN_NAMES = 10  # with fewer, a part of the split is empty
 
 def add_command(commands: Any, run: Callable[..., None], help: str, description: str) -> argparse.ArgumentParser:
     """Add a command, named as the function that runs it; its options become the function's keyword arguments."""
+    name, formatter = run.__name__.replace("_", "-"), argparse.RawDescriptionHelpFormatter
     command: argparse.ArgumentParser = commands.add_parser(
-        run.__name__.replace("_", "-"),
-        help=help,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        name, help=help, description=description, formatter_class=formatter
     )
     command.set_defaults(run=run)
     return command
+
+
+@contextmanager
+def usage_errors(kind: type[Exception], prefix: str = "") -> Iterator[None]:
+    """Raise errors of this kind as `UsageError`, after a prefix."""
+    try:
+        yield
+    except kind as error:
+        raise UsageError(f"{prefix}{error}") from error
 
 
 def add_device(command: argparse.ArgumentParser) -> None:
@@ -64,20 +72,16 @@ def load_model(path: str, option: str = "--model") -> Checkpoint:
     """Load a checkpoint; raises `UsageError` naming the option if it cannot be read."""
     from ..checkpoint import load_checkpoint
 
-    try:
+    with usage_errors(CheckpointError, f"{option} "):
         return load_checkpoint(path)
-    except CheckpointError as error:
-        raise UsageError(f"{option} {error}") from error
 
 
 def training_names(path: str) -> list[str]:
     """Read a list of names to train on; raises `UsageError` if it cannot be read or is too short to split."""
     from ..names import read_names
 
-    try:
+    with usage_errors(NamesError):
         names = read_names(path)
-    except NamesError as error:
-        raise UsageError(str(error)) from error
     if len(names) < MIN_NAMES:
         raise UsageError(f"{path}: {len(names)} names are too few to split 80/10/10; give at least {MIN_NAMES}")
     return names

@@ -10,7 +10,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, NamesError, UsageError, WaveNetConvError
-from .options import add_command, add_device, add_model, device_of, load_model
+from .options import add_command, add_device, add_model, device_of, load_model, usage_errors
 from .progress import Progress
 from .rows import Rows, bits_per_character, write_output
 
@@ -121,13 +121,9 @@ def sample(
 def _drawn(draw: Callable[[int | None], Iterator[str]], count: int, endless: bool) -> Iterator[str]:
     """Names in the order in which they are drawn; the first, apart, so that they do not wait for a large batch."""
     first = min(count, FIRST_NAMES)
-    try:
+    with usage_errors(ConfigError), usage_errors(NamesError, "--prefix: "):
         yield from draw(first)
         yield from islice(draw(None if endless else count), first, None)
-    except ConfigError as error:
-        raise UsageError(str(error)) from error
-    except NamesError as error:
-        raise UsageError(f"--prefix: {error}") from error
 
 
 def _chunks(drawn: Iterator[str], count: int, unique: bool, skipped: set[str]) -> Iterator[list[str]]:
@@ -194,10 +190,8 @@ def _training_names(model: str, notes: dict[str, Any], path: str | None) -> set[
     file = path or lecture_names()
     if file is None:
         raise UsageError(f"{wanted}, which is not on this machine; {fix}")
-    try:
+    with usage_errors(NamesError, "--list "):
         names = read_names(file)
-    except NamesError as error:
-        raise UsageError(f"--list {error}") from error
     found = sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()  # as `wavenet-conv train` notes it
     if found != trained_on:
         raise UsageError(f"{wanted}; {file} is another list, with SHA-256 {found}; {fix}")
