@@ -9,7 +9,7 @@ There is one formula: `Linear.weight[j * C + c, o]` is `Conv1d.weight[o, c, j]`,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -298,32 +298,3 @@ def _copy_batch_norm(norm: Any, source: Any, place: int) -> None:
     norm.eps = source.eps
     if getattr(source, "momentum", None) is not None:
         norm.momentum = source.momentum
-
-
-def fold_batch_norm(conv: ConvWaveNet) -> ConvWaveNet:
-    """The same model with batch norm inside the convolutions, in evaluation mode; `conv` is left as it is.
-
-    With `scale = gamma / sqrt(var + eps)` the weights become `weight * scale` and the bias
-    `beta + (bias - mean) * scale`.
-    """
-    if not isinstance(conv, ConvWaveNet):
-        raise MappingError(
-            f"fold_batch_norm takes a ConvWaveNet, not a {type(conv).__name__}; map a tree with from_tree"
-        )
-    config = replace(conv.config, batch_norm=False, bias=True) if conv.config.batch_norm else conv.config
-    folded = blank(config, conv.embedding.weight)
-    with torch.no_grad():
-        folded.embedding.load_state_dict(conv.embedding.state_dict())
-        folded.head.load_state_dict(conv.head.state_dict())
-        if conv.hidden is not None:
-            folded.hidden.load_state_dict(conv.hidden.state_dict())
-        for target, source in zip(folded.layers, conv.layers):
-            if source.norm is None:
-                target.load_state_dict(source.state_dict())
-                continue
-            norm = source.norm
-            scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-            before = 0 if source.conv.bias is None else source.conv.bias
-            target.conv.weight.copy_(source.conv.weight * scale[:, None, None])
-            target.conv.bias.copy_(norm.bias + (before - norm.running_mean) * scale)
-    return folded
