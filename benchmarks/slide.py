@@ -81,7 +81,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", default="analisa", help="the name that one pass is timed on (analisa)")
     parser.add_argument("--n-embd", type=positive, default=24, help="width of the embedding (24)")
     parser.add_argument("--n-hidden", type=positive, default=128, help="width of every layer (128)")
-    parser.add_argument("--kernel-sizes", type=kernel_sizes, default=(2, 2, 2), help="nodes that each layer fuses (2,2,2)")
+    parser.add_argument(
+        "--kernel-sizes", type=kernel_sizes, default=(2, 2, 2), help="nodes that each layer fuses (2,2,2)"
+    )
     parser.add_argument("--repeats", type=positive, help="calls timed for one name (2000; with --quick 400)")
     parser.add_argument("--seed", type=int, default=42, help="of the random weights (42)")
     parser.add_argument("--json", metavar="FILE|-", help="write the results as JSON; - prints it instead of the tables")

@@ -43,9 +43,14 @@ def small_scorer(dtype=torch.float32, gated=False, **options):
     return Scorer(from_tree(random_tree(n_embd=6, n_hidden=16, dtype=dtype, gated=gated)), ABC, **options)
 
 
-@pytest.mark.parametrize(("kernel_sizes", "gated"), [((2, 2, 2), False), ((3,), False), ((3, 2, 2), False), ((2, 3), True)])
+@pytest.mark.parametrize(
+    ("kernel_sizes", "gated"), [((2, 2, 2), False), ((3,), False), ((3, 2, 2), False), ((2, 3), True)]
+)
 def test_float64_scores_are_the_trees(names, vocab, device, kernel_sizes, gated):
-    tree, names = random_tree(kernel_sizes, n_embd=24, n_hidden=64, gated=gated), names[:: 1 if kernel_sizes == (2, 2, 2) else 8]
+    tree, names = (
+        random_tree(kernel_sizes, n_embd=24, n_hidden=64, gated=gated),
+        names[:: 1 if kernel_sizes == (2, 2, 2) else 8],
+    )
     scorer = Scorer(from_tree(tree), vocab, device=device)
     values, offsets = scorer.position_log_probs(names)
     expected, sums = tree_log_probs(tree, names, vocab)

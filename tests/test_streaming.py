@@ -20,7 +20,10 @@ from wavenet_conv.streaming import FEW_ROWS
 WIDE = dict(kernel_sizes=(2, 2, 2), n_embd=24, n_hidden=128)
 GATED = dict(kernel_sizes=(2, 2, 2), n_embd=24, n_hidden=32, gated=True)
 SHAPES = [
-    *[dict(kernel_sizes=kernel_sizes, n_embd=6, n_hidden=16) for kernel_sizes in ((8,), (3, 2), (1, 4, 1, 2), (2, 2, 2, 2, 2))],
+    *[
+        dict(kernel_sizes=kernel_sizes, n_embd=6, n_hidden=16)
+        for kernel_sizes in ((8,), (3, 2), (1, 4, 1, 2), (2, 2, 2, 2, 2))
+    ],
     dict(kernel_sizes=(2, 3), n_embd=5, n_hidden=(7, 9)),
     dict(kernel_sizes=(1,), n_embd=4, n_hidden=3),
 ]

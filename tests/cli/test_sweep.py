@@ -232,7 +232,7 @@ def test_the_space_in_the_package():
         ("batch_size = {choices = []}", "or {choices = [1, 2]} with at least one"),
         ("kernel_sizes = {choices = [[2, 2], [0]]}", "kernel_sizes[0] is 0; it must be an integer of at least 1"),
         ("n_hidden = [4, 5]\nkernel_sizes = {choices = [[2, 2], [8]]}", "n_hidden has 2 widths for 1 layers"),
-        ("gated = {choices = [true, false]}\nbatch_norm = true", "a gated layer has no batch norm"),
+        ("gated = {choices = [true, false]}\nbatch_norm = true", "gated layers have biases and no batch norm"),
     ],
 )
 def test_spaces_that_are_rejected(sweep, folder, text, message):
