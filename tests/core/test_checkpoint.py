@@ -23,6 +23,7 @@ from wavenet_conv.files import write_whole
 AB = Vocabulary("ab")
 SMALL = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, kernel_sizes=(2, 2))
 GATED = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, kernel_sizes=(2, 2), gated=True)
+MIXED = {"n_hidden": (5, 1, 4), "kernel_sizes": (3, 1, 2)}
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -39,7 +40,7 @@ def small(config=SMALL, dtype=torch.float32) -> ConvWaveNet:
 def parts(path: Path) -> tuple[dict, dict]:
     """The tensors and the metadata of a file."""
     with safetensors.safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata()
 
 
 def changed(path: Path, *, tensors=None, config=None, without=(), **metadata) -> Path:
@@ -70,14 +71,7 @@ def path(tmp_path) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "sizes",
-    [
-        {},
-        {"batch_norm": False},
-        {"bias": True},
-        {"batch_norm": False, "bias": False},
-        {"n_hidden": (5, 1, 4), "kernel_sizes": (3, 1, 2)},
-        {"n_hidden": (5, 1, 4), "kernel_sizes": (3, 1, 2), "gated": True},
-    ],
+    [{}, {"batch_norm": False}, {"bias": True}, {"batch_norm": False, "bias": False}, MIXED, MIXED | {"gated": True}],
     ids=str,
 )
 def test_every_bit_comes_back(tmp_path, sizes, dtype):
@@ -96,15 +90,6 @@ def test_every_bit_comes_back(tmp_path, sizes, dtype):
         assert tensor.dtype == dtype and torch.equal(tensor.view(bits), saved.view(bits)), name
     for layer in loaded.model.layers if norms else ():
         assert (layer.norm.eps, layer.norm.momentum) == (1e-3 / 7, 0.2 / 3)
-
-
-@pytest.mark.parametrize("gated", [False, True])
-def test_mapped_tree_gives_the_same_logits(tmp_path, names, vocab, gated):
-    model = from_tree(random_tree(dtype=torch.float32, gated=gated))
-    save_checkpoint(tmp_path / "m", model, vocab)
-    tokens, _ = vocab.encode(names[:50], context=8)
-    with torch.no_grad():
-        assert torch.equal(load_checkpoint(tmp_path / "m").model(tokens), model(tokens))
 
 
 @pytest.mark.parametrize(("config", "version"), [(SMALL, "1"), (GATED, "2")], ids=["plain", "gated"])
@@ -131,14 +116,10 @@ def test_notes_quantiles_and_any_vocabulary_come_back(path):
     assert load_checkpoint(str(path)).vocab == vocab
 
 
-def test_loading_draws_no_random_numbers(path):
+def test_default_checkpoint_is_trained_and_draws_no_random_numbers():
     before = torch.get_rng_state()
-    load_checkpoint(path)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_default_checkpoint_is_trained():
     checkpoint = load_checkpoint("default")
+    assert torch.equal(torch.get_rng_state(), before)
     assert checkpoint.vocab.characters == ALPHABET and checkpoint.model.config == WaveNetConfig()
     tokens, _ = checkpoint.vocab.encode(["emma", "olivia", ""], context=checkpoint.model.context)
     with torch.no_grad():
@@ -149,29 +130,34 @@ def test_default_checkpoint_is_trained():
     assert {"list_sha256", "train_loss", "validation_loss", "test_loss"} <= checkpoint.notes.keys()
 
 
-def test_every_truncation_is_rejected(path):
-    data = path.read_bytes()
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    save_checkpoint(tmp_path / "m", small(WaveNetConfig(3, 1, 1, (2,), batch_norm=False)), AB, quantiles=torch.ones(2))
+    return tmp_path / "m"
+
+
+def test_every_truncation_is_rejected(tiny):
+    data = tiny.read_bytes()
     said = set()
     for length in range(len(data)):
-        path.write_bytes(data[:length])
-        said.add(re.sub(r"[\d,]+", "#", rejection(path)))
+        tiny.write_bytes(data[:length])
+        said.add(re.sub(r"[\d,]+", "#", rejection(tiny)))
     assert len(said) == 2 and all(message.startswith("truncated: ") for message in said)
-    path.write_bytes(data + b"123")
-    assert "3 bytes follow its last tensor" in rejection(path)
+    tiny.write_bytes(data + b"123")
+    assert "3 bytes follow its last tensor" in rejection(tiny)
 
 
-def test_flipped_bit_of_the_header_is_rejected_or_harmless(tmp_path):
-    path = tmp_path / "m"
-    save_checkpoint(path, small(WaveNetConfig(3, 1, 1, (2,), batch_norm=False)), AB, quantiles=torch.ones(2))
-    data = path.read_bytes()
+def test_flipped_bit_of_the_header_is_rejected_or_harmless(tiny):
+    data, said = tiny.read_bytes(), []
     for place in range(8 + int.from_bytes(data[:8], "little")):
         flipped = bytearray(data)
         flipped[place] ^= 1 << place % 8
-        path.write_bytes(flipped)
+        tiny.write_bytes(flipped)
         try:
-            load_checkpoint(path)  # some bits mean the same: a space for a tab
+            load_checkpoint(tiny)  # some bits mean the same: a space for a tab
         except CheckpointError as error:
-            assert str(error).startswith(f"{path}: ")
+            said.append(str(error))
+    assert len(said) > 400 and all(message.startswith(f"{tiny}: ") for message in said)
 
 
 class Trap:
@@ -234,24 +220,18 @@ def test_header_that_contradicts_the_tensors_is_rejected(path):
 
 MISFITS = [
     ({"format": "pt"}, "of another model: its format is 'pt'"),
-    ({"without": ("format",)}, "of another model: its format is None"),
     ({"version": "3"}, "its version is '3' and this library reads '1' and '2'; install a newer"),
     ({"without": ("config",)}, "there is no config"),
-    ({"without": ("vocabulary",)}, "there is no vocabulary"),
     ({"without": ("notes",)}, "there is no notes"),
     ({"notes": "{"}, "its notes is not JSON"),
-    ({"notes": "[" * 100_000}, "its notes is not JSON"),
     ({"notes": "[]"}, "its notes is not a JSON object"),
     ({"vocabulary": "abc"}, "a vocabulary of 4 tokens ('.' and 3 characters) for a model of 3"),
     ({"vocabulary": "ba"}, "not sorted"),
-    ({"vocabulary": "aa"}, "a character twice"),
-    ({"vocabulary": ".a"}, "cannot be one of its characters"),
     ({"vocabulary": ""}, "at least one character"),
     ({"config": {"width": 3}}, "other fields than this library's: vocab_size, n_embd"),
     ({"config": {"kernel_sizes": [2, 2]}}, "other fields"),
     ({"without": ("fan_ins",)}, "other fields"),
     ({"config": {"fan_ins": [2, 0]}}, "kernel_sizes[1] is 0"),
-    ({"config": {"fan_ins": "22"}}, "kernel_sizes[0] is '2'"),
     ({"config": {"n_hidden": [3]}}, "1 widths"),
     ({"config": {"batch_norm": "no"}}, "batch_norm in its config is 'no', not true or false"),
     ({"config": {"gated": 1}}, "gated in its config is 1, not true or false"),
@@ -261,7 +241,6 @@ MISFITS = [
     ({"config": {"norms": [[1e-5, 0.1]]}}, "eps and a momentum for each of 2 layers with batch norm"),
     ({"config": {"norms": [[1e-5, 0.1], [float("nan"), 0.1]]}}, "norms in its config"),
     ({"config": {"n_embd": 10**18}}, "cannot be built"),
-    ({"config": {"n_embd": 10**30}}, "cannot be built"),
     ({"config": {"n_embd": 10**11}}, "embedding.weight is of shape (3, 2) and its config asks for (3, 100000000000)"),
     ({"config": {"bias": True}}, "there is no tensor layers.0.conv.bias"),
     ({"without": ("head.bias",)}, "there is no tensor head.bias"),
@@ -270,16 +249,13 @@ MISFITS = [
     ({"tensors": {"levels.0.norm.weight": torch.tensor([1.0, torch.nan, torch.inf])}}, "layers.0.norm.weight has 2"),
     ({"tensors": {"head.bias": torch.tensor([1.0, -torch.inf, 0.0])}}, "head.bias has 1 values that are NaN or inf"),
     ({"tensors": {"head.bias": torch.ones(3).double()}}, "its weights are of torch.float32, torch.float64"),
-    ({"tensors": {"head.bias": torch.ones(3).int()}}, "its weights are of torch.float32, torch.int32"),
     ({"tensors": {"quantiles": torch.ones(3).double()}}, "quantiles are torch.float64"),
-    ({"tensors": {"quantiles": torch.ones(0)}}, "quantiles are torch.float32 of shape (0,)"),
     ({"tensors": {"quantiles": torch.tensor([2.0, 1.0])}}, "ascending"),
     ({"tensors": {"quantiles": torch.tensor([1.0, torch.inf])}}, "finite"),
 ]
 GATED_MISFITS = [
     ({"without": ("levels.0.residual.bias",)}, "there is no tensor layers.0.residual.bias"),
     ({"tensors": {"levels.1.residual.bias": torch.ones(2)}}, "'layers.1.residual.bias', which its config has no"),
-    ({"tensors": {"levels.1.skip.weight": torch.ones(3, 2, 1)}}, "layers.1.skip.weight is of shape (3, 2, 1) and its"),
     ({"config": {"n_hidden": [3, 4]}}, "layers.1.conv.weight is of shape (6, 2, 2) and its config asks for (8, 2, 2)"),
     ({"config": {"gated": False}}, "layers.0.conv.weight is of shape (6, 2, 2) and its config asks for (3, 2, 2)"),
     ({"tensors": {"hidden.bias": torch.tensor([1.0, torch.nan])}}, "hidden.bias has 1 values that are NaN"),
@@ -333,7 +309,7 @@ def test_failed_write_leaves_the_previous_file(path, monkeypatch, function, fail
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
 
-def test_full_disk_leaves_the_previous_file(tmp_path):
+def test_full_disk_leaves_the_previous_file_and_a_missing_folder_is_an_os_error(tmp_path):
     """A limit on the size of files stands for a full disk: the write breaks off in the middle."""
     pytest.importorskip("resource", reason="limits the size of files; run on Linux or macOS")
     (tmp_path / "file").write_bytes(b"before")
@@ -346,9 +322,6 @@ def test_full_disk_leaves_the_previous_file(tmp_path):
     )
     assert run_python(program, tmp_path / "file").stdout == "OSError\n"
     assert (tmp_path / "file").read_bytes() == b"before" and os.listdir(tmp_path) == ["file"]
-
-
-def test_missing_folder_is_an_os_error(tmp_path):
     with pytest.raises(OSError, match="No such file"):
         save_checkpoint(tmp_path / "none" / "m", small(), AB)
 

@@ -1,8 +1,5 @@
 """The convolutional model is a stack of dilated `nn.Conv1d`, computes the paper's gates, and has clear errors."""
 
-import copy
-import io
-
 import pytest
 import torch
 from helpers import convolutions_of, needs_cuda
@@ -94,46 +91,6 @@ def test_logits_have_one_row_per_window(device, kernel_sizes, gated):
     assert torch.equal(conv(TOKENS.int().to(device)), conv(TOKENS.to(device)))
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_stacked_models_give_the_logits_of_each(gated):
-    models = [ConvWaveNet(WaveNetConfig(n_embd=6, n_hidden=10, gated=gated)).eval() for _ in range(3)]
-    parameters, buffers = torch.func.stack_module_state(models)
-    base = copy.deepcopy(models[0])
-
-    def run(parameters, buffers):
-        return torch.func.functional_call(base, (parameters, buffers), (TOKENS,))
-
-    with torch.no_grad():
-        for model, logits in zip(models, torch.func.vmap(run)(parameters, buffers), strict=True):
-            assert torch.allclose(model(TOKENS), logits, rtol=0, atol=1e-5)
-
-
-def test_copies_are_independent():
-    conv = small()
-    with torch.no_grad():
-        before = conv(TOKENS)
-        twin = copy.deepcopy(conv)
-        twin.head.bias.add_(1)
-        assert torch.equal(conv(TOKENS), before) and not torch.equal(twin(TOKENS), before)
-        file = io.BytesIO()
-        torch.save(conv, file)
-        assert len(file.getvalue()) < 4 * 4 * sum(p.numel() for p in conv.parameters()) + 20_000  # bytes
-        file.seek(0)
-        assert torch.equal(torch.load(file, weights_only=False)(TOKENS), before)
-
-
-def test_weight_norm_trains_and_autocast_runs():
-    conv = small(batch_norm=False)
-    nn.utils.parametrizations.weight_norm(conv.layers[1].conv)
-    before = conv(TOKENS)
-    before.square().mean().backward()
-    for parameter in conv.parameters():
-        parameter.data -= 0.1 * parameter.grad
-    assert conv(TOKENS).square().mean() < before.square().mean()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert small()(TOKENS).dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize(("token", "place"), [(27, [1, 4]), (-1, [2, 0]), (10**12, [0, 19])])
 def test_token_outside_the_vocabulary_is_named(device, token, place):
     tokens = TOKENS.clone()
@@ -186,8 +143,5 @@ def test_tokens_on_another_device_are_rejected():
 def test_config_of_an_impossible_model_is_rejected(config, message):
     with pytest.raises(WaveNetConvError, match=message):
         WaveNetConfig(**config)
-
-
-def test_config_of_another_type_is_rejected():
     with pytest.raises(WaveNetConvError, match=r"config is \(2, 2\); pass a WaveNetConfig"):
         ConvWaveNet((2, 2))

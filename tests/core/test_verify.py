@@ -71,12 +71,20 @@ def test_tie_is_no_argmax_difference():
 def test_logits_that_are_not_finite_are_not_equal(side, value):
     tree = random_tree(**SMALL)
     conv = from_tree(tree)
-    for bias in {"tree": [tree.layers[-1].bias], "conv": [conv.head.bias]}.get(
-        side, [tree.layers[-1].bias, conv.head.bias]
-    ):
-        bias.data[3] = value
+    if side != "conv":
+        tree.layers[-1].bias.data[3] = value
+    if side != "tree":
+        conv.head.bias.data[3] = value
     report = verify(tree, conv, NAMES, VOCAB)
     assert not report.equal and report.max_abs_diff == torch.inf
+
+
+class Model(nn.Module):
+    """Plain layers inside a module, which `.eval()` does not reach."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
 
 
 @pytest.mark.parametrize("side", ["tree", "conv"])
@@ -84,21 +92,9 @@ def test_training_mode_is_rejected(side):
     tree = random_tree(**SMALL)
     conv = from_tree(tree)
     (tree if side == "tree" else conv).train()
-    with pytest.raises(WaveNetConvError, match=f"{side} is in training mode.*call .eval"):
-        verify(tree, conv, NAMES, VOCAB)
-
-
-def test_training_mode_is_found_in_plain_layers_of_a_module():
-    class Model(nn.Module):
-        def __init__(self, layers):
-            super().__init__()
-            self.layers = layers
-
-    tree = random_tree(**SMALL)
-    conv, model = from_tree(tree), Model(tree.layers).eval()
-    tree.layers[3].training = True
-    with pytest.raises(WaveNetConvError, match="tree is in training mode .BatchNorm1d"):
-        verify(model, conv, NAMES, VOCAB)
+    for model in (tree, Model(tree.layers).eval()):
+        with pytest.raises(WaveNetConvError, match=f"{side} is in training mode .[BC].*call .eval"):
+            verify(model, conv, NAMES, VOCAB)
 
 
 def compare(other=None, names=NAMES, vocab=VOCAB):
@@ -114,10 +110,7 @@ def compare(other=None, names=NAMES, vocab=VOCAB):
         (lambda: compare(lambda tree: from_tree(tree).float()), "float64 and the convolutional model torch.float32"),
         (lambda: compare(lambda tree: from_tree(random_tree(**SMALL, vocab_size=30))), r"logits of shape \(15, 27\)"),
         (lambda: compare(lambda tree: tree), "the second model is a Sequential; call verify.tree, conv"),
-        (
-            lambda: compare(lambda tree: from_tree(random_tree((3, 2), **SMALL))),
-            r"cannot run windows of shape \(15, 6\): FlattenConsecutive\(2\) got 3",
-        ),
+        (lambda: compare(lambda tree: from_tree(random_tree((3, 2), **SMALL))), r"windows of shape \(15, 6\): Flatten"),
         (
             lambda: compare(names=["a|"], vocab=Vocabulary(ALPHABET + "{|")),
             "token 28 at .* outside the vocabulary of 27",
@@ -133,11 +126,6 @@ def test_unknown_character_is_named_by_its_index_in_the_list():
     with pytest.raises(NamesError, match="name 1 .*character 'é' at position 3") as raised:
         compare(names=["olivia", "andé"])
     assert (raised.value.index, raised.value.position) == (1, 3)
-
-
-def test_list_of_layers_is_a_tree():
-    tree = random_tree(**SMALL)
-    assert verify(tree.layers, from_tree(tree.layers), NAMES, VOCAB).equal
 
 
 def test_no_gradients_are_left_behind():
