@@ -23,27 +23,26 @@ from wavenet_conv.files import write_whole
 AB = Vocabulary("ab")
 SMALL = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, kernel_sizes=(2, 2))
 GATED = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, kernel_sizes=(2, 2), gated=True)
+BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 MIXED = {"n_hidden": (5, 1, 4), "kernel_sizes": (3, 1, 2)}
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def small(config=SMALL, dtype=torch.float32) -> ConvWaveNet:
+def small(config=SMALL, dtype=torch.float32, value=1.0) -> ConvWaveNet:
     """A model in which no tensor has its initial value."""
-    model = ConvWaveNet(config, dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    model, generator = ConvWaveNet(config, dtype=dtype), torch.Generator().manual_seed(0)
+    for tensor in model.state_dict().values():
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    model.head.bias.data[0] = value
     return model
 
 
 def parts(path: Path) -> tuple[dict, dict]:
     """The tensors and the metadata of a file."""
     with safetensors.safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata()
+        return safetensors.torch.load_file(path), file.metadata()
 
 
-def changed(path: Path, *, tensors=None, config=None, without=(), **metadata) -> Path:
+def changed(path: Path, *, saved=None, tensors=None, config=None, without=(), **metadata) -> Path:
     """Replaces some tensors, config fields and metadata of a file, and removes those in `without`."""
     found, about = parts(path)
     fields = json.loads(about["config"]) | (config or {})
@@ -68,7 +67,7 @@ def path(tmp_path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", list(BITS))
 @pytest.mark.parametrize(
     "sizes",
     [{}, {"batch_norm": False}, {"bias": True}, {"batch_norm": False, "bias": False}, MIXED, MIXED | {"gated": True}],
@@ -86,8 +85,7 @@ def test_every_bit_comes_back(tmp_path, sizes, dtype):
     assert loaded.model.config == model.config and loaded.vocab == AB
     assert loaded.notes == {} and loaded.quantiles is None
     for (name, tensor), saved in zip(loaded.model.state_dict().items(), model.state_dict().values(), strict=True):
-        bits = BITS[tensor.element_size()]
-        assert tensor.dtype == dtype and torch.equal(tensor.view(bits), saved.view(bits)), name
+        assert tensor.dtype == dtype and torch.equal(tensor.view(BITS[dtype]), saved.view(BITS[dtype])), name
     for layer in loaded.model.layers if norms else ():
         assert (layer.norm.eps, layer.norm.momentum) == (1e-3 / 7, 0.2 / 3)
 
@@ -218,28 +216,22 @@ def test_header_that_contradicts_the_tensors_is_rejected(path):
         assert "damaged" in rejection(path)
 
 
+G = {"saved": GATED}
 MISFITS = [
     ({"format": "pt"}, "of another model: its format is 'pt'"),
     ({"version": "3"}, "its version is '3' and this library reads '1' and '2'; install a newer"),
     ({"without": ("config",)}, "there is no config"),
-    ({"without": ("notes",)}, "there is no notes"),
     ({"notes": "{"}, "its notes is not JSON"),
     ({"notes": "[]"}, "its notes is not a JSON object"),
     ({"vocabulary": "abc"}, "a vocabulary of 4 tokens ('.' and 3 characters) for a model of 3"),
     ({"vocabulary": "ba"}, "not sorted"),
-    ({"vocabulary": ""}, "at least one character"),
     ({"config": {"width": 3}}, "other fields than this library's: vocab_size, n_embd"),
     ({"config": {"kernel_sizes": [2, 2]}}, "other fields"),
     ({"without": ("fan_ins",)}, "other fields"),
     ({"config": {"fan_ins": [2, 0]}}, "kernel_sizes[1] is 0"),
-    ({"config": {"n_hidden": [3]}}, "1 widths"),
     ({"config": {"batch_norm": "no"}}, "batch_norm in its config is 'no', not true or false"),
-    ({"config": {"gated": 1}}, "gated in its config is 1, not true or false"),
-    ({"config": {"gated": True}}, "gated"),
     ({"config": {"gated": True, "batch_norm": False, "bias": True, "norms": []}}, "conv.weight is of shape"),
-    ({"config": {"batch_norm": False}}, "norms in its config"),
-    ({"config": {"norms": [[1e-5, 0.1]]}}, "eps and a momentum for each of 2 layers with batch norm"),
-    ({"config": {"norms": [[1e-5, 0.1], [float("nan"), 0.1]]}}, "norms in its config"),
+    ({"config": {"norms": [[1e-5, 0.1], [float("nan"), 0.1]]}}, "eps and a momentum for each of 2 layers"),
     ({"config": {"n_embd": 10**18}}, "cannot be built"),
     ({"config": {"n_embd": 10**11}}, "embedding.weight is of shape (3, 2) and its config asks for (3, 100000000000)"),
     ({"config": {"bias": True}}, "there is no tensor layers.0.conv.bias"),
@@ -252,23 +244,17 @@ MISFITS = [
     ({"tensors": {"quantiles": torch.ones(3).double()}}, "quantiles are torch.float64"),
     ({"tensors": {"quantiles": torch.tensor([2.0, 1.0])}}, "ascending"),
     ({"tensors": {"quantiles": torch.tensor([1.0, torch.inf])}}, "finite"),
-]
-GATED_MISFITS = [
-    ({"without": ("levels.0.residual.bias",)}, "there is no tensor layers.0.residual.bias"),
-    ({"tensors": {"levels.1.residual.bias": torch.ones(2)}}, "'layers.1.residual.bias', which its config has no"),
-    ({"config": {"n_hidden": [3, 4]}}, "layers.1.conv.weight is of shape (6, 2, 2) and its config asks for (8, 2, 2)"),
-    ({"config": {"gated": False}}, "layers.0.conv.weight is of shape (6, 2, 2) and its config asks for (3, 2, 2)"),
-    ({"tensors": {"hidden.bias": torch.tensor([1.0, torch.nan])}}, "hidden.bias has 1 values that are NaN"),
+    (G | {"without": ("levels.0.residual.bias",)}, "there is no tensor layers.0.residual.bias"),
+    (G | {"tensors": {"levels.1.residual.bias": torch.ones(2)}}, "'layers.1.residual.bias', which its config has no"),
+    (G | {"config": {"n_hidden": [3, 4]}}, "layers.1.conv.weight is of shape (6, 2, 2) and its config asks for (8"),
+    (G | {"config": {"gated": False}}, "layers.0.conv.weight is of shape (6, 2, 2) and its config asks for (3, 2, 2)"),
+    (G | {"tensors": {"hidden.bias": torch.tensor([1.0, torch.nan])}}, "hidden.bias has 1 values that are NaN"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("config", "change", "complaint"),
-    [*((SMALL, *misfit) for misfit in MISFITS), *((GATED, *misfit) for misfit in GATED_MISFITS)],
-    ids=lambda value: value[:40] if isinstance(value, str) else "",
-)
-def test_parts_that_do_not_fit_are_rejected(tmp_path, config, change, complaint):
-    save_checkpoint(tmp_path / "m", small(config), AB)
+@pytest.mark.parametrize(("change", "complaint"), MISFITS, ids=[complaint[:40] for _, complaint in MISFITS])
+def test_parts_that_do_not_fit_are_rejected(tmp_path, change, complaint):
+    save_checkpoint(tmp_path / "m", small(change.get("saved", SMALL)), AB)
     assert complaint in rejection(changed(tmp_path / "m", **change))
 
 
@@ -281,16 +267,15 @@ def test_parts_that_do_not_fit_are_rejected(tmp_path, config, change, complaint)
         ({"model": random_tree()}, "holds a ConvWaveNet, not a Sequential"),
         ({"notes": {"loss": torch.ones(1)}}, "notes hold what JSON can"),
         ({"quantiles": torch.tensor([2.0, 1.0])}, "ascending"),
-        *(({"value": value}, "layers.1.conv.weight has 1 values that are NaN") for value in (torch.nan, -torch.inf)),
+        ({"model": small(value=torch.nan)}, "head.bias has 1 values that are NaN or infinite"),
+        ({"model": small(value=-torch.inf)}, "head.bias has 1 values that are NaN or infinite"),
     ],
     ids=["size", "surrogate", "string", "tree", "notes", "quantiles", "nan", "inf"],
 )
 def test_saving_rejects_what_loading_would(path, change, complaint):
-    before, model = path.read_bytes(), small()
-    if "value" in change:
-        model.layers[1].conv.weight.data[0, 0, 0] = change.pop("value")
+    before = path.read_bytes()
     with pytest.raises(CheckpointError, match=re.escape(complaint)) as raised:
-        save_checkpoint(path, **{"model": model, "vocab": AB} | change)
+        save_checkpoint(path, **{"model": small(), "vocab": AB} | change)
     assert str(raised.value).startswith(f"{path}: ")
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
@@ -326,7 +311,6 @@ def test_full_disk_leaves_the_previous_file_and_a_missing_folder_is_an_os_error(
         save_checkpoint(tmp_path / "none" / "m", small(), AB)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="reads permission bits; run on Linux or macOS")
 def test_written_file_has_the_usual_permissions(tmp_path):
     (tmp_path / "other").write_bytes(b"")
     write_whole(tmp_path / "file", b"whole")

@@ -2,10 +2,9 @@
 
 import random
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from helpers import KINDS, random_tree, to_exact
+from helpers import random_tree, to_exact, trees_and_names
 from hypothesis import given, settings
 
 import reference
@@ -58,29 +57,8 @@ def test_exact_arithmetic_is_equal_to_the_bit(names, vocab, device, clamp_for_ta
         assert torch.equal(reference.loop_logits(tree, tokens[:20]), expected[:20])
 
 
-@st.composite
-def problems(draw):
-    """Any kernel sizes, widths, vocabulary and kind of tree, and ragged names in any order."""
-    kernel_sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
-    widths = draw(st.lists(st.integers(1, 9), min_size=len(kernel_sizes), max_size=len(kernel_sizes)))
-    alphabet = draw(st.sampled_from(["a", "ab", "abcdefghijklmnopqrstuvwxyz", "-é 😀ß"]))
-    context = torch.tensor(kernel_sizes).prod().item()
-    longest = 3 * context if context <= 60 else context + 9  # several contexts long, unless that is slow
-    lengths = st.integers(0, longest) | st.sampled_from([0, 1, longest])
-    name = lengths.flatmap(lambda n: st.text(alphabet, min_size=n, max_size=n))
-    sizes = dict(
-        kernel_sizes=kernel_sizes,
-        n_hidden=widths,
-        n_embd=draw(st.integers(1, 7)),
-        vocab_size=len(set(alphabet)) + 1,
-        **draw(st.sampled_from(KINDS)),
-        seed=draw(st.integers(0, 999)),
-    )
-    return sizes, draw(st.lists(name, min_size=1, max_size=6)), Vocabulary(alphabet)
-
-
 @settings(max_examples=100)
-@given(problems())
+@given(trees_and_names())
 def test_any_tree_is_equal_on_any_names(problem):
     sizes, names, vocab = problem
     tree = random_tree(**sizes)

@@ -35,8 +35,7 @@ def test_gated_model_is_the_papers_stack():
     assert conv.config.batch_norm is False and conv.config.bias is True
     assert sum(p.numel() for p in conv.parameters()) == 227_931
     for layer, dilation in zip(conv.layers, (1, 2, 4, 8), strict=True):
-        assert isinstance(layer, GatedLayer)
-        assert (layer.kernel_size, layer.dilation) == (2, dilation)
+        assert isinstance(layer, GatedLayer) and (layer.kernel_size, layer.dilation) == (2, dilation)
         assert layer.conv.kernel_size == (2,) and layer.conv.dilation == (dilation,)
         assert layer.conv.weight.shape == (192, 96, 2) and layer.skip.weight.shape == (96, 96, 1)
         assert (layer.residual is None) == (dilation == 8)

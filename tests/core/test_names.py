@@ -1,17 +1,11 @@
 """Files of names, and the lecture's list from a local server: whole, or absent."""
 
-import hashlib
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import pytest
+from helpers import STAND_IN as LIST
 from helpers import run_python
 
-from wavenet_conv import names as names_module
 from wavenet_conv.errors import DownloadError, NamesError
 from wavenet_conv.names import download_lecture_names, lecture_names, read_names
-
-LIST = b"emma\nolivia\nava"
 
 
 @pytest.mark.parametrize(
@@ -60,73 +54,41 @@ def test_reading_names_imports_no_torch(tmp_path):
     assert run_python(package + code, tmp_path / "names.txt", blocked=["torch", "numpy"]).stdout == "olivia\n"
 
 
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        sent = {"/whole": LIST, "/wrong": LIST.upper(), "/broken": LIST[:7], "/empty": b""}.get(self.path)
-        self.send_response(404 if sent is None else 200)
-        self.send_header("Content-Length", str(len(LIST)))
-        self.end_headers()
-        self.wfile.write(sent or b"")
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.asked, server.url = [], f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache folder, and the local server's list in place of the lecture's."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("WAVENET_CONV_LECTURE_NAMES", raising=False)
-    monkeypatch.setattr(names_module, "LECTURE_SHA256", hashlib.sha256(LIST).hexdigest())
-    return tmp_path / "cache"
-
-
 def files(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def test_whole_download_is_kept_and_verified_every_time(server, cache):
-    path = download_lecture_names(f"{server.url}/whole")
-    assert path.read_bytes() == LIST and files(cache) == [path] and lecture_names() == path
-    assert download_lecture_names(f"{server.url}/whole") == path and server.asked == ["/whole"]
+def test_whole_download_is_kept_and_verified_every_time(list_server, empty_cache):
+    path = download_lecture_names(f"{list_server.url}/whole")
+    assert path.read_bytes() == LIST and files(empty_cache) == [path] and lecture_names() == path
+    assert download_lecture_names(f"{list_server.url}/whole") == path and list_server.asked == ["/whole"]
     path.write_bytes(LIST + b"!")
     assert lecture_names() is None
-    assert download_lecture_names(f"{server.url}/whole").read_bytes() == LIST
-    assert server.asked == ["/whole", "/whole"] and files(cache) == [path]
+    assert download_lecture_names(f"{list_server.url}/whole").read_bytes() == LIST
+    assert list_server.asked == ["/whole", "/whole"] and files(empty_cache) == [path]
 
 
 @pytest.mark.parametrize("what", ["wrong", "broken", "empty", "missing"])
 @pytest.mark.parametrize("before", [None, b"half of it"])
-def test_failed_download_leaves_what_was_there(server, cache, what, before):
-    path = cache / "wavenet-conv" / "lecture-names.txt"
+def test_failed_download_leaves_what_was_there(list_server, empty_cache, what, before):
+    path = empty_cache / "wavenet-conv" / "lecture-names.txt"
     if before is not None:
         path.parent.mkdir(parents=True)
         path.write_bytes(before)
-    with pytest.raises(DownloadError, match=rf"{server.url}/{what}: .*try again.*set WAVENET_CONV_LECTURE_NAMES"):
-        download_lecture_names(f"{server.url}/{what}")
-    assert server.asked == [f"/{what}"] and lecture_names() is None
-    assert not cache.exists() if before is None else [file.read_bytes() for file in files(cache)] == [before]
+    with pytest.raises(DownloadError, match=rf"{list_server.url}/{what}: .*try again.*set WAVENET_CONV_LECTURE_NAMES"):
+        download_lecture_names(f"{list_server.url}/{what}")
+    assert list_server.asked == [f"/{what}"] and lecture_names() is None
+    left = [file.read_bytes() for file in files(empty_cache)]
+    assert not empty_cache.exists() if before is None else left == [before]
 
 
-def test_download_without_a_server_says_so(cache):
+def test_download_without_a_server_says_so(empty_cache):
     with pytest.raises(DownloadError, match="127.0.0.1:9/names.txt: .*refused"):
         download_lecture_names("http://127.0.0.1:9/names.txt")
-    assert not cache.exists()
+    assert not empty_cache.exists()
 
 
-def test_environment_variable_names_the_list_and_is_verified(cache, tmp_path, monkeypatch):
+def test_environment_variable_names_the_list_and_is_verified(empty_cache, tmp_path, monkeypatch):
     mine = tmp_path / "mine.txt"
     monkeypatch.setenv("WAVENET_CONV_LECTURE_NAMES", str(mine))
     assert lecture_names() is None

@@ -102,10 +102,7 @@ def test_folded_tree_is_equal_and_has_no_batch_norm(kind, bias):
         (lambda: reference.build(()), r"kernel_sizes is \(\); give at least one"),
         (lambda: reference.build(8), "kernel_sizes is 8; give at least one"),
         (lambda: reference.build((2.0,)), "a kernel size of 2.0"),
-        (
-            lambda: reference.build((2, 2), n_hidden=[3]),
-            "2 kernel sizes and 1 widths; give one width, or one per layer",
-        ),
+        (lambda: reference.build((2, 2), n_hidden=[3]), "2 kernel sizes and 1 widths; give one width, or one per"),
         (lambda: reference.build(n_hidden=0), "at least 1"),
         (lambda: reference.build(gated=True, batch_norm=True), "a gated tree has no batch norm, leave"),
         (lambda: reference.build(gated=True, per_position=True), "a gated tree has no batch norm"),
@@ -115,10 +112,7 @@ def test_folded_tree_is_equal_and_has_no_batch_norm(kind, bias):
         (lambda: reference.windows(torch.ones(1, 5), 6), "5 tokens have no window of 6; put 6 zeros before"),
         (lambda: reference.from_conv(random_tree()), "takes a ConvWaveNet, not a Sequential; from_tree maps a tree"),
         (lambda: reference.lecture_network("wide")(torch.zeros(1, 8).long()), "one value per channel"),
-        (
-            lambda: reference.evaluate(None, "", ""),
-            "0 examples and 0 targets; give at least one example and one target",
-        ),
+        (lambda: reference.evaluate(None, "", ""), "0 examples and 0 targets; give at least one example and one"),
         (lambda: reference.train(None, "abc", "ab", generator=None), "3 examples and 2 targets"),
         (lambda: reference.examples(["ab", "axb"], "ab", 3), "name 'axb' has 'x', which is not among the .*'ab'"),
     ],
