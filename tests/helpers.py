@@ -12,6 +12,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
+from einops import rearrange
 from torch import nn
 
 import reference
@@ -108,6 +109,27 @@ def convolutions_of(conv) -> list[nn.Conv1d]:
     names = ("conv", "residual", "skip")
     found = [getattr(layer, name, None) for layer in conv.layers for name in names]
     return [part for part in [*found, conv.hidden, conv.head] if part is not None]
+
+
+def norms_of(tree) -> list[reference.BatchNorm1d]:
+    """The batch norms of a tree in order."""
+    return [layer for layer in tree.layers if isinstance(layer, reference.BatchNorm1d)]
+
+
+def assert_same_gradients(tree, conv):
+    """Every parameter of the model has the gradient of its parameter in the tree, in float64."""
+    linears = [layer for layer in parts_of(tree) if isinstance(layer, reference.Linear)]
+    pairs = [(conv.embedding.weight, tree.layers[0].weight.grad)]
+    for part, linear in zip(convolutions_of(conv), linears, strict=True):
+        pairs.append((part.weight, rearrange(linear.weight.grad, "(j c) o -> o c j", j=part.kernel_size[0])))
+        if part.bias is not None:
+            pairs.append((part.bias, linear.bias.grad))
+    for layer, norm in zip(conv.layers, norms_of(tree)):
+        pairs += [(layer.norm.weight, norm.gamma.grad), (layer.norm.bias, norm.beta.grad)]
+    assert len(pairs) == len(list(conv.parameters()))
+    for parameter, gradient in pairs:
+        assert (parameter.grad - gradient).abs().max() < 1e-10  # sums round to 1e-15, small variances magnify that
+    assert sum(float(gradient.abs().sum()) for _, gradient in pairs) > 0.1
 
 
 def random_tree(kernel_sizes=(2, 2, 2), dtype=torch.float64, device="cpu", seed=0, **sizes) -> reference.Sequential:

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from conftest import random_tree
 from hypothesis import given, settings
-from test_gradients import VOCAB, assert_same_gradients
+from helpers import ALPHABET, assert_same_gradients
 
 import reference
 from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, WaveNetConvError, from_tree
 from wavenet_conv.training import Corpus, Recipe, Trainer, evaluate, shared_logits, split_names, total_loss
 
+VOCAB = Vocabulary(ALPHABET)
 NAMES = ["abcxyz", "", "a", "abc", "abcabcabcabc", "zyx", "abc"]
 
 

@@ -4,8 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from helpers import ALPHABET, KINDS, convolutions_of, parts_of, random_tree
+from helpers import ALPHABET, KINDS, assert_same_gradients, norms_of, random_tree
 from hypothesis import given, settings
 
 import reference
@@ -13,10 +12,6 @@ from wavenet_conv import Vocabulary, WaveNetConvError, fold_batch_norm, from_tre
 
 VOCAB = Vocabulary(ALPHABET)
 NAMES = ["", "a", "emma", "olivia", "maximiliano", "xzqjkwvxzqjkwvxzqjkwv"]
-
-
-def norms_of(tree):
-    return [layer for layer in tree.layers if isinstance(layer, reference.BatchNorm1d)]
 
 
 def losses(tree, conv, names):
@@ -34,18 +29,7 @@ def assert_same_loss_and_gradients(tree, conv, names):
     assert abs(expected - found) < 1e-10
     expected.backward()
     found.backward()
-    linears = [layer for layer in parts_of(tree) if isinstance(layer, reference.Linear)]
-    pairs = [(conv.embedding.weight, tree.layers[0].weight.grad)]
-    for part, linear in zip(convolutions_of(conv), linears, strict=True):
-        pairs.append((part.weight, rearrange(linear.weight.grad, "(j c) o -> o c j", j=part.kernel_size[0])))
-        if part.bias is not None:
-            pairs.append((part.bias, linear.bias.grad))
-    for layer, norm in zip(conv.layers, norms_of(tree)):
-        pairs += [(layer.norm.weight, norm.gamma.grad), (layer.norm.bias, norm.beta.grad)]
-    assert len(pairs) == len(list(conv.parameters()))
-    for parameter, gradient in pairs:
-        assert (parameter.grad - gradient).abs().max() < 1e-10  # sums round to 1e-15, small variances magnify that
-    assert sum(float(gradient.abs().sum()) for _, gradient in pairs) > 0.1
+    assert_same_gradients(tree, conv)
 
 
 @pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (8,), (3,), (3, 1, 2)], ids=str)

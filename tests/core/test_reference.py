@@ -7,7 +7,7 @@ from math import log
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import KINDS, random_tree
+from helpers import KINDS, norms_of, random_tree
 
 import reference
 from reference import NETWORKS, BatchNorm1d, FlattenConsecutive, GatedBlock
@@ -15,10 +15,6 @@ from reference import NETWORKS, BatchNorm1d, FlattenConsecutive, GatedBlock
 COUNTS = (3_481, 10_281, 11_897, 12_097, 22_097, 170_897, 22_397, 76_579, 227_931)
 NAMES = [a + b + c for a in "abcde" for b in "aeiou" for c in ("n", "lla", "mo")]
 CHARACTERS = "".join(sorted(set("".join(NAMES))))
-
-
-def norms_of(tree):
-    return [layer for layer in tree.layers if isinstance(layer, BatchNorm1d)]
 
 
 @pytest.mark.parametrize(("name", "count"), list(zip(NETWORKS, COUNTS, strict=True)))
