@@ -77,8 +77,7 @@ def from_tree(tree: Any) -> ConvWaveNet:
         batch_norm=_all_or_none(layers, lambda parts: parts.norm is not None, "batch norm"),
         bias=_all_or_none(layers, lambda parts: getattr(parts.linear, "bias", None) is not None, "a bias"),
     )
-    widths = _matrix(head).shape[0], config.vocab_size
-    _check_shape(len(modules) - 1, head, widths, "the head, with one logit per token,")
+    _check_shape(len(modules) - 1, head, (len(_matrix(head)), len(table)), "the head, with one logit per token,")
     conv = blank(config, table)
     with torch.no_grad():
         conv.embedding.weight.copy_(table)
@@ -240,9 +239,8 @@ def _copy_linear(target: Any, source: Any) -> None:
 
 
 def _check_shape(place: int, linear: Any, shape: tuple[int, int], role: str) -> None:
-    rows, columns = _matrix(linear).shape
-    if (rows, columns) != shape:
-        complaint = f"has {rows} inputs and {columns} outputs; {role} needs {shape[0]} inputs and {shape[1]} outputs"
+    if (found := tuple(_matrix(linear).shape)) != shape:
+        complaint = "has {} inputs and {} outputs; {} needs {} inputs and {} outputs".format(*found, role, *shape)
         raise _error(place, linear, complaint)
 
 
