@@ -71,9 +71,6 @@ def verify(
         vocab: The vocabulary of both models.
         on_progress: Called with the number of names in each chunk when it is done.
 
-    Returns:
-        The report.
-
     Raises:
         ModeError: A model is in training mode.
         NamesError: There are no names, or a character is unknown.

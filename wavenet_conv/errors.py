@@ -17,13 +17,9 @@ class ConfigError(WaveNetConvError, ValueError):
 class NamesError(WaveNetConvError, ValueError):
     """A name or a list of names that cannot be read: an unknown character, an empty file.
 
-    A caller that knows more, such as the file, builds its own message from the attributes.
-
-    Args:
-        message: What is wrong, where, and the fix.
-        index: The index of the name in the list, or None where no name is meant.
-        position: The position of the character in the name, or None.
-        character: The character, or None.
+    Attributes:
+        index, position, character: The index of the name in its list, the position in the name and the character there,
+            each None where there is none. A caller that knows the file builds its own message from them.
     """
 
     def __init__(

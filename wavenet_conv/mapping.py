@@ -90,12 +90,8 @@ def from_tree(tree: Any) -> ConvWaveNet:
 
 
 def blank(config: WaveNetConfig, like: Tensor) -> ConvWaveNet:
-    """Allocates a model in evaluation mode whose weights are still to be copied; draws no random numbers.
-
-    Args:
-        config: The shape of the model.
-        like: A tensor whose device and dtype the model gets.
-    """
+    """A model in evaluation mode, on the device and in the dtype of `like`, whose weights are still to be copied."""
+    # Built on the meta device, so that mapping draws no random numbers.
     return ConvWaveNet(config, device="meta", dtype=like.dtype).to_empty(device=like.device).eval()
 
 

@@ -21,12 +21,6 @@ def read_names(path: str | Path) -> list[str]:
     A byte-order mark and CRLF or CR line ends are accepted, white space around a name is removed, and blank lines are
     skipped.
 
-    Args:
-        path: The file.
-
-    Returns:
-        The names in the order of the file.
-
     Raises:
         NamesError: The file is missing, holds no name, is not UTF-8, or has a `.` in a name. The message names the
             file, and the line where there is one.
@@ -58,13 +52,9 @@ def read_names(path: str | Path) -> list[str]:
 
 
 def lecture_names() -> Path | None:
-    """Finds the lecture's list on this machine.
+    """The path of the lecture's list on this machine, or None where it is missing or not whole.
 
-    Looks at `$WAVENET_CONV_LECTURE_NAMES` if it is set, else in the user's cache folder, and checks the SHA-256 of the
-    file every time.
-
-    Returns:
-        The path of the list, or None where it is missing or not whole.
+    `$WAVENET_CONV_LECTURE_NAMES` says where, else the user's cache folder. Its SHA-256 is checked each time.
     """
     given = os.environ.get("WAVENET_CONV_LECTURE_NAMES")
     path = Path(given) if given else _cached()
@@ -72,13 +62,7 @@ def lecture_names() -> Path | None:
 
 
 def download_lecture_names(url: str = LECTURE_URL) -> Path:
-    """Downloads the lecture's list to the user's cache folder, unless it is there and whole.
-
-    Args:
-        url: Where to download it from; by default makemore's repository.
-
-    Returns:
-        The path of the list.
+    """Downloads the lecture's list to the user's cache folder, unless it is there and whole; returns its path.
 
     Raises:
         DownloadError: The transfer fails or returns other data. It leaves nothing behind, and a previous file in the

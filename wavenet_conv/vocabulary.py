@@ -33,11 +33,7 @@ class Vocabulary:
 
     @classmethod
     def from_names(cls, names: Iterable[str]) -> Vocabulary:
-        """The vocabulary of all characters in `names`.
-
-        Raises:
-            NamesError: A name has a `.` (the message says which and where), or no name has a character.
-        """
+        """The vocabulary of all characters in `names`; raises `NamesError` for a name with a `.`, with its place."""
         names = checked_names(names)
         for index, name in enumerate(names):
             if END in name:
@@ -126,14 +122,7 @@ class Vocabulary:
         return torch.where(self._codes[place] == codes, place + 1, 0)
 
     def unknown_character_error(self, names: Sequence[str]) -> NamesError:
-        """The error for the first character of `names` that is not in the vocabulary.
-
-        Returns:
-            A `NamesError` with `index`, `position` and `character`, for the caller to raise.
-
-        Raises:
-            ValueError: Every character is in the vocabulary.
-        """
+        """The error, to be raised, for the first character of `names` that is not in the vocabulary."""
         for index, name in enumerate(names):
             for position, character in enumerate(name):
                 if character not in self.characters:
