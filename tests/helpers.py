@@ -1,0 +1,100 @@
+"""Shared by all tests: random trees, exact arithmetic, Python in another process, and what this machine has."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import reference
+
+ROOT = Path(__file__).parent.parent
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device: run pytest on a machine that has one"
+)
+needs_numba = pytest.mark.skipif(
+    importlib.util.find_spec("numba") is None, reason="needs Numba: pip install 'wavenet-conv[fast]'"
+)
+
+# Kinds of tree, as arguments of `reference.build`.
+KINDS = [{"batch_norm": True}, {"batch_norm": False}, {"gated": True}]
+
+
+def parts_of(tree) -> list[reference.layers.Layer]:
+    """The layers of a tree in order, with a gated block's linear layers instead of the block."""
+    inside = [vars(layer).values() if isinstance(layer, reference.GatedBlock) else [layer] for layer in tree.layers]
+    return [part for parts in inside for part in parts if isinstance(part, reference.layers.Layer)]
+
+
+def convolutions_of(conv) -> list[nn.Conv1d]:
+    """The convolutions of a model in the order of a tree's linear layers."""
+    names = ("conv", "residual", "skip")
+    found = [getattr(layer, name, None) for layer in conv.layers for name in names]
+    return [part for part in [*found, conv.hidden, conv.head] if part is not None]
+
+
+def random_tree(kernel_sizes=(2, 2, 2), dtype=torch.float64, device="cpu", seed=0, **sizes) -> reference.Sequential:
+    """A tree in evaluation mode in which no weight, bias, gamma, beta or running statistic has its initial value.
+
+    Statistics of 0 and 1 would hide a batch norm that is dropped, folded twice or read in the wrong order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tree = reference.build(kernel_sizes, generator=generator, **sizes)
+    with torch.no_grad():
+        for layer in parts_of(tree):
+            if isinstance(layer, reference.BatchNorm1d):
+                layer.gamma.uniform_(0.5, 1.5, generator=generator)
+                layer.beta.normal_(std=0.5, generator=generator)
+                layer.running_mean = torch.randn(layer.gamma.shape, generator=generator)
+                layer.running_var = torch.rand(layer.gamma.shape, generator=generator) + 0.5
+            elif isinstance(layer, reference.Linear) and layer.bias is not None:
+                layer.bias.normal_(std=0.5, generator=generator)
+        tree.layers[-1].weight.mul_(10)  # the head starts ten times smaller, which would hide differences
+    return tree.eval().to(dtype=dtype, device=device)
+
+
+def to_exact(tree, seed=0):
+    """Small integers as weights and powers of two as scales: every sum is exact in float64, in any order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(like, low=-2, high=3):
+        return torch.randint(low, high, like.shape, generator=generator).to(like.dtype)
+
+    for layer in parts_of(tree):
+        if isinstance(layer, reference.BatchNorm1d):
+            layer.eps = 0.0
+            layer.gamma = 2.0 ** integers(layer.gamma)
+            layer.running_var = 4.0 ** integers(layer.gamma, -1, 2)
+            layer.beta, layer.running_mean = integers(layer.beta), integers(layer.running_mean)
+        elif hasattr(layer, "weight"):
+            layer.weight = integers(layer.weight)
+            if getattr(layer, "bias", None) is not None:
+                layer.bias = integers(layer.bias)
+    return tree
+
+
+def run_python(
+    code: str, *arguments: object, blocked: Sequence[str] = (), env: Mapping[str, str] | None = None, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in another process at the root of the repository.
+
+    Args:
+        code: The code; `runpy.run_module('wavenet_conv.cli', run_name='__main__')` runs a command.
+        arguments: `sys.argv[1:]`.
+        blocked: Modules whose import fails there.
+        env: Changes to the environment.
+        check: Whether an exit code other than 0 is an error.
+    """
+    block = f"import runpy, sys; sys.modules.update(dict.fromkeys({list(blocked)!r}))\n"
+    command = [sys.executable, "-c", block + code, *map(str, arguments)]
+    environment = os.environ | dict(env or {})
+    return subprocess.run(command, cwd=ROOT, env=environment, check=check, capture_output=True, text=True)
