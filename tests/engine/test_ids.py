@@ -124,6 +124,25 @@ def test_each_layer_has_one_id_per_distinct_substring(names, monkeypatch, kernel
         assert [text[row] for row in rows.tolist()] == windows
 
 
+@pytest.mark.parametrize("keys", [ids.TABLE_KEYS, 0], ids=["tables", "sorted"])
+@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (4, 2), (3,), (1, 4, 2), (2, 2, 2, 2)], ids=str)
+def test_ids_of_a_chunk_fit_what_earlier_chunks_left(names, monkeypatch, kernel_sizes, keys):
+    """Windows may only be kept beside nodes whose ids last."""
+    monkeypatch.setattr(ids, "TABLE_KEYS", keys)
+    cache, context, kept = IdCache(), math.prod(kernel_sizes), [[], []]
+    for part in (names[:30], names[20:60], names[5000:5040], names[:60]):
+        tokens, lengths, _ = ABC.pack(part, context=context)
+        kept = [kept[0][: cache.nodes.count], kept[1][: cache.windows.count]]
+        layers, rows, _ = ids_of_names(tokens, lengths, kernel_sizes, len(ABC), cache=cache, cache_windows=True)
+        text = list("." + ABC.characters)
+        for index, children in enumerate(layers):
+            text = ["".join(text[child] for child in row) for row in children.tolist()]
+            if index == 0 and len(layers) > 1:
+                text = kept[0] = kept[0] + text
+        kept[1] = kept[1] + text
+        assert [kept[1][row] for row in rows.tolist()] == substrings(part, context, context)
+
+
 def test_nearly_all_distinct_is_taken_for_all():
     """Where nearly every node of a layer is distinct, ids of the layers above are not looked up."""
     letters = torch.randint(26, (40, 60), generator=torch.Generator().manual_seed(0))
