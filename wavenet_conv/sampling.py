@@ -289,7 +289,7 @@ class Sampler:
         return self.codes[tokens].tobytes().decode("utf-32-le", "surrogatepass")
 
     def _failure(self, window: Tensor) -> SamplingError:
-        text = self._text(window.cpu().numpy())
+        text = self._text(window.cpu().numpy()).lstrip(END)
         return SamplingError(f"the logits after {text!r} are NaN or infinite; train the model again")
 
     def _exact(self) -> AbstractContextManager[None]:
