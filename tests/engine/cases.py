@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
-from helpers import ALPHABET, random_tree
+from helpers import ALPHABET, needs_numba, random_tree
 from torch import Tensor
 
 import reference
@@ -15,6 +16,20 @@ from wavenet_conv.engine.weights import LayerWeights, Weights
 ABC = Vocabulary(ALPHABET)
 SMALL = dict(n_embd=6, n_hidden=16)
 DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-5)]  # and how far logits may be off
+
+WIDE = dict(kernel_sizes=(2, 2, 2), n_embd=24, n_hidden=128)
+GATED = dict(kernel_sizes=(2, 2, 2), n_embd=24, n_hidden=32, gated=True)
+DEEP = dict(kernel_sizes=(2,) * 6, n_embd=6, n_hidden=(16, 9, 20, 16, 16, 16))  # dilations up to 32
+SHAPES: list[dict] = [
+    *[dict(kernel_sizes=kernel_sizes, n_embd=6, n_hidden=16) for kernel_sizes in ((8,), (3, 2), (1, 4, 1, 2))],
+    dict(kernel_sizes=(2, 3), n_embd=5, n_hidden=(7, 9)),
+    dict(kernel_sizes=(1,), n_embd=4, n_hidden=3),
+]
+SHAPES += [shape | {"gated": True} for shape in SHAPES]
+SHAPES += [dict(kernel_sizes=kernel_sizes, n_embd=50, n_hidden=3, gated=True) for kernel_sizes in ((4,), (2, 2, 2))]
+SHAPES += [DEEP, DEEP | {"gated": True}]
+# Rows, and whether compiled loops read them.
+BACKENDS = [pytest.param(1, True, marks=needs_numba), pytest.param(3, True, marks=needs_numba), (3, False), (20, False)]
 
 # Changes of the second layer that every test of equality must see.
 BREAKS = {
@@ -57,3 +72,18 @@ def tree_log_probs(tree, names: list[str], vocab: Vocabulary) -> tuple[Tensor, T
     values = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
     sums = torch.stack([part.sum() for part in values.split([len(name) + 1 for name in names])])
     return values, sums
+
+
+def streamed(stream, tokens):
+    """Logits after `tokens`, `(batch, time)`, read step by step: `(batch, time, vocab)`."""
+    return torch.stack([stream.step(token) for token in tokens.t().contiguous()], 1)
+
+
+def last_layer_problem(n, kernel_size=2, channels=128, vocab=27, kinds=50, scale=1.0, seed=0) -> list[Tensor]:
+    """Arguments of `kernel.last_layer`: sums of size `scale`, logits of size about 2."""
+    generator = torch.Generator().manual_seed(seed)
+    contributions = torch.randn(kernel_size, kinds, channels, generator=generator) * scale / kernel_size**0.5
+    children = torch.randint(kinds, (n, kernel_size), generator=generator)
+    targets = torch.randint(vocab, (n,), generator=generator)
+    head = torch.randn(channels, vocab, generator=generator) * 2 / channels**0.5
+    return [contributions, children, targets, head, torch.randn(vocab, generator=generator)]

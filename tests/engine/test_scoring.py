@@ -28,7 +28,7 @@ def small_scorer(gated=False, **options):
     ids=str,
 )
 def test_scores_are_the_trees(names, device, kernel_sizes, sizes):
-    tree, names = random_tree(kernel_sizes, **{"n_embd": 24, "n_hidden": 64} | sizes), names[::8]
+    tree, names = random_tree(kernel_sizes, **{"n_embd": 24, "n_hidden": 64} | sizes), names[::40]
     scorer = Scorer(from_tree(tree), ABC, device=device)
     values, offsets = scorer.position_log_probs(names)
     expected, sums = tree_log_probs(tree, names, ABC)
@@ -62,14 +62,14 @@ SCORERS = {gated: small_scorer(gated=gated) for gated in (False, True)}
 ALONE: dict[bool, dict[str, torch.Tensor]] = {False: {}, True: {}}  # scores of names scored one by one
 
 
-@settings(max_examples=50)
+@settings(max_examples=40)
 @given(
     st.lists(st.lists(st.text("abcxyz", max_size=9), max_size=30), min_size=10, max_size=10),
     st.integers(1, 50),
     st.booleans(),
 )
 def test_a_name_has_the_same_bits_alone_and_in_any_batch(batches, chunk, gated):
-    """500 random batches in all, against each name alone."""
+    """400 random batches in all, against each name alone."""
     alone, scorer = ALONE[gated], SCORERS[gated]
     for batch in batches:
         scores = torch.cat([torch.zeros(0), *scorer.stream(batch, chunk=chunk)])
@@ -158,9 +158,10 @@ def test_a_call_that_fails_leaves_nothing_wrong_to_remember(names, monkeypatch, 
     scorer, fresh, names = small_scorer(remember=True, gated=gated), small_scorer(gated=gated), names[::5]
     expected, contribute, counts = fresh.score(names), shared.contribute, []
     assert torch.equal(scorer.score(names[:3000]), expected[:3000])
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(shared, "contribute", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        scorer.score(names[3000:6000])
+        with pytest.raises(KeyboardInterrupt):
+            scorer.score(names[3000:6000])
     assert torch.equal(scorer.score(names), expected)
     monkeypatch.setattr(shared, "contribute", lambda *args: [counts.append(args[3]), contribute(*args)][1])
     assert torch.equal(scorer.score(names), expected) and torch.equal(fresh.score(names), expected)
@@ -196,11 +197,11 @@ def test_an_error_of_the_source_of_names_is_passed_on():
         yield from ["emma", "ava", "mia"]
         raise KeyError("the source broke")
 
-    scorer, seen = small_scorer(), []
+    scorer = small_scorer()
+    scores = scorer.stream(names(), chunk=2)
+    assert torch.equal(next(scores), scorer.score(["emma", "ava"]))
     with pytest.raises(KeyError, match="the source broke"):
-        for scores in scorer.stream(names(), chunk=2):
-            seen.append(scores)
-    assert torch.equal(torch.cat(seen), scorer.score(["emma", "ava"]))
+        next(scores)
     assert scorer.score(["mia"]).isfinite().all()
 
 
