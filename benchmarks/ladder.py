@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from wavenet_conv.names import LECTURE_SHA256, lecture_names
 
 import reference
 from benchmarks import harness
@@ -25,6 +24,7 @@ from benchmarks.harness import Benchmark, Results, Session, UsageError, positive
 from benchmarks.methods import parameters
 from benchmarks.tables import Row, Table, words
 from wavenet_conv import Vocabulary, training
+from wavenet_conv.names import LECTURE_SHA256, lecture_names
 
 STEPS, QUICK_STEPS = 200_000, 2_000
 BATCH_SIZE, LR = 32, 0.1

@@ -19,7 +19,6 @@ from time import perf_counter
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from wavenet_conv.training.fitting import run as run_trainer
 
 import reference
 import reference.training as lecture
@@ -28,6 +27,7 @@ from benchmarks.harness import Benchmark, Call, Results, Session, positive, spre
 from benchmarks.tables import Row, Table
 from wavenet_conv import from_tree
 from wavenet_conv.training import PRESETS, Corpus, Trainer, split_names, total_loss
+from wavenet_conv.training.fitting import run as run_trainer
 
 TARGET = 1.993  # nats: the validation loss that the lecture ends with
 TOLERANCE = 1e-10  # of a float64 loss, gradient and statistic

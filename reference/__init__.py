@@ -1,9 +1,6 @@
-"""The explicit tree, written as the lecture writes it, and its per-example loop: what the slid model must equal.
+"""The explicit tree as the lecture writes it, and its loop over examples; imports nothing of `wavenet_conv`."""
 
-Imports torch and einops, and nothing of `wavenet_conv`.
-"""
-
-from .conversion import from_conv
+from .conversion import fold_batch_norm, from_conv
 from .layers import BatchNorm1d, Embedding, FlattenConsecutive, GatedBlock, Linear, ReLU, Sequential, Tanh
 from .networks import NETWORKS, build, lecture_network
 from .running import context_of, loop_logits, window_logits, windows
@@ -24,6 +21,7 @@ __all__ = [
     "context_of",
     "evaluate",
     "examples",
+    "fold_batch_norm",
     "from_conv",
     "inverse_cdf",
     "lecture_network",

@@ -1,7 +1,8 @@
-"""Slid model -> tree, read by attribute: knows nothing of `wavenet_conv`."""
+"""Converts a convolutional model to a tree, and a tree to one without batch norm."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -12,60 +13,65 @@ from .layers import BatchNorm1d, Embedding, FlattenConsecutive, GatedBlock, Laye
 
 
 def from_conv(conv: Any) -> Sequential:
-    """The tree with the weights of a `ConvWaveNet`, copied bit for bit, in the mode that `conv` is in.
+    """The tree with the weights of a `ConvWaveNet`, copied bit for bit, in the same mode.
 
-    The mapping read backwards: `Conv1d.weight[o, c, j]` is `Linear.weight[j * C + c, o]` (README: Tree to convolution).
-    Raises `ValueError` for anything that is not one.
+    `Conv1d.weight[o, c, j]` is `Linear.weight[j * C + c, o]`. Raises `ValueError` for anything but a `ConvWaveNet`.
     """
-    if not hasattr(conv, "layers"):
-        raise ValueError(f"from_conv takes a ConvWaveNet, not a {type(conv).__name__}; from_tree goes the other way")
-    with torch.random.fork_rng(devices=[]):  # a new layer draws weights, which are replaced at once
-        return _tree(conv)
+    if not hasattr(conv, "head"):
+        raise ValueError(f"from_conv takes a ConvWaveNet, not a {type(conv).__name__}; from_tree maps a tree to one")
+    with torch.random.fork_rng(devices=[]):  # a new layer draws weights, which are replaced
+        layers = [_filled(Embedding(*conv.embedding.weight.shape), weight=conv.embedding.weight)]
+        for layer in conv.layers:
+            layers += [_block(layer)] if hasattr(layer, "skip") else _parts(layer, conv.training)
+        layers += [] if conv.hidden is None else [ReLU(), _linear(conv.hidden), ReLU()]
+        return Sequential([*layers, _linear(conv.head)]).requires_grad()
 
 
-def _tree(conv: Any) -> Sequential:
-    layers: list[Layer] = [_filled(Embedding(*conv.embedding.weight.shape), weight=conv.embedding.weight)]
-    for level in conv.layers:
-        if hasattr(level, "skip"):
-            layers.append(_block(level))
-            continue
-        layers += [FlattenConsecutive(level.kernel_size), _linear(level.conv)]
-        if level.norm is not None:
-            norm = BatchNorm1d(len(level.norm.weight), eps=level.norm.eps, momentum=level.norm.momentum)
-            norm.training = conv.training
-            layers.append(
-                _filled(
-                    norm,
-                    gamma=level.norm.weight,
-                    beta=level.norm.bias,
-                    running_mean=level.norm.running_mean,
-                    running_var=level.norm.running_var,
-                )
-            )
-        layers.append(Tanh())
-    layers += [] if conv.hidden is None else [ReLU(), _linear(conv.hidden), ReLU()]
-    tree = Sequential([*layers, _linear(conv.head)])
-    for parameter in tree.parameters():
-        parameter.requires_grad = True
-    return tree
+@torch.no_grad()
+def fold_batch_norm(tree: Sequential) -> Sequential:
+    """A new tree with the same logits in evaluation mode, without batch norm.
+
+    With `scale = gamma / sqrt(var + eps)`, the weight of the linear layer before it becomes `weight * scale` and the
+    bias `beta + (bias - mean) * scale`. Statistics per position have no such fold.
+    """
+    layers: list[Any] = []
+    for layer in copy.deepcopy(tree.layers):
+        if isinstance(layer, BatchNorm1d):
+            linear, mean, var = layers[-1], layer.running_mean.flatten(), layer.running_var.flatten()
+            scale = layer.gamma / torch.sqrt(var + layer.eps)
+            bias = torch.zeros_like(mean) if linear.bias is None else linear.bias
+            _filled(linear, weight=linear.weight * scale, bias=layer.beta + (bias - mean) * scale)
+        else:
+            layers.append(layer)
+    return Sequential(layers).requires_grad()
 
 
-def _block(level: Any) -> GatedBlock:
-    gate, channels, last = level.skip.in_channels, level.skip.out_channels, level.residual is None
-    block = GatedBlock(level.kernel_size, channels, gate, last)
-    block.linear, block.skip = _linear(level.conv), _linear(level.skip)
-    block.residual = None if last else _linear(level.residual)
+def _parts(layer: Any, training: bool) -> list[Layer]:
+    parts: list[Layer] = [FlattenConsecutive(layer.kernel_size), _linear(layer.conv)]
+    if layer.norm is not None:
+        norm = BatchNorm1d(len(layer.norm.weight), eps=layer.norm.eps, momentum=layer.norm.momentum)
+        norm.training = training
+        statistics = dict(running_mean=layer.norm.running_mean, running_var=layer.norm.running_var)
+        parts.append(_filled(norm, gamma=layer.norm.weight, beta=layer.norm.bias, **statistics))
+    return [*parts, Tanh()]
+
+
+def _block(layer: Any) -> GatedBlock:
+    last = layer.residual is None
+    block = GatedBlock(layer.kernel_size, layer.skip.out_channels, layer.skip.in_channels, last)
+    block.linear, block.skip = _linear(layer.conv), _linear(layer.skip)
+    block.residual = None if last else _linear(layer.residual)
     return block
 
 
 def _linear(conv: Any) -> Linear:
     weight = rearrange(conv.weight, "o c j -> (j c) o")
-    linear = Linear(*weight.shape, bias=conv.bias is not None)
-    return _filled(linear, weight=weight) if conv.bias is None else _filled(linear, weight=weight, bias=conv.bias)
+    linear: Linear = _filled(Linear(weight.shape[0], weight.shape[1], bias=False), weight=weight)
+    return linear if conv.bias is None else _filled(linear, bias=conv.bias)
 
 
 def _filled(layer: Layer, **tensors: Tensor) -> Any:
     for name, tensor in tensors.items():
-        # Laid out as in a new layer: products with a transposed matrix have other last bits.
+        # Contiguous, as in a new layer: products with a transposed matrix round differently.
         setattr(layer, name, tensor.detach().clone(memory_format=torch.contiguous_format))
     return layer

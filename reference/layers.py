@@ -1,39 +1,41 @@
-"""The lecture's layers: called on a tensor, they keep their output in `.out`. Knows nothing of names or convolutions.
-
-Weights are `(fan_in, fan_out)`; a layer that acts differently in training has `.training`.
-"""
+"""The lecture's layers: each keeps its last output in `.out`; weights are `(fan_in, fan_out)`."""
 
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 class Layer:
-    """A layer without parameters; its output stays in `.out` for whoever wants to look."""
+    """Base of all layers; one without parameters."""
 
-    out: Tensor
+    out: Any
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Any) -> Any:
         self.out = self.forward(x)
         return self.out
 
-    def forward(self, x: Tensor) -> Tensor:
-        raise TypeError(f"{type(self).__name__} does not say what it computes")
+    def forward(self, x: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} has no forward; define it")
 
     def parameters(self) -> list[Tensor]:
         return []
 
-    def to(self, *args, **kwargs) -> Layer:
-        """Moves every tensor as `Tensor.to` would, in place of the old ones, and drops the outputs."""
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "out"}  # a copy has no output yet
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Replaces every tensor by `tensor.to(...)` and drops the outputs."""
         vars(self).pop("out", None)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value.detach().to(*args, **kwargs).requires_grad_(value.requires_grad))
-            elif isinstance(value, Layer):
-                value.to(*args, **kwargs)
+            for layer in value if isinstance(value, list) else [value]:
+                if isinstance(layer, Layer):
+                    layer.to(*args, **kwargs)
         return self
 
 
@@ -68,9 +70,9 @@ class Linear(Layer):
 class BatchNorm1d(Layer):
     """Batch norm over all axes but the last, with unbiased variance and running statistics by momentum.
 
-    `per_position=True` is the bug that the lecture finds and mends: only the first axis is reduced, so that a
-    `(batch, 4, channels)` input keeps four means a channel.
-    Raises `ValueError` for a training batch whose variance would be that of one number.
+    `per_position=True` is the bug that the lecture finds and fixes: only the first axis is reduced, so that a
+    `(batch, 4, channels)` input has four means per channel. Raises `ValueError` for a training batch of one value per
+    channel, which has no variance.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1, per_position: bool = False):
@@ -83,10 +85,8 @@ class BatchNorm1d(Layer):
         if self.training:
             axes = (0,) if self.per_position else tuple(range(x.ndim - 1))
             if prod(x.shape[axis] for axis in axes) < 2:
-                raise ValueError(
-                    f"BatchNorm1d in training got an input of shape {tuple(x.shape)}: one value a channel has no "
-                    f"variance; give it more than one example, or set .training = False first"
-                )
+                shape = f"BatchNorm1d in training got an input of shape {tuple(x.shape)}: one value per channel has no "
+                raise ValueError(shape + "variance; give it more than one example, or set .training = False first")
             mean, var = x.mean(axes, keepdim=True), x.var(axes, keepdim=True)  # unbiased
             with torch.no_grad():
                 self.running_mean = (1 - self.momentum) * self.running_mean + self.momentum * mean
@@ -107,7 +107,7 @@ class Tanh(Layer):
 
 
 class ReLU(Layer):
-    """The greater of 0 and every element."""
+    """`max(0, x)` of every element."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x)
@@ -116,7 +116,7 @@ class ReLU(Layer):
 class FlattenConsecutive(Layer):
     """Fuses `n` neighbours: `(batch, time, channels)` to `(batch, time / n, n * channels)`.
 
-    A time of 1 loses its axis, and a node without the axis is a time of 1. Raises `ValueError` where n does not divide.
+    A time of 1 has no axis, in the output and in the input. Raises `ValueError` if `n` does not divide the time.
     """
 
     def __init__(self, n: int):
@@ -131,12 +131,15 @@ class FlattenConsecutive(Layer):
 
 
 class GatedBlock(Layer):
-    """Fuses `n` neighbours as the WaveNet paper's block does: gate, residual, skip (arXiv:1609.03499, 2.3 and 2.4).
+    """Fuses `n` neighbours by the WaveNet paper's block: gate, residual, skip (arXiv:1609.03499, 2.3 and 2.4).
 
-    A node has two values, h and s, both `(batch, time, channels)`; without an s, as after an Embedding, it is 0. Every
-    parent keeps those of its last child and adds its own: `h = residual(z) + h(last)` and `s = skip(z) + s(last)`,
-    where `z = tanh(f) * sigmoid(g)` and `linear` makes f and g, side by side, of all its children's h. Gives the pair
-    (h, s) or, as the last block, which has no `residual`, s alone. Raises `ValueError` where n does not divide.
+    A node has two values, h and s, both `(batch, time, channels)`; after an Embedding, which has no s, s is 0. `linear`
+    computes f and g, side by side, from the h of all children, then with `z = tanh(f) * sigmoid(g)`:
+
+        h = residual(z) + h(last child)    s = skip(z) + s(last child)
+
+    The output is the pair (h, s), or s alone from the last block, whose `residual` is None. Raises `ValueError` if `n`
+    does not divide the time.
     """
 
     def __init__(self, n: int, channels: int, gate: int, last: bool = False, generator: torch.Generator | None = None):
@@ -160,7 +163,7 @@ class GatedBlock(Layer):
 
 
 class Sequential(Layer):
-    """Layers in a row."""
+    """Layers called in order."""
 
     def __init__(self, layers: list[Layer]):
         self.layers = layers
@@ -174,18 +177,15 @@ class Sequential(Layer):
         return [p for layer in self.layers for p in layer.parameters()]
 
     def train(self, mode: bool = True) -> Sequential:
-        """Sets `.training` where a layer has one."""
         for layer in self.layers:
             if hasattr(layer, "training"):
                 layer.training = mode
         return self
 
     def eval(self) -> Sequential:
-        """Evaluation mode: batch norm uses its running statistics."""
         return self.train(False)
 
-    def to(self, *args, **kwargs) -> Sequential:
-        """As a layer's `to`, for each of them."""
-        for layer in self.layers:
-            layer.to(*args, **kwargs)
+    def requires_grad(self) -> Sequential:
+        for parameter in self.parameters():
+            parameter.requires_grad = True
         return self

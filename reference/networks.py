@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -33,50 +34,55 @@ def build(
     gated: bool = False,
     generator: torch.Generator | None = None,
 ) -> Sequential:
-    """A tree in training mode with the lecture's initialisation: the head's weights are ten times smaller.
+    """Builds a tree in training mode, initialised as in the lecture; the head's weights are ten times smaller.
 
-    Per kernel size: FlattenConsecutive, Linear (with a bias only where there is no batch norm), BatchNorm1d, Tanh; gated:
-    a GatedBlock, n_hidden wide inside the gate, no batch norm, and ReLU, Linear, ReLU before the head. n_hidden: one
-    width for all levels, or one a level. per_position: the lecture's batch-norm bug. Raises `ValueError` naming a
-    kernel size or a width below 1, and for a gated tree with batch norm.
+    Per kernel size it has FlattenConsecutive, Linear (without a bias before batch norm), BatchNorm1d, Tanh. A gated
+    tree has a GatedBlock per kernel size, n_embd wide, and ReLU, Linear, ReLU before the head. Raises `ValueError` for
+    a size below 1 and for a gated tree with batch norm.
+
+    Args:
+        kernel_sizes: How many consecutive nodes each layer fuses, lowest first.
+        n_hidden: Width of every layer, or one per layer; of the gates in a gated tree.
+        batch_norm: Default: unless gated.
+        per_position: The lecture's batch-norm bug.
     """
     if gated and (batch_norm or per_position):
-        raise ValueError("gated and batch_norm or per_position; a gated tree has no batch norm, leave it out")
+        raise ValueError("gated with batch_norm or per_position; a gated tree has no batch norm, leave them out")
     batch_norm = not gated if batch_norm is None else batch_norm
-    if not isinstance(kernel_sizes, Sequence) or not kernel_sizes:
-        raise ValueError(f"kernel_sizes is {kernel_sizes!r}; give at least one, such as (2, 2, 2)")
-    widths = list(n_hidden) if isinstance(n_hidden, Sequence) else [n_hidden] * len(kernel_sizes)
-    if len(widths) != len(kernel_sizes):
-        raise ValueError(f"{len(kernel_sizes)} kernel sizes and {len(widths)} widths; give one width for all, or one each")
-    for what, sizes in (("kernel size", kernel_sizes), ("width", [n_embd, *widths]), ("vocabulary", [vocab_size])):
-        for size in sizes:
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"a {what} of {size!r}; it must be an integer of at least 1")
+    widths = _checked_widths(kernel_sizes, vocab_size, n_embd, n_hidden)
     layers: list[Layer] = [Embedding(vocab_size, n_embd, generator=generator)]
     channels = n_embd
-    for level, (kernel_size, width) in enumerate(zip(kernel_sizes, widths), start=1):
+    for kernel_size, width in zip(kernel_sizes, widths):
         if gated:
-            layers.append(GatedBlock(kernel_size, n_embd, width, last=level == len(widths), generator=generator))
-        else:
-            layers += [
-                FlattenConsecutive(kernel_size),
-                Linear(kernel_size * channels, width, bias=not batch_norm, generator=generator),
-                *([BatchNorm1d(width, per_position=per_position)] if batch_norm else []),
-                Tanh(),
-            ]
-            channels = width
+            last = len(layers) == len(widths)
+            layers.append(GatedBlock(kernel_size, n_embd, width, last, generator=generator))
+            continue
+        linear = Linear(kernel_size * channels, width, bias=not batch_norm, generator=generator)
+        norm = [BatchNorm1d(width, per_position=per_position)] if batch_norm else []
+        layers += [FlattenConsecutive(kernel_size), linear, *norm, Tanh()]
+        channels = width
     if gated:
         layers += [ReLU(), Linear(n_embd, n_embd, generator=generator), ReLU()]
     head = Linear(channels, vocab_size, generator=generator)
     head.weight *= 0.1
-    tree = Sequential([*layers, head])
-    for parameter in tree.parameters():
-        parameter.requires_grad = True
-    return tree
+    return Sequential([*layers, head]).requires_grad()
+
+
+def _checked_widths(kernel_sizes: Any, vocab_size: Any, n_embd: Any, n_hidden: Any) -> list[int]:
+    if not isinstance(kernel_sizes, Sequence) or not kernel_sizes:
+        raise ValueError(f"kernel_sizes is {kernel_sizes!r}; give at least one, such as (2, 2, 2)")
+    widths = list(n_hidden) if isinstance(n_hidden, Sequence) else [n_hidden] * len(kernel_sizes)
+    if len(widths) != len(kernel_sizes):
+        raise ValueError(f"{len(kernel_sizes)} kernel sizes and {len(widths)} widths; give one width, or one per layer")
+    for what, sizes in (("kernel size", kernel_sizes), ("width", [n_embd, *widths]), ("vocabulary", [vocab_size])):
+        for size in sizes:
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"a {what} of {size!r}; it must be an integer of at least 1")
+    return widths
 
 
 def lecture_network(name: str, *, per_position: bool = False, generator: torch.Generator | None = None) -> Sequential:
-    """One of `NETWORKS` by its name, such as "wide", the lecture's last; raises `ValueError` listing the names."""
+    """Builds one of `NETWORKS` by name, such as "wide", the lecture's last; raises `ValueError` for other names."""
     if name not in NETWORKS:
-        raise ValueError(f"no network is called {name!r}; there are {', '.join(NETWORKS)}")
+        raise ValueError(f"no network is called {name!r}; choose one of {', '.join(NETWORKS)}")
     return build(**NETWORKS[name][0], per_position=per_position, generator=generator)

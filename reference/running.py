@@ -1,4 +1,4 @@
-"""Two ways to run a tree over whole names: one call an example, or all windows as one batch."""
+"""Two ways to run a tree over whole names: one call per example, or all windows as one batch."""
 
 from __future__ import annotations
 
@@ -18,22 +18,18 @@ def context_of(tree: Sequential) -> int:
 def windows(tokens: Tensor, context: int) -> Tensor:
     """All windows of sequences: `(batch, time)` to a view `(batch, time - context + 1, context)`.
 
-    Raises `ValueError` for a sequence shorter than the context.
+    Raises `ValueError` for sequences shorter than the context.
     """
     if tokens.shape[1] < context:
-        raise ValueError(
-            f"a sequence of {tokens.shape[1]} tokens has no window of {context}; put {context} zeros before it"
-        )
+        raise ValueError(f"{tokens.shape[1]} tokens have no window of {context}; put {context} zeros before them")
     return tokens.unfold(1, context, 1)
 
 
 def loop_logits(tree: Sequential, tokens: Tensor) -> Tensor:
-    """One call an example, each a batch of one, written into its row of the logits as the lecture shows it.
-
-    tokens `(batch, time)` to logits `(batch, time - context + 1, vocab)`.
-    """
+    """Runs a tree once per example, as the lecture does: `(batch, time)` to `(batch, time - context + 1, vocab)`."""
     examples = windows(tokens, context_of(tree))
-    logits = tree.layers[-1].weight.new_zeros(*examples.shape[:2], tree.layers[-1].weight.shape[1])
+    weight = tree.parameters()[0]
+    logits = weight.new_zeros(*examples.shape[:2], len(weight))
     for b, name in enumerate(examples):
         for t in range(len(name)):
             logits[b, t] = tree(name[[t]])
@@ -41,10 +37,7 @@ def loop_logits(tree: Sequential, tokens: Tensor) -> Tensor:
 
 
 def window_logits(tree: Sequential, tokens: Tensor) -> Tensor:
-    """All windows of all names as one batch: the strongest simple thing to do with a tree.
-
-    tokens `(batch, time)` to logits `(batch, time - context + 1, vocab)`.
-    """
+    """Runs a tree on all windows as one batch: `(batch, time)` to `(batch, time - context + 1, vocab)`."""
     examples = windows(tokens, context_of(tree))
     logits = tree(rearrange(examples, "batch output context -> (batch output) context"))
     return rearrange(logits, "(batch output) vocab -> batch output vocab", batch=len(tokens))

@@ -1,4 +1,4 @@
-"""The lecture's way to draw names: the whole tree for every character, one name after the other."""
+"""The lecture's way to draw names: the whole tree for every character, one name at a time."""
 
 from __future__ import annotations
 
@@ -11,18 +11,14 @@ from torch import Tensor
 from .layers import Sequential
 from .running import context_of
 
-# (probabilities (1, vocab), the name's number, its position) to a token
+# (probabilities (1, vocab), index of the name, position in it) to a token
 Draw = Callable[[Tensor, int, int], int]
 
 
 def sample_loop(
     tree: Sequential, count: int, draw: Draw, *, prefix: Sequence[int] = (), max_length: int = 100
 ) -> list[list[int]]:
-    """The tokens of `count` names, without the `.` behind them; each begins with `prefix`.
-
-    A name that has `max_length` tokens ends there. The lecture's loop, but for the prefix, the end by length and the
-    draw that is left to the caller.
-    """
+    """The tokens of `count` names, without the final `.`; each starts with `prefix` and has at most `max_length`."""
     names = []
     for name in range(count):
         out = list(prefix)
@@ -40,11 +36,11 @@ def sample_loop(
 
 def multinomial(generator: torch.Generator | None = None) -> Draw:
     """The lecture's draw."""
-    return lambda probs, name, position: torch.multinomial(probs, num_samples=1, generator=generator).item()
+    return lambda probs, name, position: torch.multinomial(probs, num_samples=1, generator=generator).tolist()[0][0]
 
 
 def inverse_cdf(uniforms: Callable[[int, int], float]) -> Draw:
-    """Draws the token on which `uniforms(name, position)`, in [0, 1), falls when probabilities are laid end to end."""
+    """Draws by the inverse of the cumulative distribution at `uniforms(name, position)`, in [0, 1)."""
 
     def draw(probs: Tensor, name: int, position: int) -> int:
         summed = probs[0].cumsum(0)

@@ -1,52 +1,49 @@
-"""What the tests share: devices, lists of names, and trees whose every number is random."""
+"""The environment of the tests, and fixtures: devices, lists of names, exact arithmetic."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
-from pathlib import Path
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-# One thread, here and in the processes that tests start, since operations are small. Tests of threads set their own
-# number. A thread that waits sleeps: on a busy machine, threads that spin take ten times as long.
+# One thread, also in the processes that tests start, since operations are small; tests of threads set their own number.
+# A waiting thread sleeps: on a busy machine, threads that spin take ten times as long.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import pytest
 import torch
+from helpers import ROOT, STAND_IN, needs_cuda, needs_numba, parts_of, random_tree  # noqa: F401
 from hypothesis import settings
 
-import reference
 from wavenet_conv import Vocabulary, exact_float32
-from wavenet_conv.lists import lecture_names, read_names
+from wavenet_conv import names as names_module
+from wavenet_conv.names import lecture_names, read_names
 
-ROOT = Path(__file__).parent.parent
+try:
+    from wavenet_conv import loops
+except ImportError:
+    loops = None
 
 torch.set_num_threads(1)
-# A shell starts background jobs with SIGINT ignored, and their commands inherit that: those that tests interrupt would
-# never end.
+# A shell starts background jobs with SIGINT ignored, and their children inherit that: commands that tests interrupt
+# would never end.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 
-needs_cuda = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device: run pytest on a machine that has one"
-)
-try:
-    from wavenet_conv import loops
-except ModuleNotFoundError:
-    loops = None
 
-needs_numba = pytest.mark.skipif(loops is None, reason="needs Numba: pip install 'wavenet-conv[fast]'")
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def device(request):
-    """Every device there is, with float32 in IEEE arithmetic."""
+    """Every device of this machine, with float32 in IEEE arithmetic."""
     with exact_float32():
         yield torch.device(request.param)
 
 
 @pytest.fixture(scope="session")
 def names() -> list[str]:
+    """The 46,325 names of this repository."""
     return read_names(ROOT / "names.txt")
 
 
@@ -57,36 +54,52 @@ def vocab(names) -> Vocabulary:
 
 @pytest.fixture(scope="session")
 def lecture_list() -> list[str]:
-    """The lecture's own list, which is never part of this repository."""
+    """The lecture's own list, which is not part of this repository."""
     path = lecture_names()
     if path is None:
         pytest.skip(
-            "needs the lecture's list: run `wavenet-conv lecture-names`, or name it in WAVENET_CONV_LECTURE_NAMES"
+            "needs the lecture's list: run `wavenet-conv lecture-names`, or set WAVENET_CONV_LECTURE_NAMES to its path"
         )
     return read_names(path)
 
 
-def parts_of(tree) -> list[reference.layers.Layer]:
-    """The layers of a tree in order, a gated block's linear layers in its place."""
-    inside = [vars(layer).values() if isinstance(layer, reference.GatedBlock) else [layer] for layer in tree.layers]
-    return [part for parts in inside for part in parts if isinstance(part, reference.layers.Layer)]
+@pytest.fixture
+def clamp_for_tanh(monkeypatch):
+    """An exact nonlinearity: a clamp instead of tanh, also inside sigmoid(x) = (1 + tanh(x / 2)) / 2."""
+    monkeypatch.setattr(torch, "sigmoid", lambda x: (1 + torch.tanh(x / 2)) / 2)
+    monkeypatch.setattr(torch, "tanh", lambda x: x.clamp(-1, 1))
+    monkeypatch.setattr(torch, "tanh_", lambda x: x.clamp_(-1, 1))
 
 
-def random_tree(kernel_sizes=(2, 2, 2), dtype=torch.float64, device="cpu", seed=0, **sizes) -> reference.Sequential:
-    """A tree in evaluation mode in which no weight, bias, gamma, beta or running statistic has its first value.
+class ListHandler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        sent = {"/whole": STAND_IN, "/wrong": STAND_IN.upper(), "/broken": STAND_IN[:7], "/empty": b""}.get(self.path)
+        self.send_response(404 if sent is None else 200)
+        self.send_header("Content-Length", str(len(STAND_IN)))
+        self.end_headers()
+        self.wfile.write(sent or b"")
 
-    Statistics of 0 and 1 would hide a batch norm that is dropped, folded twice or read in the wrong order.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    tree = reference.build(kernel_sizes, generator=generator, **sizes)
-    with torch.no_grad():
-        for layer in parts_of(tree):
-            if isinstance(layer, reference.BatchNorm1d):
-                layer.gamma.uniform_(0.5, 1.5, generator=generator)
-                layer.beta.normal_(std=0.5, generator=generator)
-                layer.running_mean = torch.randn(layer.gamma.shape, generator=generator)
-                layer.running_var = torch.rand(layer.gamma.shape, generator=generator) + 0.5
-            elif isinstance(layer, reference.Linear) and layer.bias is not None:
-                layer.bias.normal_(std=0.5, generator=generator)
-        tree.layers[-1].weight.mul_(10)  # the head starts ten times smaller, which would hide differences
-    return tree.eval().to(dtype=dtype, device=device)
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def list_server():
+    """A local server of the stand-in for the lecture's list: at /whole, /wrong, /broken and /empty."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), ListHandler) as server:
+        server.asked, server.url = [], f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """An empty cache folder, and the stand-in in place of the lecture's list."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("WAVENET_CONV_LECTURE_NAMES", raising=False)
+    monkeypatch.setattr(names_module, "LECTURE_SHA256", hashlib.sha256(STAND_IN).hexdigest())
+    return tmp_path / "cache"

@@ -1,9 +1,10 @@
-"""One safetensors file: weights, config, vocabulary, notes. Nothing is unpickled. Knows nothing of scores or training.
+"""One safetensors file per model: weights, config, vocabulary and notes. Nothing is unpickled.
 
-The file's metadata are `format` ("wavenet-conv"), `version` ("1", or "2" where the model is gated), `config` (JSON: the
-fields of `WaveNetConfig`, where a missing `gated` is false, and `norms`, an eps and a momentum a layer), `vocabulary`
-(the characters in order) and `notes` (JSON). Its tensors are the model's `state_dict` and, where the checkpoint carries
-them, `quantiles`.
+The metadata of the file are `format` ("wavenet-conv"), `version` ("1", or "2" for a gated model), `config` (JSON: the
+fields of `WaveNetConfig`, where a missing `gated` means false, and `norms`, an eps and a momentum per layer),
+`vocabulary` (the characters in order) and `notes` (JSON). The tensors are the model's `state_dict` and, in a file that
+has them, `quantiles`. Both versions keep the names of the first release: `levels` for `layers` in the names of tensors,
+and `fan_ins` for `kernel_sizes` in the config. Error messages use today's names.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,22 +27,25 @@ from .model import ConvWaveNet, WaveNetConfig
 from .vocabulary import Vocabulary
 
 FORMAT = "wavenet-conv"
-VERSIONS = {False: "1", True: "2"}  # by whether the model is gated: what knows of no gates is told to be renewed
+VERSIONS = {False: "1", True: "2"}  # by config.gated: releases without gates reject version 2 and ask to be upgraded
 DEFAULT = Path(__file__).parent / "default.safetensors"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 
-_OLD_PREFIX = "levels."  # files of both versions keep the first names: `levels` and `fan_ins`
-_DAMAGED = "the file is damaged; copy it again from where it is whole"
+_DAMAGED = "the file is damaged; copy it again from an undamaged one"
 _SAVE_AGAIN = "write it again with save_checkpoint"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds: a model in evaluation mode on the CPU, its vocabulary, and what is known of its training.
+    """What a file holds.
 
-    notes: whatever `save_checkpoint` was given, as JSON has it. quantiles: float32 `(q,)`, ascending and evenly spaced
-    from the least to the greatest, in bits per character of the names that the model was trained on; or None.
+    Attributes:
+        model: The model, in evaluation mode and on the CPU.
+        vocab: Its vocabulary.
+        notes: What `save_checkpoint` was given, after a round trip through JSON.
+        quantiles: None, or float32 `(q,)`, ascending: the scores in bits per character, at evenly spaced ranks from the
+            smallest to the largest, of the names that the model was trained on.
     """
 
     model: ConvWaveNet
@@ -57,36 +61,37 @@ def save_checkpoint(
     notes: Mapping[str, Any] | None = None,
     quantiles: Tensor | None = None,
 ) -> None:
-    """Writes the model to one file, beside `path` and renamed: what was there before stays until the new one is whole.
+    """Writes a model to one file. A previous file at `path` stays until the new one is complete.
 
-    notes: what JSON can hold. quantiles: as `Checkpoint` describes them.
-    Raises `CheckpointError` for what `load_checkpoint` would refuse, such as NaN weights or a vocabulary of another
-    size than the model's, and `OSError` where the file cannot be written.
+    Args:
+        path: The file to write.
+        model: The model, in any mode and on any device.
+        vocab: Its vocabulary.
+        notes: Anything that JSON can hold.
+        quantiles: See `Checkpoint`.
+
+    Raises:
+        CheckpointError: `load_checkpoint` would reject the file, for example because a weight is NaN.
+        OSError: The file cannot be written.
     """
     for value, kind in ((model, ConvWaveNet), (vocab, Vocabulary)):
         if not isinstance(value, kind):
             raise CheckpointError(f"{path}: a checkpoint holds a {kind.__name__}, not a {type(value).__name__}")
-    norms = [[float(layer.norm.eps), float(layer.norm.momentum)] for layer in model.layers if layer.norm is not None]
-    # A layer's weights are stored as the tree's matrices, and safetensors takes nothing but contiguous tensors.
-    tensors = {
-        _OLD_PREFIX + name.removeprefix("layers.")
-        if name.startswith("layers.")
-        else name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in model.state_dict().items()
-    }
-    if quantiles is not None:
-        tensors["quantiles"] = quantiles.detach().cpu().clone(memory_format=torch.contiguous_format)
-    fields = {name: value for name, value in asdict(model.config).items() if name != "gated" or value}
-    fields["fan_ins"] = fields.pop("kernel_sizes")
+    norms: list[Any] = [layer.norm for layer in model.layers if model.config.batch_norm]
+    tensors = model.state_dict() | ({} if quantiles is None else {"quantiles": quantiles})
+    # safetensors takes contiguous tensors only, and none that share memory.
+    in_file = {_renamed(name): tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    config = {name: value for name, value in asdict(model.config).items() if name != "gated" or value}
+    config["fan_ins"] = config.pop("kernel_sizes")
     try:
         metadata = {
             "format": FORMAT,
             "version": VERSIONS[model.config.gated],
-            "config": json.dumps(fields | {"norms": norms}),
+            "config": json.dumps(config | {"norms": [[float(norm.eps), float(norm.momentum)] for norm in norms]}),
             "vocabulary": vocab.characters,
             "notes": json.dumps(dict(notes or {})),
         }
-        data = _ordered(safetensors.torch.save(tensors, metadata))
+        data = _ordered(safetensors.torch.save(in_file, metadata))
     except (TypeError, ValueError, RecursionError) as error:  # notes of other things; half a surrogate pair
         raise CheckpointError(f"{path}: {error}; notes hold what JSON can, and a vocabulary is Unicode text") from error
     _read(io.BytesIO(data), path)
@@ -94,12 +99,17 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`, bit for bit as it was saved; `"default"` is the one that ships with this package.
+    """Reads a checkpoint, bit for bit as it was saved; draws no random numbers.
 
-    The model is in evaluation mode, on the CPU, in the dtype that it was saved in. Draws no random numbers.
-    Raises `CheckpointError` naming the file, what is wrong with it and the mend: a file that is missing, a pickle,
-    truncated, longer than it says, of another model or a newer version; tensors that do not fit the config, weights
-    that are NaN or infinite, a vocabulary of another size.
+    Args:
+        path: The file, or "default" for the checkpoint that ships with this package.
+
+    Returns:
+        The checkpoint, its model in the dtype that it was saved in.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, a pickle, of another model or of a newer version, or its parts do
+            not fit each other, or a weight is NaN or infinite. The message names the file and the fix.
     """
     try:
         with open(DEFAULT if path == "default" else path, "rb") as file:
@@ -111,7 +121,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _ordered(data: bytes) -> bytes:
-    """The same file with its metadata in order: safetensors writes them in another one each time."""
+    """The same file with sorted metadata: safetensors writes them in a random order."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
     metadata = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))}
@@ -123,13 +133,13 @@ def _ordered(data: bytes) -> bytes:
 def _read(file: BinaryIO, path: str | Path) -> Checkpoint:
     try:
         return _checkpoint(file)
-    except WaveNetConvError as error:  # a config or a vocabulary says itself what is wrong with it
+    except WaveNetConvError as error:  # from a config or a vocabulary, too
         raise CheckpointError(f"{path}: {error}") from error
 
 
 def _checkpoint(file: BinaryIO) -> Checkpoint:
     head, header = _header(file)
-    metadata = header.get("__metadata__")
+    metadata: dict[str, str] = header.get("__metadata__") or {}
     found = metadata.get("format") if isinstance(metadata, dict) else None
     if found != FORMAT:
         raise CheckpointError(f"a safetensors file of another model: its format is {found!r:.40}, not {FORMAT!r}")
@@ -144,18 +154,20 @@ def _checkpoint(file: BinaryIO) -> Checkpoint:
     config, norms = _config(metadata["config"])
     vocab = _vocabulary(metadata["vocabulary"], config.vocab_size)
     notes = _object("notes", metadata["notes"])
-    tensors = _tensors(file, head, header)
-    tensors = {
-        "layers." + name.removeprefix(_OLD_PREFIX) if name.startswith(_OLD_PREFIX) else name: tensor
-        for name, tensor in tensors.items()
-    }
+    tensors = {_renamed(name): tensor for name, tensor in _tensors(file, head, header).items()}
     quantiles = tensors.pop("quantiles", None)
     _check_quantiles(quantiles)
     return Checkpoint(_model(config, norms, tensors), vocab, notes, quantiles)
 
 
+def _renamed(name: str) -> str:
+    """A tensor's name in the model to that in the file, and back."""
+    first, dot, rest = name.partition(".")
+    return {"layers": "levels", "levels": "layers"}.get(first, first) + dot + rest
+
+
 def _header(file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
-    """The file's first bytes up to its tensors, and the JSON object in them; nothing beyond is read."""
+    """The bytes of the file up to its tensors, and the JSON object in them; reads no further."""
     head = file.read(8)
     length = int.from_bytes(head, "little")
     head += file.read(min(length, LONGEST_HEADER))
@@ -168,8 +180,8 @@ def _header(file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
     # The length of a short header may start as a pickle does, with 0x80, but `{` follows it.
     if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[8:9] not in (b"", b"{")):
         raise CheckpointError(
-            "a pickle, as torch.save writes them; reading one can run any code, so it is not read here: "
-            "load it where you trust it and write the model with save_checkpoint"
+            "a pickle, as torch.save writes them; reading one can run any code, so it is not read: "
+            "load it yourself if you trust it, and write the model with save_checkpoint"
         )
     if len(head) < 8 or (len(head) < 8 + length <= 8 + LONGEST_HEADER and head[8:9] in (b"", b"{")):
         raise CheckpointError(f"truncated: it ends inside its header, after {len(head):,} bytes; {_DAMAGED}")
@@ -191,30 +203,23 @@ def _object(key: str, text: str) -> dict[str, Any]:
 
 def _config(text: str) -> tuple[WaveNetConfig, list[tuple[float, float]]]:
     """The config, and eps and momentum of every layer's batch norm."""
-    fields = _object("config", text)
-    norms = fields.pop("norms", None)
-    fields.setdefault("gated", False)
-    if "fan_ins" in fields:
-        fields["kernel_sizes"] = fields.pop("fan_ins")
+    found = _object("config", text)
+    norms = found.pop("norms", None)
+    values = {"gated": False} | {"kernel_sizes" if name == "fan_ins" else name: found[name] for name in found}
+    if set(values) != {field.name for field in fields(WaveNetConfig)} or "kernel_sizes" in found:
+        raise CheckpointError(f"its config has other fields than this library's: {', '.join(found):.80}; {_SAVE_AGAIN}")
     for name in ("batch_norm", "bias", "gated"):
-        if not isinstance(fields.get(name), bool):
-            raise CheckpointError(f"{name} in its config is {fields.get(name)!r:.40}, not true or false; {_SAVE_AGAIN}")
-    try:
-        config = WaveNetConfig(**fields)
-    except TypeError as error:
-        raise CheckpointError(f"its config has other fields than this library's ({error}); {_SAVE_AGAIN}") from error
+        if not isinstance(values[name], bool):
+            raise CheckpointError(f"{name} in its config is {values[name]!r:.40}, not true or false; {_SAVE_AGAIN}")
+    config = WaveNetConfig(**values)
     layers = len(config.kernel_sizes) if config.batch_norm else 0
-    fit = isinstance(norms, list) and len(norms) == layers
-    if not fit or not all(isinstance(norm, list) and len(norm) == 2 and all(map(_finite, norm)) for norm in norms):
+    fit = isinstance(norms, list) and len(norms) == layers and all(isinstance(n, list) and len(n) == 2 for n in norms)
+    if not fit or not all(isinstance(number, float) and isfinite(number) for norm in norms for number in norm):
         raise CheckpointError(
-            f"norms in its config are {norms!r:.80}; {layers} layers with batch norm have an eps and a momentum each; "
-            f"{_SAVE_AGAIN}"
+            f"norms in its config are {norms!r:.80}; it needs an eps and a momentum for each of {layers} layers with "
+            f"batch norm; {_SAVE_AGAIN}"
         )
     return config, [(eps, momentum) for eps, momentum in norms]
-
-
-def _finite(number: Any) -> bool:
-    return isinstance(number, float) and isfinite(number)
 
 
 def _vocabulary(characters: str, size: int) -> Vocabulary:
@@ -230,19 +235,15 @@ def _vocabulary(characters: str, size: int) -> Vocabulary:
 
 
 def _tensors(file: BinaryIO, head: bytes, header: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors by name, on the CPU; what stands behind the header must be they and nothing else."""
+    """The tensors by name, on the CPU; nothing else may follow the header."""
     data = file.read()
     try:
-        expected = max(
-            (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
-        )
-        missing = expected - len(data)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        missing = (expected := max(ends, default=0)) - len(data)
     except (IndexError, KeyError, TypeError) as error:
         raise CheckpointError(f"its header does not say where its tensors are; {_DAMAGED}") from error
     if missing > 0:
-        raise CheckpointError(
-            f"truncated: {missing:,} of the {expected:,} bytes of its tensors are missing; {_DAMAGED}"
-        )
+        raise CheckpointError(f"truncated: {missing:,} of {expected:,} bytes of its tensors are missing; {_DAMAGED}")
     if missing < 0:
         raise CheckpointError(f"{-missing:,} bytes follow its last tensor; {_DAMAGED}")
     try:
@@ -259,16 +260,16 @@ def _check_quantiles(quantiles: Tensor | None) -> None:
             f"quantiles are {quantiles.dtype} of shape {tuple(quantiles.shape)}; they must be torch.float32 (q,)"
         )
     if not quantiles.isfinite().all() or (quantiles.diff() < 0).any():
-        raise CheckpointError("quantiles must be finite and ascending; sort them before they are saved")
+        raise CheckpointError("quantiles must be finite and ascending; sort them before saving")
 
 
 def _model(config: WaveNetConfig, norms: list[tuple[float, float]], tensors: dict[str, Tensor]) -> ConvWaveNet:
-    """The model with these weights, in evaluation mode; nothing is allocated before every shape is known to fit."""
+    """The model with these weights, in evaluation mode; allocates nothing before every shape is known to fit."""
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
         listed = ", ".join(sorted(map(str, dtypes)))
         raise CheckpointError(
-            f"its weights are of {listed}; bring the model to one floating-point dtype and {_SAVE_AGAIN}"
+            f"its weights are of {listed}; convert the model to one floating-point dtype and {_SAVE_AGAIN}"
         )
     try:
         model = ConvWaveNet(config, device="meta", dtype=next(iter(dtypes), None))  # draws no random numbers
@@ -292,7 +293,8 @@ def _model(config: WaveNetConfig, norms: list[tuple[float, float]], tensors: dic
                 "take a checkpoint from before the training broke down"
             )
     model = model.to_empty(device="cpu").eval()
-    model.load_state_dict(tensors)  # copies, so that a layer's weights keep the layout that `Layer` gives them
-    for layer, (eps, momentum) in zip(model.layers, norms):
-        layer.norm.eps, layer.norm.momentum = eps, momentum
+    model.load_state_dict(tensors)
+    for layer, constants in zip(model.layers, norms):
+        norm: Any = layer.norm
+        norm.eps, norm.momentum = constants
     return model

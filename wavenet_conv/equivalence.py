@@ -1,9 +1,9 @@
-"""The per-position comparison of a tree and a slid model. Knows both only as functions from tokens to logits."""
+"""Compares a tree with a convolutional model at every position; both are functions from tokens to logits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModeError, NamesError, ShapeError
-from .model import ConvWaveNet
 from .vocabulary import Vocabulary, checked_names
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -20,12 +19,17 @@ TOKENS_AT_ONCE = 2**17  # tokens in all the windows of one call of the tree: bou
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` saw. `print(report)` says it in two lines; it is true where the models are equal.
+    """The result of `verify`: true if the models are equal, and two lines of text when printed.
 
-    equal: every logit differs by at most `tolerance * max(1, |logit|)`. positions: outputs compared, each of
-    vocabulary-many logits. max_abs_diff: the largest difference of two logits. worst: the name and the position of it.
-    argmax_differences: positions where the models prefer different tokens, and to one of them the two are no tie within
-    the tolerance.
+    Attributes:
+        equal: Whether every logit differs by at most `tolerance * max(1, |logit|)`.
+        positions: Compared outputs, of one logit per token of the vocabulary each.
+        names: Compared names.
+        max_abs_diff: The largest absolute difference of two logits; infinite if one is NaN or infinite.
+        worst: The name and the position of that difference.
+        argmax_differences: Positions where the models prefer different tokens and it is no tie within the tolerance.
+        tolerance: 1e-12 in float64, 1e-5 in float32.
+        dtype: The dtype of the logits.
     """
 
     equal: bool
@@ -53,86 +57,96 @@ class Report:
 
 @torch.no_grad()
 def verify(
-    tree: Any,
-    conv: ConvWaveNet,
-    names: Iterable[str],
-    vocab: Vocabulary,
-    *,
-    on_progress: Callable[[int], Any] | None = None,
+    tree: Any, conv: Any, names: Iterable[str], vocab: Vocabulary, *, on_progress: Callable[[int], Any] | None = None
 ) -> Report:
     """Runs `tree` on every window of every name and `conv` on every whole name, and compares all logits.
 
-    tree: tokens `(windows, context)` to logits `(windows, vocab)`. conv: tokens `(batch, time)` to logits
-    `(batch, time - context + 1, vocab)`, with `.context`. Both in float64 (tolerance 1e-12) or float32 (1e-5); a
-    float32 comparison on CUDA belongs inside `exact_float32()`. `on_progress` is called with a number of names done.
-    Raises `ModeError` where either is in training mode, `NamesError` for no names or unknown characters, `ShapeError`
-    where the logits have no such shapes or another dtype, or the tree does not run at all.
+    Both models are in float64 or in float32. Run a float32 comparison on CUDA inside `exact_float32()`.
+
+    Args:
+        tree: Tokens `(windows, context)` to logits `(windows, vocab)`; a list of layers is called in order.
+        conv: A `ConvWaveNet` or a `FoldedWaveNet`: tokens `(batch, time)` to logits
+            `(batch, time - context + 1, vocab)`, with `.context`.
+        names: The names, at least one.
+        vocab: The vocabulary of both models.
+        on_progress: Called with the number of names in each chunk when it is done.
+
+    Raises:
+        ModeError: A model is in training mode.
+        NamesError: There are no names, or a character is unknown.
+        ShapeError: The logits have other shapes or dtypes, or the tree does not run.
     """
-    if not isinstance(conv, nn.Module) or not hasattr(conv, "context"):
+    if not callable(conv) or not hasattr(conv, "context"):
         raise ShapeError(
-            f"the second model is a {type(conv).__name__}; verify(tree, conv, names, vocab) takes a slid one"
+            f"the second model is a {type(conv).__name__}; call verify(tree, conv, names, vocab) with a ConvWaveNet or "
+            "a FoldedWaveNet as the second model"
         )
-    _refuse_training(tree, "tree")
-    _refuse_training(conv, "conv")
-    device = next(conv.parameters()).device
-    totals, worst = [], None
+    _reject_training(tree, "tree")
+    _reject_training(conv, "conv")
+    names = checked_names(names)
+    if not set(vocab.characters).issuperset("".join(names)):
+        raise vocab.unknown_character_error(names)
+    reports = []
     for chunk in _chunks(names, conv.context):
-        tokens, lengths = vocab.encode(chunk, context=conv.context)
-        outputs = torch.arange(int(lengths.max()) + 1)
-        inside = outputs <= lengths[:, None]
-        which, where = inside.nonzero(as_tuple=True)
-        windows = tokens.unfold(1, conv.context, 1)[inside].to(device)
-        found = conv(tokens.to(device))  # first: it refuses tokens outside its vocabulary
-        expected = torch.cat([_run(tree, part) for part in windows.split(max(1, TOKENS_AT_ONCE // conv.context))])
-        if found.shape[:2] != inside.shape or expected.shape != (len(windows), found.shape[2]):
-            raise ShapeError(
-                f"logits of shape {tuple(expected.shape)} from the tree for {len(windows)} windows and "
-                f"{tuple(found.shape)} from the slid model for {tuple(inside.shape)} outputs do not match"
-            )
-        difference, place, equal, others = _compare(expected, found[inside.to(device)])
-        if worst is None or not difference <= worst[0]:
-            worst = (difference, chunk[int(which[place])], int(where[place]))
-        totals.append((len(chunk), len(windows), equal, others))
+        reports.append(_compare(tree, conv, chunk, vocab))
         if on_progress is not None:
             on_progress(len(chunk))
-    if worst is None:
+    if not reports:
         raise NamesError("there are no names to compare; give at least one (the empty name '' has one position)")
-    count, positions, equal, others = zip(*totals)
+    return replace(
+        max(reports, key=lambda report: report.max_abs_diff),
+        equal=all(report.equal for report in reports),
+        positions=sum(report.positions for report in reports),
+        names=sum(report.names for report in reports),
+        argmax_differences=sum(report.argmax_differences for report in reports),
+    )
+
+
+def _compare(tree: Any, conv: Any, names: list[str], vocab: Vocabulary) -> Report:
+    """The report for some names, all in one batch."""
+    tokens, lengths = vocab.encode(names, context=conv.context)
+    tokens, lengths = tokens.to(device := _device(conv)), lengths.to(device)
+    inside = torch.arange(tokens.shape[1] - conv.context + 1, device=device) <= lengths[:, None]
+    found = conv(tokens)  # first: it rejects tokens outside its vocabulary
+    windows = tokens.unfold(1, conv.context, 1)[inside]
+    expected = torch.cat([_run(tree, part) for part in windows.split(max(1, TOKENS_AT_ONCE // conv.context))])
+    if found.shape[:2] != inside.shape or expected.shape != (len(windows), found.shape[2]):
+        raise ShapeError(
+            f"logits of shape {tuple(expected.shape)} from the tree for {len(windows)} windows and "
+            f"{tuple(found.shape)} from the convolutional model for {tuple(inside.shape)} outputs do not match"
+        )
+    found = found[inside]
+    tolerance = _tolerance(expected.dtype, found.dtype)
+    difference = (expected - found).abs()
+    largest = difference.amax(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    choices = torch.stack([expected.argmax(1), found.argmax(1)], dim=1)
+    ours, others = expected.gather(1, choices).T, found.gather(1, choices).T
+    margin = torch.maximum(ours[0] - ours[1], others[1] - others[0])  # the larger distance from a tie of both models
+    name, position = inside.nonzero()[largest.argmax()].tolist()
     return Report(
-        equal=all(equal),
-        positions=sum(positions),
-        names=sum(count),
-        max_abs_diff=worst[0],
-        worst=worst[1:],
-        argmax_differences=sum(others),
-        tolerance=_tolerance(expected.dtype, found.dtype),
+        equal=bool((difference.isfinite() & (difference <= tolerance * expected.abs().clamp(min=1))).all()),
+        positions=len(windows),
+        names=len(names),
+        max_abs_diff=float(largest.max()),
+        worst=(names[name], position),
+        argmax_differences=int((margin > tolerance * ours[0].abs().clamp(min=1)).sum()),
+        tolerance=tolerance,
         dtype=expected.dtype,
     )
 
 
-def _compare(expected: Tensor, found: Tensor) -> tuple[float, int, bool, int]:
-    """Largest difference, its row, whether all are within the tolerance, and rows with another argmax: `(n, vocab)`."""
-    tolerance = _tolerance(expected.dtype, found.dtype)
-    difference = (expected - found).abs()
-    per_row = difference.amax(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    equal = bool((difference.isfinite() & (difference <= tolerance * expected.abs().clamp(min=1))).all())
-    choices = torch.stack([expected.argmax(1), found.argmax(1)], dim=1)
-    tree, slid = expected.gather(1, choices).T, found.gather(1, choices).T
-    margin = torch.maximum(tree[0] - tree[1], slid[1] - slid[0])  # how far from a tie either model has the two
-    apart = margin > tolerance * tree[0].abs().clamp(min=1)
-    return float(per_row.max()), int(per_row.argmax()), equal, int(apart.sum())
-
-
 def _tolerance(expected: torch.dtype, found: torch.dtype) -> float:
     if expected != found or expected not in TOLERANCE:
-        raise ShapeError(f"the tree gives {expected} and the slid model {found}; compare both in float64 or float32")
+        raise ShapeError(
+            f"the tree gives {expected} and the convolutional model {found}; use float64 or float32 for both"
+        )
     return TOLERANCE[expected]
 
 
-def _chunks(names: Iterable[str], context: int) -> Iterator[list[str]]:
-    """Names of like length together, so that little is padding, in chunks of bounded size."""
+def _chunks(names: list[str], context: int) -> Iterator[list[str]]:
+    """Chunks of names of similar length, so that there is little padding, and of bounded size."""
     chunk: list[str] = []
-    for name in sorted(checked_names(names), key=len):
+    for name in sorted(names, key=len):
         if chunk and (len(chunk) + 1) * (len(name) + context) * context > TOKENS_AT_ONCE:
             yield chunk
             chunk = []
@@ -149,11 +163,17 @@ def _run(tree: Any, windows: Tensor) -> Tensor:
         raise ShapeError(f"the tree cannot run windows of shape {tuple(windows.shape)}: {error}") from error
 
 
-def _refuse_training(model: Any, what: str) -> None:
+def _device(conv: Any) -> torch.device:
+    """Where the model's weights are: a module's parameters, or the weights of a folded model."""
+    first = next(conv.parameters(), None) if isinstance(conv, nn.Module) else conv.weights.embedding
+    return torch.device("cpu") if first is None else first.device
+
+
+def _reject_training(model: Any, role: str) -> None:
     for part in _parts(model):
         if getattr(part, "training", False):
             raise ModeError(
-                f"{what} is in training mode ({type(part).__name__}.training is true), where logits depend on the "
+                f"{role} is in training mode ({type(part).__name__}.training is true), where logits depend on the "
                 f"batch; call .eval(), or set layer.training = False on every layer"
             )
 

@@ -1,7 +1,9 @@
-"""What can go wrong, by kind. Every message names the offending thing, where it stands and the mend.
+"""The kinds of error. Every message names the thing, where it is, and the fix.
 
-Each class is also the built-in error that a caller would expect there, so `except ValueError` works too.
+Each class is also the built-in error that a caller expects there, so `except ValueError` works too.
 """
+
+from __future__ import annotations
 
 
 class WaveNetConvError(Exception):
@@ -13,7 +15,18 @@ class ConfigError(WaveNetConvError, ValueError):
 
 
 class NamesError(WaveNetConvError, ValueError):
-    """A name or a list of names that cannot be read: an unknown character, an empty file."""
+    """A name or a list of names that cannot be read: an unknown character, an empty file.
+
+    Attributes:
+        index, position, character: The index of the name in its list, the position in the name and the character there,
+            each None where there is none. A caller that knows the file builds its own message from them.
+    """
+
+    def __init__(
+        self, message: str, *, index: int | None = None, position: int | None = None, character: str | None = None
+    ):
+        super().__init__(message)
+        self.index, self.position, self.character = index, position, character
 
 
 class TokenError(WaveNetConvError, IndexError):
@@ -25,7 +38,7 @@ class ShapeError(WaveNetConvError, ValueError):
 
 
 class MappingError(WaveNetConvError, ValueError):
-    """A tree that has no equal among convolutions, or a layer that the mapping does not know."""
+    """A tree without an equal convolutional model, or a layer that the mapping does not know."""
 
 
 class ModeError(WaveNetConvError, RuntimeError):
@@ -33,11 +46,11 @@ class ModeError(WaveNetConvError, RuntimeError):
 
 
 class DownloadError(WaveNetConvError, OSError):
-    """A download that broke off, or that brought something else."""
+    """A download that failed, or that returned other data."""
 
 
 class CheckpointError(WaveNetConvError, ValueError):
-    """A checkpoint that cannot be read, or that is not one of this library's."""
+    """A checkpoint that cannot be read, or that this library did not write."""
 
 
 class OutputError(WaveNetConvError, OSError):
@@ -45,11 +58,11 @@ class OutputError(WaveNetConvError, OSError):
 
 
 class TrainingError(WaveNetConvError, ArithmeticError):
-    """A training whose loss is NaN or has exploded."""
+    """A training run whose loss is NaN or has exploded."""
 
 
 class SamplingError(WaveNetConvError, ArithmeticError):
-    """A model from whose logits nothing can be drawn, since they are NaN or infinite."""
+    """A model whose logits are NaN or infinite, so that nothing can be drawn from them."""
 
 
 class StateError(WaveNetConvError, ValueError):
@@ -57,4 +70,4 @@ class StateError(WaveNetConvError, ValueError):
 
 
 class UsageError(WaveNetConvError, ValueError):
-    """What was asked for cannot be begun: a file or a model that is not there, an output of another run."""
+    """A request that cannot start: a missing file or model, an output of another run."""

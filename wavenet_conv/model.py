@@ -62,9 +62,7 @@ class WaveNetConfig:
             raise ConfigError(f"kernel_sizes is {self.kernel_sizes!r}; a model needs at least one, such as (2, 2, 2)")
         widths = self.n_hidden if isinstance(self.n_hidden, Sequence) else (self.n_hidden,) * len(self.kernel_sizes)
         if len(widths) != len(self.kernel_sizes):
-            raise ConfigError(
-                f"{len(widths)} widths in n_hidden and {len(self.kernel_sizes)} layers; give one per layer"
-            )
+            raise ConfigError(f"n_hidden has {len(widths)} widths for {len(self.kernel_sizes)} layers; give one each")
         sizes = [("vocab_size", self.vocab_size), ("n_embd", self.n_embd)]
         sizes += [(f"kernel_sizes[{i}]", size) for i, size in enumerate(self.kernel_sizes)]
         sizes += [(f"n_hidden[{i}]", width) for i, width in enumerate(widths)]

@@ -1,4 +1,4 @@
-"""Pictures of trainings: losses, embeddings, learning rates, sweeps. matplotlib is imported when one is drawn."""
+"""Plots of training: losses, embeddings, learning rates, sweeps. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -20,36 +20,44 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
-POINTS = 200  # of a smoothed curve
-LONGEST_MEAN = 1000  # steps; as the lecture smooths 200,000 of them
+POINTS = 200  # at least, of a smoothed curve
+LONGEST_MEAN = 1000  # steps per point, as in the lecture
 
 Losses = Sequence[float] | Sequence[Tensor] | Tensor
 Points = Sequence[tuple[int, float]]
 
 
 def check_plot(path: str | Path) -> None:
-    """Raises `UsageError` where no plot could be written to `path`: for the start of a command, before its work."""
+    """Raises `UsageError` where no plot can be written to `path`; for a command to call before its work."""
     path = Path(path)
     _format(path)
     if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(f"--plot {path}: not a file in a folder that is there; give another path")
+        raise UsageError(f"--plot {path}: not a file in an existing folder; give another path")
     _figure(1)
 
 
 def plot_losses(
     path: str | Path, losses: Losses, validations: Points, embedding: Tensor | None = None, characters: str = ""
 ) -> None:
-    """The losses of one training, in nats, over its steps; and the embedding where it is two wide.
+    """Plots the losses of one training, and its embedding if that is two wide.
 
-    losses: of each step, averaged over groups as the lecture averages them. validations: `(step, loss)`. embedding:
-    `(vocab, n_embd)`, drawn as a scatter of the characters where n_embd is 2. characters: the vocabulary's, without
-    `.`. Raises `UsageError` where matplotlib is missing or `path` has another suffix than .png, .svg or .pdf,
-    `ShapeError` for an embedding of other characters, `OutputError` where the file cannot be written.
+    Args:
+        path: A .png, .svg or .pdf file.
+        losses: Of each step, in nats; drawn as means of groups of steps.
+        validations: `(step, loss)` of each validation, in nats.
+        embedding: `(vocab, n_embd)`; with n_embd 2 it is drawn as a scatter of the characters.
+        characters: The vocabulary's, without `.`.
+
+    Raises:
+        UsageError: matplotlib is missing, or `path` has another suffix.
+        ShapeError: The embedding and the characters do not match.
+        OutputError: The file cannot be written.
     """
-    drawn = embedding is not None and embedding.shape[1] == 2
-    if drawn and len(embedding) != len(characters) + 1:
+    if embedding is not None and embedding.shape[1] != 2:
+        embedding = None
+    if embedding is not None and len(embedding) != len(characters) + 1:
         raise ShapeError(f"an embedding of {len(embedding)} tokens for {END!r} and the characters {characters!r}")
-    figure, (axes, *other) = _figure(1 + drawn)
+    figure, (axes, *other) = _figure(1 if embedding is None else 2)
     curve = _curve(losses)
     size = min(LONGEST_MEAN, max(1, len(curve) // POINTS))
     steps = means(torch.arange(1, len(curve) + 1), size)
@@ -58,15 +66,19 @@ def plot_losses(
         axes.plot(*zip(*validations), "o", markersize=4, label="validation")
     axes.set(xlabel="step", ylabel="loss (nats)")
     axes.legend()
-    if drawn:
+    if embedding is not None:
         _scatter(other[0], embedding.detach().cpu().float(), END + characters)
     _write(figure, path)
 
 
 def plot_rates(path: str | Path, rates: Sequence[float], losses: Losses, suggestion: float) -> None:
-    """The loss in nats of each step of a `find-lr` against its learning rate, on a logarithmic axis.
+    """Plots the losses of a `find-lr` against its learning rates, on a logarithmic axis.
 
-    Raises what `plot_losses` raises.
+    Args:
+        path: As for `plot_losses`, which raises the same errors.
+        rates: The learning rate of each step.
+        losses: Of each step, in nats.
+        suggestion: The rate to mark.
     """
     figure, (axes,) = _figure(1)
     curve, size = _curve(losses), max(1, len(losses) // (POINTS // 2))
@@ -74,7 +86,7 @@ def plot_rates(path: str | Path, rates: Sequence[float], losses: Losses, suggest
     axes.axvline(suggestion, color="C1", linestyle="--", label=f"suggestion: {suggestion:.2g}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss (nats)")
     finite = curve[curve.isfinite()]
-    if len(finite):  # the valley, not the explosion, is to be seen
+    if len(finite):  # show the valley, not the explosion
         low, first = float(finite.min()), float(finite[0])
         axes.set_ylim(low - 0.05 * (first - low) - 0.01, first + 0.1 * (first - low) + 0.01)
     axes.legend()
@@ -82,10 +94,11 @@ def plot_rates(path: str | Path, rates: Sequence[float], losses: Losses, suggest
 
 
 def plot_trials(path: str | Path, trials: Sequence[tuple[str, Points, Points]]) -> None:
-    """The training and the validation losses, in nats, of all trials of a sweep, the best of them on top.
+    """Plots the losses of the trials of a sweep, with the best on top: the one with the lowest validation loss.
 
-    trials: of each a name, its training losses and its validation losses, both `(step, loss)`. The best is the one with
-    the lowest validation loss. Raises what `plot_losses` raises.
+    Args:
+        path: As for `plot_losses`, which raises the same errors.
+        trials: Of each trial a name, its training losses and its validation losses, both as `(step, loss)` in nats.
     """
     figure, panels = _figure(2)
     ranked = sorted(trials, key=lambda trial: -min((loss for _, loss in trial[2]), default=float("inf")))
@@ -103,7 +116,7 @@ def plot_trials(path: str | Path, trials: Sequence[tuple[str, Points, Points]]) 
 
 
 def means(values: Tensor, size: int) -> Tensor:
-    """The means of consecutive groups of `size` values, the last of which may be smaller: `(n,)` to `(groups,)`."""
+    """The means of consecutive groups of `size` values, of which the last may be smaller: `(n,)` to `(groups,)`."""
     return torch.stack([group.mean(dtype=torch.float64) for group in values.split(size)]) if len(values) else values
 
 
@@ -114,7 +127,7 @@ def _curve(losses: Losses) -> Tensor:
 
 
 def _scatter(axes: Axes, points: Tensor, characters: str) -> None:
-    """Each character at its point, as the lecture draws its embedding."""
+    """Draws each character at its point, as the lecture does."""
     axes.scatter(points[:, 0], points[:, 1], s=200)
     for (x, y), character in zip(points.tolist(), characters):
         axes.text(x, y, character, ha="center", va="center", color="white", parse_math=False)
@@ -123,7 +136,7 @@ def _scatter(axes: Axes, points: Tensor, characters: str) -> None:
 
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side, made without pyplot, which would keep it and choose a window system."""
+    """A figure with panels side by side, without pyplot, which would keep it and choose a window system."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -137,7 +150,7 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
 def _write(figure: Figure, path: str | Path) -> None:
     data = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks is drawn as a box
+        warnings.filterwarnings("ignore", "Glyph")  # a character that is not in the font is drawn as a box
         figure.savefig(data, format=_format(path), dpi=120)
     try:
         write_whole(path, data.getvalue())

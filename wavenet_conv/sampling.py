@@ -159,7 +159,8 @@ class Draw:
 
     def cumulative(self, logits: Tensor) -> Tensor:
         """The distribution that is drawn from, summed up: `(n, vocab)`; NaN where logits are NaN or infinite."""
-        x = logits if self.temperature in (0, 1) else logits / self.temperature
+        temperature = min(max(self.temperature or 1.0, 1e-30), 1e30)  # what float32 can hold
+        x = logits if temperature == 1 else (logits - logits.amax(1, keepdim=True)) / temperature
         top_k = min(1 if self.temperature == 0 else self.top_k or x.shape[1], x.shape[1])
         top_p = 2.0 if self.top_p in (None, 1) else float(self.top_p or 1)
         if top_k < x.shape[1] or top_p < 1:
@@ -167,7 +168,7 @@ class Draw:
             before = torch.softmax(falling, 1).cumsum(1)[:, :-1]  # the probability of what is more likely
             kept = (1 + (before < top_p - TIE).sum(1, keepdim=True)).clamp_(max=top_k)
             least = falling.gather(1, kept - 1)
-            x = x.masked_fill(x < least - TIE * max(1.0, 1 / (self.temperature or 1.0)), -torch.inf)
+            x = x.masked_fill(x < least - TIE * max(1.0, 1 / temperature), -torch.inf)
         return torch.softmax(x, 1).cumsum(1)
 
 
@@ -237,8 +238,10 @@ class Sampler:
                     start = torch.tensor(self.start, device=self.device)
                     given = start[positions.clamp(max=len(start) - 1)]
                     tokens = torch.where(positions < len(start), given, tokens)
+                counted = active < self.count
+                tokens = tokens.masked_fill(~counted, 0)  # rows behind the last name end at once
                 parts.append(torch.stack([active, tokens]))
-                bad = summed[:, -1].isnan().nonzero()
+                bad = (summed[:, -1].isnan() & counted).nonzero()
                 if len(bad):
                     parts.insert(0, torch.from_numpy(np.stack([names, drawn])).to(self.device))
                     before, after = torch.cat(parts, 1)
@@ -289,7 +292,7 @@ class Sampler:
         return self.codes[tokens].tobytes().decode("utf-32-le", "surrogatepass")
 
     def _failure(self, window: Tensor) -> SamplingError:
-        text = self._text(window.cpu().numpy())
+        text = self._text(window.cpu().numpy()).lstrip(END)
         return SamplingError(f"the logits after {text!r} are NaN or infinite; train the model again")
 
     def _exact(self) -> AbstractContextManager[None]:

@@ -202,7 +202,7 @@ def _packed(
     for part, lengths in _chunks(names, chunk, context):
         tokens, lengths, known = vocab.pack(part, context=context, lengths=lengths)
         if unknown == "error" and not known.all():
-            raise vocab.refusal(part)
+            raise vocab.unknown_character_error(part)
         yield tokens, lengths, known
 
 

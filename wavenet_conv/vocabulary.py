@@ -1,4 +1,4 @@
-"""Characters <-> tokens, names -> sequences. Knows nothing of models or files."""
+"""Characters to tokens and back; names to padded sequences."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from torch import Tensor
 
 from .errors import NamesError, ShapeError, TokenError
 
-END = "."  # token 0: the padding before a name and the end after it (README: Terms)
+END = "."  # token 0: the padding before a name and the end after it
 
 
 class Vocabulary:
     """The characters of a list of names; `.` is token 0, the others are 1, 2, ... in sorted order.
 
-    `Vocabulary("abc")` takes the characters themselves, `Vocabulary.from_names(names)` collects them.
-    Raises `NamesError` where there are none or `.` is among them.
+    Args:
+        characters: The characters themselves, such as "abc", in any order; `from_names` collects them from names.
+
+    Raises:
+        NamesError: There are no characters, or `.` is one of them.
     """
 
     def __init__(self, characters: Iterable[str]):
@@ -30,11 +33,11 @@ class Vocabulary:
 
     @classmethod
     def from_names(cls, names: Iterable[str]) -> Vocabulary:
-        """The vocabulary of all characters in `names`; raises `NamesError` naming a name that holds a `.`."""
+        """The vocabulary of all characters in `names`; raises `NamesError` for a name with a `.`, with its place."""
         names = checked_names(names)
         for index, name in enumerate(names):
             if END in name:
-                raise NamesError(_where(names, index, name.index(END), "marks the end of a name; remove it"))
+                raise _names_error(names, index, name.index(END), "marks the end of a name; remove it")
         return cls("".join(names))
 
     def __len__(self) -> int:
@@ -50,12 +53,19 @@ class Vocabulary:
         return f"Vocabulary({self.characters!r})"
 
     def encode(self, names: Iterable[str], *, context: int) -> tuple[Tensor, Tensor]:
-        """The sequences of `names`, padded to the longest (README: Terms, "sequence").
+        """The sequences of `names`, padded to the longest.
 
-        Returns `(tokens, lengths)`, both int64 on the CPU: tokens `(batch, context + longest)` with `context`
-        zeros before each name and zeros after it, lengths `(batch,)`. A name of L characters has L + 1 outputs.
-        Raises `NamesError` naming the first character that is not in the vocabulary, and its place; `ShapeError` for a
-        context below 1.
+        Args:
+            names: The names, `batch` of them.
+            context: The tokens that one prediction sees, such as `conv.context`.
+
+        Returns:
+            `(tokens, lengths)`, both int64 on the CPU. tokens `(batch, context + longest)`: `context` zeros before each
+            name and zeros after it. lengths `(batch,)`: characters per name; L characters have L + 1 outputs.
+
+        Raises:
+            NamesError: A character is not in the vocabulary; the message and the attributes say which and where.
+            ShapeError: The context is not an integer of at least 1.
         """
         names = checked_names(names)
         if not isinstance(context, int) or context < 1:
@@ -67,22 +77,28 @@ class Vocabulary:
             inside = torch.arange(longest) < lengths[:, None]
             found = self._tokens("".join(names)).long()
             if not found.all():
-                raise self.refusal(names)
+                raise self.unknown_character_error(names)
             tokens[:, context:][inside] = found
         return tokens, lengths
 
     def pack(
-        self, names: Iterable[str], *, context: int, lengths: Tensor | None = None
+        self, names: Sequence[str], *, context: int, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The sequences of `names` end to end, without padding behind any: what a batch of unlike lengths wants.
+        """The sequences of `names` end to end, without padding to a common length.
 
-        Returns `(tokens, lengths, known)`, all on the CPU. tokens: `(time,)`, `context` zeros before each name and
-        after the last, uint8 for ASCII and int64 else. lengths: int64 `(names,)`. known: bool `(names,)`, false for a
-        name with a character that is not in the vocabulary, which is packed as an empty name. Whoever has the list and
-        its lengths as `lengths_of` gives them may pass these: counting takes as long as joining.
+        Args:
+            names: The names.
+            context: The tokens that one prediction sees.
+            lengths: What `lengths_of(names)` returned, if known; counting takes as long as joining.
+
+        Returns:
+            `(tokens, lengths, known)`, all on the CPU. tokens `(time,)`: `context` zeros before each name and after the
+            last, uint8 for ASCII names and int64 otherwise. lengths int64 `(names,)`. known bool `(names,)`: false for
+            a name with a character that is not in the vocabulary, which is packed as an empty name.
         """
         if lengths is None:
-            lengths = lengths_of(names := checked_names(names))
+            names = checked_names(names)
+            lengths = lengths_of(names)
         tokens = self._tokens(_joined(names, context))
         known = torch.ones(len(names), dtype=torch.bool)
         # The zeros between names are known, so every other zero is an unknown character, or a `.` inside a name.
@@ -94,7 +110,7 @@ class Vocabulary:
         return tokens, lengths, known
 
     def _tokens(self, text: str) -> Tensor:
-        """The tokens of a text, 0 for `.` and for what is not in the vocabulary: `(characters,)`."""
+        """The tokens of a text, 0 for `.` and for unknown characters: `(characters,)`."""
         if text.isascii() and len(self) <= 256:
             table = bytearray(256)
             for token, character in enumerate(self.characters, start=1):
@@ -105,19 +121,28 @@ class Vocabulary:
         place = torch.searchsorted(self._codes, codes).clamp_(max=len(self._codes) - 1)
         return torch.where(self._codes[place] == codes, place + 1, 0)
 
-    def refusal(self, names: Sequence[str]) -> NamesError:
-        """The error that names the first character of `names` that is not in the vocabulary."""
+    def unknown_character_error(self, names: Sequence[str]) -> NamesError:
+        """The error, to be raised, for the first character of `names` that is not in the vocabulary."""
         for index, name in enumerate(names):
             for position, character in enumerate(name):
                 if character not in self.characters:
-                    return NamesError(_where(names, index, position, f"is not in the vocabulary {self.characters!r}"))
+                    return _names_error(names, index, position, f"is not in the vocabulary {self.characters!r}")
         raise ValueError("every character is in the vocabulary")
 
     def decode(self, tokens: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> str | list[str]:
-        """The name in a sequence `(time,)`, or the list of names in `(batch, time)`.
+        """The name in a sequence, or the names in a batch of them.
 
-        Leading zeros are padding; the first zero after a character ends the name, and what follows it is not read.
-        Raises `TokenError` naming a token outside the vocabulary, `ShapeError` for any other shape or dtype.
+        Leading zeros are padding; the first zero after a character ends the name, and the rest is not read.
+
+        Args:
+            tokens: Integers `(time,)` or `(batch, time)`.
+
+        Returns:
+            A name for `(time,)`, a list of names for `(batch, time)`.
+
+        Raises:
+            TokenError: A token is outside the vocabulary.
+            ShapeError: The tokens have another shape, or are not integers.
         """
         tokens = torch.as_tensor(tokens)
         if tokens.numel() == 0:
@@ -134,7 +159,7 @@ class Vocabulary:
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:
-    """Raises `TokenError` naming the first token outside `[0, vocab_size)` and where it stands."""
+    """Raises `TokenError` for the first token outside `[0, vocab_size)`, with its indices."""
     if tokens.numel() == 0:
         return
     low, high = torch.stack(tokens.aminmax()).tolist()  # one kernel and one wait for the device
@@ -143,7 +168,7 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
         place = tuple(outside.nonzero()[0].tolist())
         raise TokenError(
             f"token {int(tokens[place])} at {list(place)} is outside the vocabulary of {vocab_size} tokens "
-            f"(0 to {vocab_size - 1}); encode names with the vocabulary that the model was made for"
+            f"(0 to {vocab_size - 1}); encode names with the model's own vocabulary"
         )
 
 
@@ -170,24 +195,26 @@ def check_sequences(
 
 
 def checked_names(names: Iterable[str]) -> list[str]:
-    """`names` as a list; raises `NamesError` for one string in place of a list, and for what is not a string."""
+    """`names` as a list; raises `NamesError` for one string instead of a list, and for items that are no strings."""
     if isinstance(names, str):
         raise NamesError(f"names is one string, {names[:20]!r}; pass a list of names, such as [{names[:20]!r}]")
     if not isinstance(names, Iterable):
-        raise NamesError(f"names is {names!r}; pass a list of strings (read_names makes one of a file)")
+        raise NamesError(f"names is {names!r}; pass a list of strings (read_names reads one from a file)")
     names = list(names)
     if set(map(type, names)) == {str}:
         return names
     for index, name in enumerate(names):
         if not isinstance(name, str):
-            raise NamesError(f"name {index} is {name!r}, of type {type(name).__name__}; names are strings")
+            raise NamesError(f"name {index} is {name!r}, of type {type(name).__name__}; names are strings", index=index)
     return names
 
 
 def lengths_of(names: Sequence[str]) -> Tensor:
-    """How many characters each of a list of names has, int64 `(names,)`; raises `NamesError` for what has no length."""
+    """Characters per name, int64 `(names,)`; raises `NamesError` for an item without a length."""
     try:
-        return torch.from_numpy(np.fromiter(map(len, names), np.int64, len(names)))  # PyTorch takes five times as long
+        return torch.from_numpy(
+            np.fromiter(map(len, names), np.int64, len(names))
+        )  # five times as fast as torch.tensor
     except TypeError:
         checked_names(names)  # raises
         raise
@@ -197,12 +224,13 @@ def _joined(names: Sequence[str], context: int) -> str:
     padding = END * context
     try:
         return f"{padding}{padding.join(names)}{padding}" if names else padding
-    except TypeError:  # looking at each name's type before would take longer than joining them
+    except TypeError:  # checking each name's type first would take longer than joining them
         checked_names(names)  # raises
         raise
 
 
-def _where(names: Sequence[str], index: int, position: int, complaint: str) -> str:
+def _names_error(names: Sequence[str], index: int, position: int, complaint: str) -> NamesError:
     name = names[index]
-    shown = name if len(name) <= 40 else f"{name[:37]}..."
-    return f"name {index} ({shown!r}): character {name[position]!r} at position {position} {complaint}"
+    shown, character = name if len(name) <= 40 else f"{name[:37]}...", name[position]
+    message = f"name {index} ({shown!r}): character {character!r} at position {position} {complaint}"
+    return NamesError(message, index=index, position=position, character=character)

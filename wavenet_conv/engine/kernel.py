@@ -82,11 +82,11 @@ def last_layer(
         out = contributions.new_empty(len(children))
     _check(contributions, children, targets, head, head_bias, out)
     kernel_size, kinds, channels = contributions.shape
-    n, blocks = len(children), _blocks(kernel_size, channels, len(head_bias))
+    n, blocks = len(children), block_sizes(kernel_size, channels, len(head_bias))
     if n:
         with torch.cuda.device_of(contributions):
             grid = (triton.cdiv(n, blocks["ROWS"]),)
-            _last_layer[grid](contributions, children, targets, head, head_bias, out, n, kinds, **blocks)
+            last_layer_kernel[grid](contributions, children, targets, head, head_bias, out, n, kinds, **blocks)
     return out
 
 
@@ -100,7 +100,7 @@ def why_not(device: torch.device | str, dtype: torch.dtype, vocab: int = 1) -> s
     kind = torch.device(device).type
     if not AVAILABLE:
         return "Triton cannot be imported; run `pip install triton`"
-    compiled, in_triton = isinstance(_last_layer, triton.JITFunction), isinstance(tl.sum, triton.JITFunction)
+    compiled, in_triton = isinstance(last_layer_kernel, triton.JITFunction), isinstance(tl.sum, triton.JITFunction)
     if compiled != in_triton:
         return "TRITON_INTERPRET changed after Triton was imported; set it before Python starts"
     if not compiled and kind != "cpu":
@@ -122,7 +122,7 @@ def warn_once_without_triton() -> None:
         warnings.warn(message + "run `pip install triton`", RuntimeWarning, stacklevel=2)
 
 
-def _blocks(kernel_size: int, channels: int, vocab: int) -> dict[str, int | bool]:
+def block_sizes(kernel_size: int, channels: int, vocab: int) -> dict[str, int | bool]:
     """The kernel's constants: functions of the weights' shapes, within the shared memory of every GPU since Turing."""
     columns = max(16, triton.next_power_of_2(vocab))
     return {
@@ -165,7 +165,7 @@ def _check(
 
 
 @jit()
-def _tanh(x):
+def accurate_tanh(x):
     """To a few units in the last place; by its series below 1/4, where 1 - exp(-2x) would cancel."""
     square = x * x
     series = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
@@ -176,7 +176,7 @@ def _tanh(x):
 
 # What differs between calls of one model is not specialised on, so that all of them run the same machine code.
 @jit(do_not_specialize=["children", "targets", "out", "n", "kinds"])
-def _last_layer(
+def last_layer_kernel(
     contributions,
     children,
     targets,
@@ -206,7 +206,7 @@ def _last_layer(
             nodes += tl.load(contributions + child[:, None] * CHANNELS + channel[None, :], mask=there, other=0.0)
         there = (channel < CHANNELS)[:, None] & (column < VOCAB)[None, :]
         weights = tl.load(head + channel[:, None] * VOCAB + column[None, :], mask=there, other=0.0)
-        logits = tl.dot(_tanh(nodes), weights, logits, input_precision="ieee")
+        logits = tl.dot(accurate_tanh(nodes), weights, logits, input_precision="ieee")
     logits += tl.load(head_bias + column, mask=column < VOCAB, other=-float("inf"))[None, :]
     logits -= tl.max(logits, 1)[:, None]
     target = tl.load(targets + row, mask=real, other=0)

@@ -127,7 +127,7 @@ class CompiledSteps(TorchSteps):
             "table": self.table.flatten(0, 1),
             "values": values,
             "weights": torch.cat([part.flatten() for parts in weights for part in parts]),
-            "layers": torch.tensor(layers),
+            "layers": torch.tensor(layers, device=like.device),
             "early": like.new_zeros(len(layers) * rows * AHEAD, widest),
             "hidden": hidden,
             "head": nodes.head.weight.t().contiguous(),

@@ -72,7 +72,7 @@ class FoldedWaveNet:
             for taps, layer, step in zip(self.taps, weights.layers, steps):
                 x = torch.tanh_(convolve(x, taps, layer.bias, step * batch))
         logits = torch.addmm(weights.head.bias, x, weights.head.weight)
-        return logits.view(outputs, batch, -1).transpose(0, 1).contiguous()
+        return logits.view(outputs, batch, vocab_size).transpose(0, 1).contiguous()
 
     def _skip_sums(self, x: Tensor, batch: int, outputs: int, steps: tuple[int, ...]) -> Tensor:
         """The skip sums of a gated model, for outputs only: they are the last nodes of every layer."""

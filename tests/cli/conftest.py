@@ -1,0 +1,63 @@
+"""Shared by the tests of the command line: the command in this process, and small random checkpoints."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import ExitStack
+from math import inf
+
+import pytest
+import torch
+
+from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, save_checkpoint
+from wavenet_conv.cli import main, progress
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture
+def run(capsysbinary, monkeypatch):
+    """Runs `wavenet-conv` in this process: exit code, standard output, and standard error without progress."""
+    monkeypatch.setattr(progress, "QUIET_SECONDS", inf)
+
+    def call(*arguments) -> tuple[int, bytes, str]:
+        try:
+            code = main([*map(str, arguments)])
+        except SystemExit as exit:
+            code = exit.code
+        printed = capsysbinary.readouterr()
+        return code, printed.out, printed.err.decode()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def save_random():
+    """Writes a random checkpoint; with a high `end` it draws short names, with a very low one it never ends one."""
+
+    def save(path, characters=ALPHABET, *, notes=None, end=0.0, dtype=torch.float32) -> str:
+        generator = torch.Generator().manual_seed(0)
+        model = ConvWaveNet(WaveNetConfig(n_embd=4, n_hidden=8, vocab_size=len(characters) + 1), dtype=dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.5, generator=generator)
+            model.head.bias[0] += end
+        save_checkpoint(path, model.eval(), Vocabulary(characters), notes)
+        return str(path)
+
+    return save
+
+
+@pytest.fixture
+def close_pipe(monkeypatch):
+    """Makes standard output a pipe whose reader has closed it; to be called in a test, after pytest's own captures."""
+    with ExitStack() as stack:
+
+        def close():
+            read, write = os.pipe()
+            os.close(read)
+            monkeypatch.setattr(sys, "stdout", stack.enter_context(open(write, "w")))
+
+        yield close
+        monkeypatch.undo()

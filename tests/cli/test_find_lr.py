@@ -1,0 +1,137 @@
+"""`wavenet-conv find-lr`: one step at each rate, the rate of the lowest row, and an end where the loss explodes."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from wavenet_conv import WaveNetConfig
+from wavenet_conv.cli import find_lr as command
+from wavenet_conv.cli.find_lr import rates, try_rates
+from wavenet_conv.training import Recipe, Trainer, new_model, total_loss
+
+
+@pytest.fixture
+def listed(names, tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("\n".join(names[:300]))
+    return path
+
+
+@pytest.fixture
+def find_lr(run, listed):
+    def call(*arguments, file=listed):
+        code, printed, err = run("find-lr", file, "--device", "cpu", *arguments)
+        return code, printed.decode(), err
+
+    return call
+
+
+@pytest.fixture
+def trainer_of(names, vocab):
+    def trainer(steps):
+        model = new_model(WaveNetConfig(n_embd=4, n_hidden=8), dtype=torch.float64)
+        recipe = Recipe(steps=steps, batch_size=16, optimizer="sgd", schedule="constant", weight_decay=0.0)
+        return Trainer(model, vocab, names[:100], names[100:110], recipe)
+
+    return trainer
+
+
+def test_each_step_has_its_rate(trainer_of):
+    found, by_hand = trainer_of(30), trainer_of(30)
+    rows = list(try_rates(found))
+    losses = []
+    for step in range(30):
+        batch = by_hand.train_corpus.batch(by_hand.next_rows())
+        loss = total_loss(by_hand.model, batch) / batch.positions
+        by_hand.model.zero_grad()
+        loss.backward()
+        for parameter in by_hand.model.parameters():
+            parameter.data -= 10 ** (-3 + 3 * step / 29) * parameter.grad
+        losses.append(float(loss.detach()))
+        by_hand.step += 1
+    assert (torch.stack(found.losses) - torch.tensor(losses, dtype=torch.float64)).abs().max() < 1e-10
+    assert len(rows) == 15 and abs(rows[2][1] - (losses[4] + losses[5]) / 2) < 1e-10
+    assert abs(rows[2][0] - 10 ** (-3 + 3 * 4.5 / 29)) < 1e-10
+
+
+def test_rates_are_the_lectures():
+    assert torch.allclose(rates(1000), 10 ** torch.linspace(-3, 0, 1000, dtype=torch.float64))
+
+
+def test_the_suggestion_is_the_rate_of_the_lowest_row(find_lr, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
+    plot = tmp_path / "lr.png"
+    arguments = ("--steps", "60", "--batch-size", "32", "--seed", "3")
+    code, out, err = find_lr(*arguments, "--plot", plot)
+    assert (code, err) == (0, "") and plot.read_bytes().startswith(b"\x89PNG")
+    lines = out.splitlines()
+    table = [tuple(map(float, line.split())) for line in lines[1:21]]
+    rate, loss = min(table, key=lambda row: row[1])
+    where = f"where the loss is lowest ({loss:.4f} nats); with one-cycle it is the peak"
+    assert lines[21] == f"suggestion: --lr {rate:.2g}, {where}"
+    assert 0.002 < rate < 0.5 and table[0][1] > 3 > loss
+    code, out, err = find_lr(*arguments, "--json")
+    results = json.loads(out)
+    assert (code, err) == (0, "")
+    assert [f"{loss:.4f}" for loss in results["losses"]] == [f"{row[1]:.4f}" for row in table]
+    assert results["suggestion"] == results["rates"][table.index((rate, loss))]
+    expected = {"steps": 60, "batch_size": 32, "seed": 3, "optimizer": "adamw", "steps_taken": 60, "preset": "fast"}
+    assert results.items() >= expected.items()
+
+
+def test_an_explosion_ends_it_early_and_is_normal(find_lr, monkeypatch):
+    monkeypatch.setattr(command, "EXPONENTS", (-3.0, 6.0))
+    code, out, err = find_lr("--steps", "100", "--batch-size", "32", "--optimizer", "sgd")
+    assert (code, err) == (0, "") and "of 100 steps: the loss exploded\nsuggestion: --lr " in out
+    assert len(out.splitlines()) < 20
+
+
+def test_nan_is_an_explosion(trainer_of):
+    trainer, rows = trainer_of(40), []
+    for row in try_rates(trainer):
+        rows.append(row)
+        if len(rows) == 3:
+            trainer.model.head.bias.data[0] = math.nan
+    assert len(rows) == 4 and math.isnan(rows[3][1])
+
+
+def test_no_finite_loss_is_a_failure(find_lr, monkeypatch):
+    monkeypatch.setattr(command, "try_rates", lambda trainer: [(0.1, math.nan)])
+    code, _, err = find_lr()
+    assert code == 1 and "no learning rate gave a finite loss; try another --preset or --batch-size" in err
+
+
+def test_a_loss_that_only_falls(find_lr, monkeypatch):
+    monkeypatch.setattr(command, "EXPONENTS", (-4.0, -3.0))
+    code, out, _ = find_lr("--steps", "20", "--batch-size", "64")
+    assert code == 0 and out.endswith("the loss has not risen yet at the highest rate, so a higher one may do too\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--steps", "0"], "steps is 0; it must be at least 1"),
+        (["--batch-size", "-3"], "batch_size is -3; it must be at least 1"),
+        (["--seed", "-1"], "seed is -1; it must be at least 0"),
+        (["--plot", "a.txt"], "a.txt: a plot is a .png, .svg, .pdf file"),
+        (["--preset", "none"], "invalid choice: 'none'"),
+    ],
+)
+def test_wrong_usage(find_lr, arguments, message):
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
+    code, out, err = find_lr(*arguments)
+    assert (code, out) == (2, "") and message in err
+
+
+def test_lists_that_are_rejected(find_lr, tmp_path):
+    few = tmp_path / "few.txt"
+    few.write_text("emma\nolivia\n")
+    code, _, err = find_lr(file=few)
+    assert code == 2 and f"{few}: 2 names are too few to split 80/10/10; give at least 10" in err
+    code, _, err = find_lr(file=tmp_path / "none.txt")
+    assert code == 2 and "none.txt: No such file or directory; give a text file" in err

@@ -1,0 +1,166 @@
+"""The `wavenet-conv` command as a whole: it starts fast, runs without POSIX, and works where the wheel is installed."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from math import inf
+from pathlib import Path
+
+import pytest
+
+import wavenet_conv
+from wavenet_conv import lines
+from wavenet_conv import names as names_module
+from wavenet_conv.cli import COMMANDS, progress, sample
+
+ROOT = Path(__file__).parents[2]
+POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "termios", "tty"}
+HEAVY = {"matplotlib", "numba", "numpy", "optuna", "rich", "safetensors", "torch"}
+
+START = """
+import sys
+from wavenet_conv.cli import main
+
+for arguments in [["--help"], ["--version"], [], ["unknown"], *([c, o] for c in sys.argv[1:] for o in ("-h", "--bad"))]:
+    try:
+        main(arguments)
+    except SystemExit as exit:
+        print("exit", exit.code, file=sys.stderr)
+print("imported", *sys.modules, file=sys.stderr)
+"""
+
+# Libraries import some of these modules themselves, and guard it; PyTorch and Optuna are imported before.
+WITHOUT_POSIX = """
+import sys
+import optuna, torch
+sys.modules.update(dict.fromkeys(sys.argv[1].split(","), None))
+from wavenet_conv import names
+from wavenet_conv.cli import main
+
+names.download_lecture_names = lambda url: "no download"
+for command in (
+    ["score", "list.txt", "--output", "scores.tsv", "--sort"],
+    ["sample", "--count", "2", "--format", "tsv"],
+    ["train", "list.txt", "-o", "model.safetensors", "--n-embd", "2", "--n-hidden", "4", "--steps", "2"],
+    ["find-lr", "list.txt", "--steps", "2", "--batch-size", "4"],
+    ["sweep", "space.toml", "list.txt", "--trials", "1", "--output", "best.safetensors"],
+    ["lecture-names"],
+):
+    print(command[0], main(command), file=sys.stderr)
+"""
+
+
+def python(*arguments, cwd=None, path=ROOT) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def test_every_public_name_is_there():
+    for name in wavenet_conv.__all__:
+        assert getattr(wavenet_conv, name) is not None and name in dir(wavenet_conv)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        wavenet_conv.nothing  # noqa: B018
+
+
+def test_help_version_and_usage_errors_import_nothing_heavy():
+    commands = [name.replace("_", "-") for name in COMMANDS]
+    done = python("-c", START, *commands)
+    lines = done.stderr.splitlines()
+    codes = [int(line.split()[1]) for line in lines if line.startswith("exit ")]
+    assert codes == [0, 0, 2, 2, *[0, 2] * len(commands)]
+    assert not HEAVY & set(lines[-1].split())
+    assert f"wavenet-conv {wavenet_conv.__version__}\n" in done.stdout
+    assert all(f"usage: wavenet-conv {command}" in done.stdout for command in commands)
+
+
+def test_no_module_imports_what_only_posix_has():
+    for file in (ROOT / "wavenet_conv").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imported += [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not POSIX_ONLY & {name.split(".")[0] for name in imported}, file
+
+
+def test_lecture_names_prints_the_path(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(names_module, "download_lecture_names", lambda url: tmp_path / url.rpartition("/")[2])
+    assert run("lecture-names") == (0, f"{tmp_path / 'names.txt'}\n".encode(), "")
+
+
+COMMANDS_OF_ROWS = pytest.mark.parametrize(
+    "arguments", [["score", ROOT / "names.txt", "--limit", 100], ["sample", "--count", 100]], ids=["score", "sample"]
+)
+
+
+@COMMANDS_OF_ROWS
+def test_a_reader_that_closes_the_pipe_ends_the_command(run, close_pipe, arguments):
+    close_pipe()
+    assert run(*arguments) == (0, b"", "")
+
+
+@COMMANDS_OF_ROWS
+def test_standard_output_that_is_full_or_closed_fails_the_job(run, monkeypatch, arguments):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        full_disk = "wavenet-conv: standard output: No space left on device; the rows are not complete\n"
+        assert run(*arguments) == (1, b"", full_disk)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run(*arguments) == (1, b"", "wavenet-conv: standard output is closed; redirect it to a file\n")
+
+
+@COMMANDS_OF_ROWS
+def test_progress_is_on_standard_error(run, monkeypatch, arguments):
+    expected = run(*arguments)[1]
+    monkeypatch.setattr(lines, "CHUNK_LINES", 40)
+    monkeypatch.setattr(sample, "CHUNK_SECONDS", 0)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    code, out, err = run(*arguments)
+    assert (code, out) == (0, expected)
+    assert err.splitlines()[-1].startswith("100 lines (") and err.endswith(" lines/s\n") and err.count("\n") > 2
+    monkeypatch.setattr(progress, "QUIET_SECONDS", inf)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # standard error counts as a terminal
+    code, out, err = run(*arguments)
+    assert (code, out) == (0, expected) and "100 lines (" in err and "━" in err
+
+
+@pytest.mark.slow
+def test_every_command_runs_without_posix_modules(tmp_path):
+    (tmp_path / "list.txt").write_text("\n".join(["emma", "olivia", "ava", "mia"] * 5))
+    space = "preset = 'fast'\nsteps = 2\neval_every = 2\nn_embd = 2\nn_hidden = 4\nlr = {low = 0.001, high = 0.01}\n"
+    (tmp_path / "space.toml").write_text(space)
+    done = python("-c", WITHOUT_POSIX, ",".join(POSIX_ONLY), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in COMMANDS:
+        assert f"{name.replace('_', '-')} 0\n" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_the_checkout(tmp_path):
+    """With PyTorch and the other dependencies from this environment."""
+    source, installed, elsewhere = tmp_path / "source", tmp_path / "installed", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "shared", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    pip = ("-m", "pip", "--quiet", "--disable-pip-version-check")
+    assert python(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source).returncode == 0
+    (wheel,) = tmp_path.glob("*.whl")
+    assert python(*pip, "install", "--no-deps", "--target", installed, wheel).returncode == 0
+    assert {path.name for path in installed.iterdir() if "-" not in path.name} == {"wavenet_conv", "bin"}
+    assert (installed / "wavenet_conv" / "py.typed").exists()
+    example = next(
+        block
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+        if "reference" not in block and "from wavenet_conv import" in block and "Scorer" in block
+    )
+    done = python("-c", f"import wavenet_conv; print(wavenet_conv.__file__)\n{example}", cwd=elsewhere, path=installed)
+    assert done.returncode == 0 and done.stdout.startswith(str(installed)), done.stderr
+    done = python("-m", "wavenet_conv", "--version", cwd=elsewhere, path=installed)
+    assert (done.returncode, done.stdout) == (0, f"wavenet-conv {wavenet_conv.__version__}\n")
+    done = python("-m", "wavenet_conv.cli", "sample", "--count", 2, cwd=elsewhere, path=installed)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2

@@ -1,0 +1,74 @@
+"""The same loss through both models gives the same gradients, and training mode the tree's batch statistics."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ALPHABET, KINDS, assert_same_gradients, norms_of, random_tree
+from hypothesis import given, settings
+
+import reference
+from wavenet_conv import Vocabulary, WaveNetConvError, fold_batch_norm, from_tree
+
+VOCAB = Vocabulary(ALPHABET)
+NAMES = ["", "a", "emma", "olivia", "maximiliano", "xzqjkwvxzqjkwvxzqjkwv"]
+
+
+def losses(tree, conv, names):
+    """Mean cross-entropy of the next token over all outputs, through the windows and through the convolutions."""
+    context, device = conv.context, conv.head.weight.device
+    tokens, lengths = (t.to(device) for t in VOCAB.encode(names, context=context))
+    inside = torch.arange(tokens.shape[1] - context + 1, device=device) <= lengths[:, None]
+    targets = F.pad(tokens[:, context:], (0, 1))[inside]
+    windows = reference.windows(tokens, context)[inside]
+    return F.cross_entropy(tree(windows), targets), F.cross_entropy(conv(tokens, lengths)[inside], targets)
+
+
+def assert_same_loss_and_gradients(tree, conv, names):
+    expected, found = losses(tree, conv, names)
+    assert abs(expected - found) < 1e-10
+    expected.backward()
+    found.backward()
+    assert_same_gradients(tree, conv)
+
+
+@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (8,), (3,), (3, 1, 2)], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_gradients_in_evaluation_mode_are_the_trees(device, kernel_sizes, kind):
+    tree = random_tree(kernel_sizes, n_embd=6, n_hidden=10, **kind, device=device)
+    assert_same_loss_and_gradients(tree, from_tree(tree), NAMES)
+
+
+@settings(max_examples=40)
+@given(
+    kernel_sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    names=st.lists(st.text("abcxyz", max_size=12), min_size=2, max_size=6),
+    seed=st.integers(0, 99),
+    gated=st.booleans(),
+)
+def test_training_mode_is_the_trees(kernel_sizes, names, seed, gated):
+    """On ragged batches: a node counts once for each window that contains it."""
+    tree = random_tree(kernel_sizes, n_embd=5, n_hidden=7, seed=seed, gated=gated)
+    conv = from_tree(tree).train()
+    tree.train()
+    assert_same_loss_and_gradients(tree, conv, [*names, "abcxyz"])  # one name that has a variance
+    for layer, norm in zip(conv.layers, norms_of(tree)):
+        assert (layer.norm.running_mean - norm.running_mean.flatten()).abs().max() < 1e-12
+        assert (layer.norm.running_var - norm.running_var.flatten()).abs().max() < 1e-12
+
+
+def test_one_window_has_no_batch_statistics():
+    conv = from_tree(random_tree(n_embd=5, n_hidden=7)).train()
+    with pytest.raises(WaveNetConvError, match="value.*channel.*no variance; train on more"):
+        conv(torch.zeros(1, 8, dtype=torch.int64))
+
+
+def test_tree_model_and_folded_model_share_no_memory():
+    tree = random_tree(n_embd=5, n_hidden=7)
+    conv = from_tree(tree)
+    folded, tokens = fold_batch_norm(conv), VOCAB.encode(NAMES, context=8)[0]
+    with torch.no_grad():
+        before = reference.window_logits(tree, tokens), folded(tokens)
+        for tensor in conv.state_dict().values():
+            tensor.zero_()
+        assert torch.equal(reference.window_logits(tree, tokens), before[0]) and torch.equal(folded(tokens), before[1])

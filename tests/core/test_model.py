@@ -1,0 +1,146 @@
+"""The convolutional model is a stack of dilated `nn.Conv1d`, computes the paper's gates, and has clear errors."""
+
+import pytest
+import torch
+from helpers import convolutions_of, needs_cuda
+from torch import nn
+
+from wavenet_conv import ConvWaveNet, WaveNetConfig, WaveNetConvError
+from wavenet_conv.model import GatedLayer
+
+TOKENS = torch.randint(27, (3, 20), generator=torch.Generator().manual_seed(0))
+
+
+def small(**config):
+    torch.manual_seed(0)
+    return ConvWaveNet(WaveNetConfig(**({"n_embd": 6, "n_hidden": 10} | config))).eval()
+
+
+def test_model_is_a_stack_of_dilated_convolutions():
+    conv = ConvWaveNet(WaveNetConfig())
+    assert (conv.context, conv.dilations) == (8, (1, 2, 4))
+    assert sum(p.numel() for p in conv.parameters()) == 76_579
+    for layer, dilation, c_in in zip(conv.layers, (1, 2, 4), (24, 128, 128), strict=True):
+        assert type(layer.conv) is nn.Conv1d and layer.conv.bias is None
+        assert layer.conv.kernel_size == (2,) and layer.conv.dilation == (dilation,) and layer.conv.padding == (0,)
+        assert layer.conv.weight.shape == (128, c_in, 2)
+        assert (layer.kernel_size, layer.dilation) == (2, dilation)
+    assert type(conv.head) is nn.Conv1d and conv.head.kernel_size == (1,) and conv.hidden is None
+    mixed = small(kernel_sizes=(3, 1, 4, 2))
+    assert (mixed.context, mixed.dilations) == (24, (1, 3, 3, 12))
+
+
+def test_gated_model_is_the_papers_stack():
+    conv = ConvWaveNet(WaveNetConfig(kernel_sizes=(2, 2, 2, 2), n_embd=96, n_hidden=96, gated=True))
+    assert conv.config.batch_norm is False and conv.config.bias is True
+    assert sum(p.numel() for p in conv.parameters()) == 227_931
+    for layer, dilation in zip(conv.layers, (1, 2, 4, 8), strict=True):
+        assert isinstance(layer, GatedLayer) and (layer.kernel_size, layer.dilation) == (2, dilation)
+        assert layer.conv.kernel_size == (2,) and layer.conv.dilation == (dilation,)
+        assert layer.conv.weight.shape == (192, 96, 2) and layer.skip.weight.shape == (96, 96, 1)
+        assert (layer.residual is None) == (dilation == 8)
+    assert conv.hidden.weight.shape == (96, 96, 1) and conv.head.weight.shape == (27, 96, 1)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_new_weights_are_the_lectures(gated):
+    """Normal over the square root of the inputs, a head ten times smaller, no bias; the same for the same seed."""
+    torch.manual_seed(0)
+    conv = ConvWaveNet(WaveNetConfig(n_embd=96, n_hidden=96, gated=gated))
+    assert not any(bias.any() for name, bias in conv.named_parameters() if name.endswith("bias"))
+    for part in convolutions_of(conv):
+        factor = 0.1 if part is conv.head else 1.0
+        inputs = part.in_channels * part.kernel_size[0]
+        assert abs(part.weight.std() * inputs**0.5 / factor - 1) < 0.05  # 2,592 draws or more
+    torch.manual_seed(0)
+    again = ConvWaveNet(conv.config)
+    assert all(torch.equal(p, q) for p, q in zip(conv.parameters(), again.parameters()))
+
+
+def test_gated_output_is_the_papers_formula():
+    """The residual and the skip sum of an output are those along the right spine of its tree."""
+    conv = small(kernel_sizes=(3, 2), n_hidden=(5, 4), gated=True).double()
+    first, second = conv.layers
+    with torch.no_grad():
+        for parameter in conv.parameters():
+            parameter.normal_()
+        h = conv.embedding(TOKENS[0, :6]).T  # (n_embd, 6)
+
+        def gate(layer, children):
+            wide = torch.einsum("ocj,cj->o", layer.conv.weight, children) + layer.conv.bias
+            return wide[: len(wide) // 2].tanh() * wide[len(wide) // 2 :].sigmoid()
+
+        z = [gate(first, h[:, start : start + 3]) for start in (0, 3)]
+        below = [first.residual.weight[..., 0] @ value + first.residual.bias for value in z]
+        top = gate(second, torch.stack([below[0] + h[:, 2], below[1] + h[:, 5]], 1))
+        skips = [layer.skip.weight[..., 0] @ value + layer.skip.bias for layer, value in ((first, z[1]), (second, top))]
+        hidden = (conv.hidden.weight[..., 0] @ (skips[0] + skips[1]).relu() + conv.hidden.bias).relu()
+        logits = conv.head.weight[..., 0] @ hidden + conv.head.bias
+        assert torch.allclose(conv(TOKENS[:1, :6])[0, 0], logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (1,), (2, 1, 5)], ids=str)
+def test_logits_have_one_row_per_window(device, kernel_sizes, gated):
+    conv = small(kernel_sizes=kernel_sizes, gated=gated).to(device)
+    for batch, time in ((0, 20), (1, 20), (3, 20), (3, conv.context)):
+        logits = conv(TOKENS[:batch, :time].to(device))
+        assert logits.shape == (batch, time - conv.context + 1, 27) and logits.is_contiguous()
+        assert logits.requires_grad
+    assert torch.equal(conv(TOKENS.int().to(device)), conv(TOKENS.to(device)))
+
+
+@pytest.mark.parametrize(("token", "place"), [(27, [1, 4]), (-1, [2, 0]), (10**12, [0, 19])])
+def test_token_outside_the_vocabulary_is_named(device, token, place):
+    tokens = TOKENS.clone()
+    tokens[tuple(place)] = token
+    with pytest.raises(IndexError) as raised:
+        small().to(device)(tokens.to(device))
+    assert isinstance(raised.value, WaveNetConvError)
+    assert f"token {token} at {place} is outside the vocabulary of 27 tokens" in str(raised.value)
+    assert "encode" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (TOKENS[:, :7], "7 tokens is shorter than the context of 8; put 8 zeros before"),
+        ([[1, 2]], "tokens are a list; pass an int64 tensor"),
+        (TOKENS[0], r"tokens must be int64 \(batch, time\), not torch.int64 of shape \(20,\)"),
+        (TOKENS[None], r"tokens must be int64 \(batch, time\), not torch"),
+        (TOKENS.float(), r"tokens must be int64 \(batch, time\), not torch.float32"),
+    ],
+)
+def test_tokens_that_are_no_sequences_are_rejected(tokens, message):
+    with pytest.raises(WaveNetConvError, match=message):
+        small()(tokens)
+
+
+@needs_cuda
+def test_tokens_on_another_device_are_rejected():
+    with pytest.raises(WaveNetConvError, match="tokens are on cpu and the model on cuda:0; move them"):
+        small().cuda()(TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(kernel_sizes=(2, 0, 2)), r"kernel_sizes\[1\] is 0"),
+        (dict(kernel_sizes=(2, -1)), r"kernel_sizes\[1\] is -1"),
+        (dict(kernel_sizes=(2.0,)), r"kernel_sizes\[0\] is 2.0"),
+        (dict(kernel_sizes=(True, 2)), r"kernel_sizes\[0\] is True"),
+        (dict(kernel_sizes=()), "at least one"),
+        (dict(kernel_sizes=8), "at least one"),
+        (dict(n_hidden=(4, 5)), "2 widths.* 3 layers"),
+        (dict(n_hidden=0), r"n_hidden\[0\] is 0"),
+        (dict(n_embd=0), "n_embd is 0"),
+        (dict(vocab_size="27"), "vocab_size is '27'"),
+        (dict(gated=True, batch_norm=True), "gated.*leave"),
+        (dict(gated=True, bias=False), "gated.*leave"),
+    ],
+)
+def test_config_of_an_impossible_model_is_rejected(config, message):
+    with pytest.raises(WaveNetConvError, match=message):
+        WaveNetConfig(**config)
+    with pytest.raises(WaveNetConvError, match=r"config is \(2, 2\); pass a WaveNetConfig"):
+        ConvWaveNet((2, 2))

@@ -1,0 +1,138 @@
+"""`verify` rejects models that are wrong on purpose: a suite that cannot fail proves nothing."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_tree
+from torch import nn
+
+from wavenet_conv import fold_batch_norm, from_tree, verify
+
+
+class Wrong(nn.Module):
+    """A model whose pass is `run(conv, tokens)`."""
+
+    def __init__(self, conv, run):
+        super().__init__()
+        self.conv, self.run, self.context = conv, run, conv.context
+        self.eval()
+
+    def forward(self, tokens):
+        return self.run(self.conv, tokens)
+
+
+def plain(layer_pass):
+    """Builds a model that runs `layer_pass(index, layer, x)` per layer, on x `(batch, channel, time)`."""
+
+    def run(conv, tokens):
+        x = conv.embedding(tokens).transpose(1, 2)
+        for index, layer in enumerate(conv.layers):
+            x = layer_pass(index, layer, x)
+        return conv.head(x).transpose(1, 2)
+
+    return lambda conv: Wrong(conv, run)
+
+
+def edited(name, change):
+    """Builds the model with one tensor changed in place."""
+
+    def spoil(conv):
+        change(conv.state_dict()[name])
+        return conv
+
+    return spoil
+
+
+def wrong_dilation(conv):
+    """The last layer's taps are 2 apart instead of 4, from the same first node on."""
+
+    def layer_pass(index, layer, x):
+        if index < 2:
+            return layer(x)
+        h = F.conv1d(x[..., 2:], layer.conv.weight, dilation=2)
+        return torch.tanh(layer.norm(h))[..., : x.shape[2] - 4]
+
+    return plain(layer_pass)(conv)
+
+
+def zero_padded(conv):
+    """Zeros before the activations of every layer, as most causal convolutions have them, and no padding tokens."""
+    padded = plain(lambda _, layer, x: layer(F.pad(x, (layer.dilation, 0))))(conv)
+    return Wrong(conv, lambda conv, tokens: padded(tokens[:, conv.context - 1 :]))
+
+
+def fold_without_eps(conv):
+    conv.layers[1].norm.eps = 0.0
+    return fold_batch_norm(conv)
+
+
+zero = torch.Tensor.zero_
+WRONG = {
+    "swapped_taps": edited("layers.1.conv.weight", lambda weight: weight.copy_(weight.flip(2))),
+    "wrong_dilation": wrong_dilation,
+    "zero_padded": zero_padded,
+    "fold_without_eps": fold_without_eps,
+    "fold_without_mean": lambda conv: fold_batch_norm(edited("layers.0.norm.running_mean", zero)(conv)),
+    "dropped_beta": edited("layers.2.norm.bias", zero),
+    "off_by_one": lambda conv: Wrong(conv, lambda conv, tokens: conv(F.pad(tokens, (1, 0)))[:, :-1]),
+    "one_weight_moved_a_little": edited("layers.0.conv.weight", lambda weight: weight[0, 0, 0].add_(1e-6)),
+}
+
+
+def right(layer, h):
+    return h[..., (layer.kernel_size - 1) * layer.dilation :]
+
+
+def left(layer, h):
+    return h[..., : h.shape[-1] - (layer.kernel_size - 1) * layer.dilation]
+
+
+def filter_then_gate(f, g):
+    return torch.tanh(f) * torch.sigmoid(g)
+
+
+def gated(gate=filter_then_gate, h_child=right, s_child=right):
+    """Builds a gated model with this gate, whose h and s add those of these children."""
+
+    def run(conv, tokens):
+        h = conv.embedding(tokens).transpose(1, 2)
+        s = torch.zeros_like(h)
+        for layer in conv.layers:
+            z = gate(*layer.conv(h).chunk(2, 1))
+            h = z if layer.residual is None else layer.residual(z) + h_child(layer, h)
+            s = layer.skip(z) + s_child(layer, s)
+        return conv.head(F.relu(conv.hidden(F.relu(s)))).transpose(1, 2)
+
+    return lambda conv: Wrong(conv, run)
+
+
+WRONG_GATES = {
+    "swapped_filter_and_gate": gated(gate=lambda f, g: filter_then_gate(g, f)),
+    "residual_of_the_leftmost_child": gated(h_child=left),
+    "skip_of_the_leftmost_child": gated(s_child=left),
+    "no_residual": gated(h_child=lambda layer, h: 0 * right(layer, h)),
+    "dropped_last_skip": edited("layers.2.skip.weight", zero),
+    "no_hidden_layer": edited("hidden.weight", lambda weight: weight.copy_(torch.eye(8)[..., None])),
+    "swapped_taps": WRONG["swapped_taps"],
+    "one_skip_moved_a_little": edited("layers.0.skip.weight", lambda weight: weight[0, 0, 0].add_(1e-6)),
+}
+
+
+@pytest.mark.parametrize("spoil", list(WRONG.values()), ids=WRONG)
+def test_wrong_model_is_not_equal(names, vocab, spoil):
+    assert_not_equal(names[::200], vocab, spoil, harness=plain(lambda _, layer, x: layer(x)))
+
+
+@pytest.mark.parametrize("spoil", list(WRONG_GATES.values()), ids=WRONG_GATES)
+def test_wrong_gated_model_is_not_equal(names, vocab, spoil):
+    assert_not_equal(names[::200], vocab, spoil, harness=gated(), gated=True)
+
+
+def assert_not_equal(names, vocab, spoil, harness, **kind):
+    tree = random_tree(n_embd=8, n_hidden=16, **kind)
+    conv = from_tree(tree)
+    assert verify(tree, harness(copy.deepcopy(conv)), names, vocab).equal  # the harness itself is right
+    report = verify(tree, spoil(conv), names, vocab)
+    assert not report.equal and report.max_abs_diff > report.tolerance

@@ -1,0 +1,107 @@
+"""Characters to tokens and back, and errors that say which character of which name is wrong."""
+
+import pickle
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from helpers import ALPHABET
+from hypothesis import given
+
+from wavenet_conv import Vocabulary, WaveNetConvError
+from wavenet_conv.errors import NamesError
+
+ABC = Vocabulary(ALPHABET)
+
+
+def test_end_is_0_and_characters_are_sorted_from_1():
+    vocab = Vocabulary.from_names(["emma", "ava"])
+    assert len(vocab) == 5 and vocab.characters == "aemv"
+    tokens, lengths = vocab.encode(["ava", "", "m"], context=2)
+    assert tokens.dtype == lengths.dtype == torch.int64
+    assert tokens.tolist() == [[0, 0, 1, 4, 1], [0, 0, 0, 0, 0], [0, 0, 3, 0, 0]]
+    assert lengths.tolist() == [3, 0, 1]
+    tokens, lengths = vocab.encode([], context=8)
+    assert tokens.shape == (0, 8) and lengths.shape == (0,)
+
+
+characters = st.characters(exclude_characters=".", exclude_categories=[])
+
+
+@given(st.lists(st.text(characters, max_size=9), min_size=1), st.integers(1, 9))
+def test_decode_is_the_inverse_of_encode(names, context):
+    if not any(names):
+        names = [*names, "a"]
+    vocab = Vocabulary.from_names(names)
+    tokens, lengths = vocab.encode(iter(names), context=context)
+    assert tokens.shape == (len(names), context + max(map(len, names)))
+    assert lengths.tolist() == [len(name) for name in names]
+    expected = [[0] * context + [1 + vocab.characters.index(c) for c in name] for name in names]
+    assert [row[: len(e)] for row, e in zip(tokens.tolist(), expected)] == expected
+    assert int(tokens.count_nonzero()) == sum(map(len, names))
+    assert vocab.decode(tokens) == names
+    assert [vocab.decode(row) for row in tokens] == names
+
+
+def test_decode_stops_at_the_first_end():
+    assert ABC.decode([0, 0, 5, 13, 13, 1, 0, 7, 0]) == "emma"
+    assert ABC.decode([]) == "" and ABC.decode([[0], [2]]) == ["", "b"]
+
+
+def test_pack_puts_names_end_to_end_and_unknown_ones_as_empty():
+    tokens, lengths, known = ABC.pack(["ab", "", "a7"], context=2)
+    assert tokens.tolist() == [0, 0, 1, 2, 0, 0, 0, 0, 0, 0]
+    assert lengths.tolist() == [2, 0, 0] and known.tolist() == [True, True, False]
+    tokens, _, known = Vocabulary("aé").pack(["é"], context=1)
+    assert tokens.tolist() == [0, 2, 0] and known.tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    ("names", "index", "position", "character", "shown"),
+    [
+        (["ana", "an7a", "8"], 1, 2, "7", "'an7a'"),
+        (["", "ana", "\U0001f600"], 2, 0, "\U0001f600", "'\U0001f600'"),
+        (["a.b"], 0, 1, ".", "'a.b'"),
+        (["a" * 50 + "Z"], 0, 50, "Z", f"'{'a' * 37}...'"),
+    ],
+)
+def test_unknown_character_error_says_where(names, index, position, character, shown):
+    with pytest.raises(NamesError) as raised:
+        ABC.encode(names, context=8)
+    for error in (raised.value, ABC.unknown_character_error(names), pickle.loads(pickle.dumps(raised.value))):
+        assert (error.index, error.position, error.character) == (index, position, character)
+        assert str(error).startswith(
+            f"name {index} ({shown}): character {character!r} at position {position} is not in the vocabulary 'abc"
+        )
+
+
+def test_end_inside_a_name_is_rejected():
+    with pytest.raises(NamesError, match=r"name 1 \('a.b'\): character '.' at position 1 marks the end") as raised:
+        Vocabulary.from_names(["ab", "a.b"])
+    assert (raised.value.index, raised.value.position, raised.value.character) == (1, 1, ".")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Vocabulary("ab."), "cannot be one of its characters"),
+        (lambda: Vocabulary.from_names([]), "at least one character"),
+        (lambda: Vocabulary.from_names([""]), "at least one character"),
+        (lambda: ABC.encode("emma", context=8), "names is one string, 'emma'; pass a list"),
+        (lambda: ABC.encode(["emma", 3], context=8), "name 1 is 3, of type int"),
+        (lambda: ABC.encode(None, context=8), "names is None; pass a list of strings"),
+        (lambda: ABC.encode(["emma"], context=0), "context is 0; it must be an integer of at least 1"),
+        (lambda: ABC.unknown_character_error(["emma"]), "every character is in the vocabulary"),
+        (lambda: ABC.decode([[1, 27]]), r"token 27 at \[0, 1\] is outside the vocabulary of 27"),
+        (lambda: ABC.decode(torch.ones(2)), r"not torch.float32 of shape \(2,\)"),
+    ],
+)
+def test_other_arguments_are_rejected(call, message):
+    with pytest.raises((WaveNetConvError, ValueError), match=message) as raised:
+        call()
+    assert getattr(raised.value, "position", None) is None
+
+
+def test_vocabularies_with_equal_characters_are_equal():
+    assert Vocabulary("ba") == Vocabulary("ab") != Vocabulary("abc")
+    assert len({Vocabulary("ba"), Vocabulary("ab")}) == 1 and repr(Vocabulary("ba")) == "Vocabulary('ab')"

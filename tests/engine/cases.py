@@ -1,0 +1,89 @@
+"""Models and small functions that the tests of the engine share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import ALPHABET, needs_numba, random_tree
+from torch import Tensor
+
+import reference
+from wavenet_conv import ConvWaveNet, Vocabulary, from_tree
+from wavenet_conv.engine.weights import LayerWeights, Weights
+
+ABC = Vocabulary(ALPHABET)
+SMALL = dict(n_embd=6, n_hidden=16)
+DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-5)]  # and how far logits may be off
+
+WIDE = dict(kernel_sizes=(2, 2, 2), n_embd=24, n_hidden=128)
+GATED = dict(kernel_sizes=(2, 2, 2), n_embd=24, n_hidden=32, gated=True)
+DEEP = dict(kernel_sizes=(2,) * 6, n_embd=6, n_hidden=(16, 9, 20, 16, 16, 16))  # dilations up to 32
+SHAPES: list[dict] = [
+    *[dict(kernel_sizes=kernel_sizes, n_embd=6, n_hidden=16) for kernel_sizes in ((8,), (3, 2), (1, 4, 1, 2))],
+    dict(kernel_sizes=(2, 3), n_embd=5, n_hidden=(7, 9)),
+    dict(kernel_sizes=(1,), n_embd=4, n_hidden=3),
+]
+SHAPES += [shape | {"gated": True} for shape in SHAPES]
+SHAPES += [dict(kernel_sizes=kernel_sizes, n_embd=50, n_hidden=3, gated=True) for kernel_sizes in ((4,), (2, 2, 2))]
+SHAPES += [DEEP, DEEP | {"gated": True}]
+# Rows, and whether compiled loops read them.
+BACKENDS = [pytest.param(1, True, marks=needs_numba), pytest.param(3, True, marks=needs_numba), (3, False), (20, False)]
+
+# Changes of the second layer that every test of equality must see.
+BREAKS = {
+    "taps are swapped": lambda layer: replace(layer, taps=layer.taps.flip(0)),
+    "the bias is lost": lambda layer: replace(layer, bias=layer.bias * 0),
+    "a tap is lost": lambda layer: replace(layer, taps=layer.taps * torch.tensor([0.0, 1.0]).view(2, 1, 1)),
+    "channels are rolled": lambda layer: replace(layer, taps=layer.taps.roll(1, 1)),
+}
+
+
+def random_conv(kernel_sizes=(2, 2, 2), **options) -> ConvWaveNet:
+    """A model in evaluation mode with random statistics, in float64; options of `random_tree`."""
+    return from_tree(random_tree(kernel_sizes, **SMALL | options))
+
+
+def broken(weights: Weights, kind: str) -> Weights:
+    """Weights with one of `BREAKS` in the second layer."""
+    layers: list[LayerWeights] = list(weights.layers)
+    layers[1] = BREAKS[kind](layers[1])
+    return replace(weights, layers=tuple(layers))
+
+
+def outputs_of(model, names: list[str], vocab: Vocabulary, device="cpu") -> tuple[Tensor, Tensor]:
+    """Logits of a model, of all outputs of the names end to end, and the token that follows each output."""
+    context = reference.context_of(model) if isinstance(model, reference.Sequential) else model.context
+    tokens, lengths = vocab.encode(names, context=context)
+    inside = torch.arange(tokens.shape[1] - context + 1) <= lengths[:, None]
+    targets = torch.cat([tokens[:, context:], tokens.new_zeros(len(names), 1)], 1)[inside]
+    with torch.no_grad():
+        if isinstance(model, reference.Sequential):
+            logits = reference.window_logits(model, tokens.to(device))
+        else:
+            logits = model(tokens.to(device))
+    return logits[inside.to(device)], targets
+
+
+def tree_log_probs(tree, names: list[str], vocab: Vocabulary) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of every position by the tree, name after name, and the sum of each name."""
+    logits, targets = outputs_of(tree, names, vocab)
+    values = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+    sums = torch.stack([part.sum() for part in values.split([len(name) + 1 for name in names])])
+    return values, sums
+
+
+def streamed(stream, tokens):
+    """Logits after `tokens`, `(batch, time)`, read step by step: `(batch, time, vocab)`."""
+    return torch.stack([stream.step(token) for token in tokens.t().contiguous()], 1)
+
+
+def last_layer_problem(n, kernel_size=2, channels=128, vocab=27, kinds=50, scale=1.0, seed=0) -> list[Tensor]:
+    """Arguments of `kernel.last_layer`: sums of size `scale`, logits of size about 2."""
+    generator = torch.Generator().manual_seed(seed)
+    contributions = torch.randn(kernel_size, kinds, channels, generator=generator) * scale / kernel_size**0.5
+    children = torch.randint(kinds, (n, kernel_size), generator=generator)
+    targets = torch.randint(vocab, (n,), generator=generator)
+    head = torch.randn(channels, vocab, generator=generator) * 2 / channels**0.5
+    return [contributions, children, targets, head, torch.randn(vocab, generator=generator)]

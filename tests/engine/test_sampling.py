@@ -1,0 +1,287 @@
+"""Names are those of the lecture's loop for the same uniform numbers, in any batch, prefix by prefix or streamed."""
+
+from itertools import islice
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from engine.cases import ABC, GATED, WIDE
+from helpers import random_tree
+from hypothesis import given, settings
+
+import reference
+from wavenet_conv import Vocabulary, WaveNetConvError, from_tree, sample, sample_stream, sampling
+from wavenet_conv.checkpoint import load_checkpoint
+from wavenet_conv.sampling import tokens_at, uniform
+
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.floats(0.2, 3) | st.just(0),
+        "top_k": st.integers(1, 30),
+        "top_p": st.floats(0.05, 1),
+        "prefix": st.text("abc", max_size=10),
+        "max_length": st.integers(10, 30),
+    },
+)
+
+
+@pytest.fixture(params=["prefix by prefix", "streamed"])
+def way(request, monkeypatch):
+    """Both ways to draw, for models of any context."""
+    monkeypatch.setattr(sampling, "LONG", 0 if request.param == "streamed" else sampling.LONG)
+
+
+def short_tree(dtype=torch.float64, end=1.0, **sizes):
+    """A random tree that ends a name after some five characters, or earlier if `end` is larger."""
+    tree = random_tree(**{"n_embd": 6, "n_hidden": 16} | sizes, dtype=dtype)
+    tree.layers[-1].bias = tree.layers[-1].bias.clone()
+    tree.layers[-1].bias[0] += end
+    return tree
+
+
+CONVS = {gated: from_tree(short_tree(torch.float32, gated=gated)) for gated in (False, True)}
+
+
+def chosen(probs, temperature=1.0, top_k=1000, top_p=1.0):
+    """The options in as many words: probabilities `(1, vocab)` without those of the tokens that are left out."""
+    scaled = torch.softmax(probs[0].log() / (temperature or 1), 0)
+    ranked = sorted(range(len(scaled)), key=lambda token: -scaled[token])
+    top_k = top_k if temperature else 1
+    kept = [t for rank, t in enumerate(ranked) if rank < top_k and (not rank or scaled[ranked[:rank]].sum() < top_p)]
+    least = probs[0, kept].min().log() - 1e-9  # equally likely tokens stay together
+    return torch.where(probs.log() >= least, scaled, 0.0)
+
+
+def names_of_the_loop(tree, vocab, count, seed=42, prefix="", max_length=100, **options):
+    """Names of the lecture's loop, one after the other, with the uniform numbers that `sample` draws with."""
+    rows = uniform(seed, torch.arange(count)[:, None], torch.arange(100)).tolist()
+    draw = reference.inverse_cdf(lambda name, position: rows[name][position])
+    start = vocab.encode([prefix], context=1)[0][0, 1:].tolist()
+    with torch.no_grad():
+        names = reference.sample_loop(
+            tree,
+            count,
+            lambda probs, name, position: draw(chosen(probs, **options), name, position),
+            prefix=start,
+            max_length=max_length,
+        )
+    alphabet = "." + vocab.characters
+    return ["".join(alphabet[token] for token in name) for name in names]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes, count", [(WIDE, 10_000), (GATED, 3000)], ids=["wide", "gated"])
+def test_10_000_names_are_those_of_the_lectures_loop(way, sizes, count):
+    tree = short_tree(**sizes, end=1.5)
+    expected = names_of_the_loop(tree, ABC, count)
+    assert len(set(expected)) > count // 4 and max(map(len, expected)) > 8
+    assert sample(from_tree(tree), ABC, count) == expected
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["tanh", "gated"])
+@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (3,), (8,), (3, 2), (1, 2, 1)], ids=str)
+@pytest.mark.parametrize("prefix", ["", "an", "maximilianothethird"])
+def test_names_after_a_prefix_are_those_of_the_lectures_loop(device, way, kernel_sizes, prefix, gated):
+    tree, options = short_tree(kernel_sizes=kernel_sizes, gated=gated), {"prefix": prefix, "seed": 7, "max_length": 25}
+    expected = names_of_the_loop(tree, ABC, 50, **options)
+    assert all(name.startswith(prefix) for name in expected)
+    assert sample(from_tree(tree), ABC, 50, **options, device=device) == expected
+    assert list(islice(sample_stream(from_tree(tree), ABC, **options, device=device, batch_size=9), 50)) == expected
+
+
+@pytest.mark.parametrize("tied", [[0], range(27), (3, 7, 20)], ids=["distinct", "all equal", "three equal"])
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0}, {"temperature": 0.5}, {"temperature": 2.5}, {"top_k": 1}, {"top_k": 2}, {"top_p": 0.5}]
+    + [{"top_k": 4, "top_p": 0.6, "temperature": 1.5}],
+    ids=str,
+)
+def test_names_with_options_are_those_of_the_lectures_loop(way, options, tied):
+    """Equally likely characters stay together: their logits may differ in the last bits."""
+    tree = short_tree()
+    with torch.no_grad():
+        for part in (tree.layers[-1].weight, tree.layers[-1].bias[None]):
+            part[:, list(tied)] = part[:, tied[0], None].clone()
+        tree.layers[-1].bias[list(tied)] += 2 * (len(tied) > 1)
+    names = sample(from_tree(tree), ABC, 60, max_length=12, **options)
+    assert names == names_of_the_loop(tree, ABC, 60, max_length=12, **options)
+    alike = {("." + ABC.characters)[token] for token in tied} - {"."}
+    assert len(alike & set("".join(names))) == len(alike) or "top_p" in options or len(tied) == 27
+
+
+@pytest.mark.parametrize("characters", ["é-ß😀z", "\0a", "".join(chr(0x4E00 + i) for i in range(300))], ids=len)
+def test_names_in_other_vocabularies_are_those_of_the_lectures_loop(way, characters):
+    vocab = Vocabulary(characters)
+    tree = short_tree(vocab_size=len(vocab))
+    assert sample(from_tree(tree), vocab, 40, max_length=20) == names_of_the_loop(tree, vocab, 40, max_length=20)
+
+
+def test_names_of_a_long_context_are_those_of_the_lectures_loop():
+    tree = short_tree(kernel_sizes=(2,) * 8)
+    assert sample(from_tree(tree), ABC, 20) == names_of_the_loop(tree, ABC, 20)
+
+
+@settings(max_examples=25)
+@given(
+    batch_size=st.integers(1, 40) | st.sampled_from([127, 128, 129, 257, 2**17]),
+    seed=st.integers(0, 2**63 - 1),
+    options=OPTIONS,
+    gated=st.booleans(),
+    long=st.sampled_from([sampling.LONG, 0]),
+)
+def test_batch_size_and_count_do_not_change_names(batch_size, seed, options, gated, long):
+    conv = CONVS[gated]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "LONG", long)
+        expected = sample(conv, ABC, 300, seed=seed, **options)
+        count = 300 if batch_size > 40 else 3 * batch_size
+        assert sample(conv, ABC, count, seed=seed, batch_size=batch_size, **options) == expected[:count]
+        assert sample(conv, ABC, 7, seed=seed, **options) == expected[:7]
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.floats(0, 1, width=32) | st.just(0.0), min_size=1, max_size=8).filter(sum),
+    st.sampled_from([0.0, 5e-324, 1 - 2.0**-53, 1 - 2.0**-24, 1 - 2.0**-25]) | st.floats(0, 1, exclude_max=True),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_a_token_without_probability_is_never_drawn(weights, number, dtype):
+    summed = torch.tensor([weights], dtype=dtype).cumsum(1)
+    token = int(tokens_at(summed, torch.tensor([number], dtype=torch.float64)))
+    assert 0 <= token < len(weights) and summed[0, token] > (summed[0, token - 1] if token else 0)
+
+
+def test_characters_are_as_frequent_as_the_model_says(way):
+    """Pearson's chi-square of 20,000 first characters."""
+    conv, count = CONVS[False], 20_000
+    found = torch.zeros(27)
+    for name in sample(conv, ABC, count, max_length=1):
+        found[ABC.encode([name], context=1)[0][0, 1:].sum()] += 1
+    expected = conv(torch.zeros(1, 8, dtype=torch.int64))[0, 0].softmax(0).detach() * count
+    assert expected.min() > 5
+    # The mean is 26 and the variance twice that: passed by chance in all but one of a hundred thousand seeds.
+    assert ((found - expected) ** 2 / expected).sum() < 26 + 6 * 52**0.5
+    assert ((found - count / 27) ** 2 / (count / 27)).sum() > 26 + 6 * 52**0.5
+
+
+def test_uniform_numbers_are_splitmix64():
+    """SplitMix64's mixing function in Python's integers."""
+
+    def mixed(z):
+        z = (z + 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+
+    assert mixed(0) == 0xE220A8397B1DCDAF  # the first output of SplitMix64 with seed 0
+    for seed, name, position in ((0, 0, 0), (42, 1, 2), (2**63 - 1, 2**40, 99)):
+        expected = (mixed((mixed((mixed(seed) + name) % 2**64) + position) % 2**64) >> 11) / 2**53
+        assert uniform(seed, torch.tensor(name), torch.tensor(position)).item() == expected
+    numbers = uniform(42, torch.arange(2000)[:, None], torch.arange(50))
+    assert numbers.dtype == torch.float64 and numbers.unique().numel() == 100_000
+    assert numbers.min() >= 0 and numbers.max() < 1
+    counts = torch.histc(numbers, 100, 0, 1)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 99 + 6 * 198**0.5
+    assert abs(torch.corrcoef(torch.stack([numbers[:-1].flatten(), numbers[1:].flatten()]))[0, 1]) < 0.02
+
+
+def test_temperature_0_takes_the_most_likely_character(way):
+    conv, name = load_checkpoint("default").model, []
+    while token := int(conv(torch.tensor([([0] * 8 + name)[-8:]]))[0, 0].argmax()):
+        name.append(token)
+    for options in ({"temperature": 0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-42}):
+        assert set(sample(conv, ABC, 100, **options)) == {ABC.decode(name)}
+    assert sample(conv, ABC, 20, top_k=100, top_p=1.0) == sample(conv, ABC, 20)
+
+
+def test_max_length_cuts_names(way):
+    tree = random_tree(n_embd=6, n_hidden=16)
+    with torch.no_grad():
+        tree.layers[-1].bias[0] = -torch.inf  # names without end
+    names = sample(from_tree(tree), ABC, 300, max_length=11)
+    assert {len(name) for name in names} == {11} and len(set(names)) > 100
+    assert set(sample(from_tree(tree), ABC, 300, prefix="abcdefghijk", max_length=11)) == {"abcdefghijk"}
+
+
+@pytest.mark.parametrize("options", [{"max_length": 1}, {"prefix": "a", "max_length": 1}, {"end": 1e4}], ids=str)
+def test_an_endless_stream_yields_names_that_end_at_once(way, options):
+    conv = from_tree(short_tree(end=options.get("end", 0)))
+    options = {name: value for name, value in options.items() if name != "end"}
+    first = list(islice(sample_stream(conv, ABC, batch_size=200, **options), 1000))
+    assert first == sample(conv, ABC, 1000, **options) and {len(name) for name in first} <= {0, 1}
+
+
+def test_counts_and_lengths_may_be_endless(way):
+    conv, far = CONVS[False], 10**30
+    expected = sample(conv, ABC, 3, max_length=1000)
+    assert sample(conv, ABC, 3, max_length=far) == expected
+    assert list(islice(sample_stream(conv, ABC, far, max_length=1000, batch_size=2), 3)) == expected
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_an_error(way, value):
+    conv = from_tree(random_tree(n_embd=6, n_hidden=16, dtype=torch.float32))
+    conv.embedding.weight.data[5] = value  # an e, which comes soon
+    conv.head.bias.data[5] += 3
+    with pytest.raises(WaveNetConvError, match=r"the logits after '[a-z]*e' are NaN or infinite"):
+        sample(conv, ABC, 300)
+
+
+def test_logits_of_names_that_are_not_asked_for_are_no_error(way):
+    conv = from_tree(short_tree(torch.float32))
+    expected = sample(conv, ABC, 300)
+    firsts = {c: next(i for i, name in enumerate([*expected, c + "."]) if c in name[:-1]) for c in ABC.characters}
+    first, letter = max((index, c) for c, index in firsts.items() if index < 40)
+    conv.embedding.weight.data[1 + ABC.characters.index(letter)] = torch.nan
+    assert first > 1 and sample(conv, ABC, first) == expected[:first]
+    with pytest.raises(WaveNetConvError, match=f"{letter}' are NaN"):
+        sample(conv, ABC, first + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_drawn_from_in_float32(way, dtype):
+    conv = from_tree(short_tree(torch.float32))
+    conv.head.bias.data[26] = -1e4
+    conv = conv.to(dtype)
+    names = sample(conv, ABC, 300)
+    assert names == sample(conv, ABC, 300, dtype=torch.float32) and "z" not in "".join(names)
+
+
+def test_wrong_options_are_rejected_at_the_call():
+    conv = CONVS[False]
+    for options, message in (
+        ({"temperature": -1}, "temperature is -1; it must be 0, or a number from 1e-100"),
+        ({"temperature": 1e-320}, "temperature is 1e-320"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_p": 0}, "top_p is 0; it must be above 0 and at most 1"),
+        ({"top_p": 1.01}, "top_p is 1.01"),
+        ({"max_length": 0}, "max_length is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"prefix": "ann", "max_length": 2}, "the prefix 'ann' has 3 characters and max_length is 2"),
+        ({"prefix": "an7a"}, "'an7a'.*character '7' at position 2 is not in the vocabulary"),
+        ({"prefix": "a.b"}, "character '.' at position 1"),
+        ({"n": -1}, "n is -1"),
+        ({"n": 1.5}, "n is 1.5"),
+        ({"vocab": Vocabulary("ab")}, "the vocabulary has 3 tokens and the model 27"),
+    ):
+        with pytest.raises(WaveNetConvError, match=message):
+            sample_stream(conv, **{"vocab": ABC, "n": 3} | options)
+    with pytest.raises(WaveNetConvError, match="n is None; give the number of names"):
+        sample(conv, ABC, None)
+
+
+def test_sampling_leaves_the_model_and_the_random_state_as_they_were(way):
+    conv = from_tree(short_tree()).train()
+    before = {key: tensor.clone() for key, tensor in conv.state_dict().items()}
+    state = torch.random.get_rng_state()
+    assert sample(conv, ABC, 0) == [] and len(sample(conv, ABC, 1)) == 1
+    assert sample(conv, ABC, 30, seed=1) != sample(conv, ABC, 30, seed=2)
+    assert conv.training and all(torch.equal(conv.state_dict()[key], tensor) for key, tensor in before.items())
+    assert torch.equal(torch.random.get_rng_state(), state)

@@ -1,0 +1,253 @@
+"""Scores are the tree's log-likelihoods, and a name's score has the same bits in any batch."""
+
+import random
+from math import log
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from engine.cases import ABC, outputs_of, random_conv, tree_log_probs
+from helpers import random_tree, to_exact
+from hypothesis import given, settings
+
+import reference
+from wavenet_conv import ConvWaveNet, Scorer, Vocabulary, WaveNetConfig, WaveNetConvError, from_tree, scoring
+from wavenet_conv.engine import kernel, shared
+
+NAMES = ["emma", "", "olivia", "a", "xqzvkj", "maximiliano", "emma"]
+gated = pytest.mark.parametrize("gated", [False, True], ids=["tanh", "gated"])
+
+
+def small_scorer(gated=False, **options):
+    return Scorer(random_conv(dtype=torch.float32, gated=gated), ABC, **options)
+
+
+@pytest.mark.parametrize(
+    "kernel_sizes, sizes",
+    [((2, 2, 2), {}), ((3,), {}), ((3, 2, 2), {}), ((2, 3), {"gated": True}), ((2, 2, 2), {"gated": True})],
+    ids=str,
+)
+def test_scores_are_the_trees(names, device, kernel_sizes, sizes):
+    tree, names = random_tree(kernel_sizes, **{"n_embd": 24, "n_hidden": 64} | sizes), names[::40]
+    scorer = Scorer(from_tree(tree), ABC, device=device)
+    values, offsets = scorer.position_log_probs(names)
+    expected, sums = tree_log_probs(tree, names, ABC)
+    positions = torch.tensor([len(name) + 1 for name in names])
+    assert values.dtype == torch.float64 and offsets[-1] == len(values) == len(expected)
+    assert (values - expected).abs().max() < 1e-12
+    assert torch.equal(offsets.diff(), positions)
+    assert (scorer.score(names) - sums).abs().max() < 1e-11  # up to 20 positions
+    scores = Scorer(from_tree(tree), ABC, dtype=torch.float32, device=device).score(names)
+    assert scores.dtype == torch.float32 and ((scores - sums).abs() < 1e-5 * positions).all()
+
+
+@pytest.mark.slow
+def test_scores_of_the_lectures_list_are_the_trees(lecture_list):
+    vocab, tree = Vocabulary.from_names(lecture_list), random_tree()
+    expected, sums = tree_log_probs(tree, lecture_list, vocab)
+    assert (Scorer(from_tree(tree), vocab).position_log_probs(lecture_list)[0] - expected).abs().max() < 1e-12
+    scores = Scorer(from_tree(tree), vocab, dtype=torch.float32).score(lecture_list)
+    assert ((scores - sums).abs() < 1e-5 * torch.tensor([len(name) + 1 for name in lecture_list])).all()
+
+
+@gated
+def test_logits_are_the_trees_to_the_bit_where_arithmetic_is_exact(names, clamp_for_tanh, gated):
+    tree = to_exact(random_tree(n_embd=6, n_hidden=16, gated=gated))
+    logits, offsets = Scorer(from_tree(tree), ABC).logits(names[::20])
+    assert torch.equal(logits, outputs_of(tree, names[::20], ABC)[0])
+    assert torch.equal(offsets.diff(), torch.tensor([len(name) + 1 for name in names[::20]]))
+
+
+SCORERS = {gated: small_scorer(gated=gated) for gated in (False, True)}
+ALONE: dict[bool, dict[str, torch.Tensor]] = {False: {}, True: {}}  # scores of names scored one by one
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.lists(st.text("abcxyz", max_size=9), max_size=30), min_size=10, max_size=10),
+    st.integers(1, 50),
+    st.booleans(),
+)
+def test_a_name_has_the_same_bits_alone_and_in_any_batch(batches, chunk, gated):
+    """400 random batches in all, against each name alone."""
+    alone, scorer = ALONE[gated], SCORERS[gated]
+    for batch in batches:
+        scores = torch.cat([torch.zeros(0), *scorer.stream(batch, chunk=chunk)])
+        for name, score in zip(batch, scores):
+            if name not in alone:
+                alone[name] = scorer.score([name])[0]
+            assert torch.equal(score, alone[name]), name
+
+
+@pytest.mark.parametrize("remember", [False, True], ids=["", "remember"])
+@pytest.mark.parametrize(
+    "kernel_sizes, widths",
+    [
+        *[(kernel_sizes, dict(n_embd=24, n_hidden=128)) for kernel_sizes in ((2, 2, 2), (8,), (3,), (5, 3))],
+        ((2, 2, 2), dict(n_embd=9, n_hidden=(9, 10, 11))),
+        ((2, 2, 2), dict(n_embd=9, n_hidden=(7, 40, 9), gated=True)),
+        ((2, 2, 2), dict(n_embd=48, n_hidden=40, gated=True)),
+    ],
+    ids=str,
+)
+def test_a_name_has_the_same_bits_in_any_part_of_a_real_list(names, device, threads, kernel_sizes, widths, remember):
+    """Widths of the lecture's size, where a matrix product has other kernels for other shapes, and narrow ones."""
+    names = names[::8]
+    conv = random_conv(kernel_sizes, dtype=torch.float32, **widths)
+    scorer = Scorer(conv, ABC, device=device, remember=remember)
+    scores = scorer.score(names)
+    order = random.Random(0)
+    for size in (1, 2, 7, 64, 511, 512, 513, len(names)):
+        chosen = order.sample(range(len(names)), size)
+        assert torch.equal(scorer.score([names[i] for i in chosen]), scores[chosen]), size
+    assert torch.equal(torch.cat(list(scorer.stream(names, chunk=999))), scores)
+
+
+def test_every_way_to_ask_gives_the_same_scores():
+    scorer = small_scorer()
+    scores = scorer.score(NAMES)
+    assert scores.shape == (7,) and scores.dtype == torch.float32 and scores[0] == scores[-1]
+    assert torch.equal(scorer.score(iter(NAMES)), scores)
+    assert torch.equal(scorer.score(ABC.encode(NAMES, context=8)), scores)
+    assert torch.equal(torch.cat(list(scorer.stream(name for name in NAMES))), scores)
+    assert [len(part) for part in scorer.stream(NAMES, chunk=3)] == [3, 3, 1]
+    values, offsets = scorer.position_log_probs(NAMES)
+    sums = torch.stack([sum(part.double()) for part in values.tensor_split(offsets[1:-1])])
+    assert torch.equal(sums.float(), scores)
+    logits, same = scorer.logits(NAMES)
+    assert torch.equal(same, offsets)
+    targets = torch.cat([torch.tensor([ABC.characters.index(c) + 1 for c in name] + [0]) for name in NAMES])
+    assert torch.allclose(logits.log_softmax(1).gather(1, targets[:, None])[:, 0], values, rtol=0, atol=1e-5)
+    bits = scorer.bits_per_character(NAMES)
+    assert torch.allclose(bits, -scores / log(2) / torch.tensor([len(name) + 1 for name in NAMES]))
+    assert torch.equal(scorer.bits_per_character(ABC.encode(NAMES, context=8)), bits)
+
+
+def test_scorer_is_a_copy_of_a_model_in_any_mode():
+    conv = random_conv(dtype=torch.float32).train()
+    scorer = Scorer(conv, ABC)
+    scores = scorer.score(NAMES)
+    conv.head.bias.data += 1
+    assert torch.equal(scorer.score(NAMES), scores) and conv.training
+    assert torch.equal(scores, small_scorer().score(NAMES))
+    assert Scorer(conv, ABC, dtype=torch.float64).score(NAMES).dtype == torch.float64
+
+
+def test_percentile_counts_quantiles_below():
+    scorer = small_scorer(quantiles=torch.tensor([1.0, 2.0, 3.0, 100.0]))
+    bits = scorer.bits_per_character(NAMES)
+    assert scorer.percentile(NAMES).tolist() == [25.0 * sum(q < b for q in (1, 2, 3, 100)) for b in bits.tolist()]
+    assert scorer.percentile(["a-b"], unknown="nan").isnan().all()
+    with pytest.raises(WaveNetConvError, match="carries no quantiles"):
+        small_scorer().percentile(NAMES)
+
+
+def test_no_names_and_empty_names_have_scores():
+    scorer = small_scorer()
+    assert scorer.score([]).shape == (0,) and list(scorer.stream([])) == []
+    values, offsets = scorer.position_log_probs([])
+    assert values.shape == (0,) and offsets.tolist() == [0]
+    assert scorer.logits([])[0].shape == (0, 27)
+    assert scorer.score(ABC.encode([], context=8)).shape == (0,)
+    assert scorer.score(["", ""]).isfinite().all() and scorer.position_log_probs([""])[1].tolist() == [0, 1]
+
+
+@gated
+def test_a_call_that_fails_leaves_nothing_wrong_to_remember(names, monkeypatch, gated):
+    """It leaves no id of a node that has no value; a call that succeeds leaves all nodes."""
+    scorer, fresh, names = small_scorer(remember=True, gated=gated), small_scorer(gated=gated), names[::5]
+    expected, contribute, counts = fresh.score(names), shared.contribute, []
+    assert torch.equal(scorer.score(names[:3000]), expected[:3000])
+    with monkeypatch.context() as patch:
+        patch.setattr(shared, "contribute", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            scorer.score(names[3000:6000])
+    assert torch.equal(scorer.score(names), expected)
+    monkeypatch.setattr(shared, "contribute", lambda *args: [counts.append(args[3]), contribute(*args)][1])
+    assert torch.equal(scorer.score(names), expected) and torch.equal(fresh.score(names), expected)
+    assert counts[0] == 0 < counts[1]
+
+
+def test_a_name_of_100_000_characters_has_the_same_bits_among_others(monkeypatch):
+    scorer, long_name = small_scorer(), "".join(random.Random(0).choices("abcdefghij", k=100_000))
+    alone = scorer.score([long_name])
+    assert alone.isfinite().all()
+    monkeypatch.setattr(scoring, "CHUNK_TOKENS", 1000)
+    mixed = scorer.score([*NAMES, long_name, *NAMES])
+    assert torch.equal(mixed, torch.cat([scorer.score(NAMES), alone, scorer.score(NAMES)]))
+
+
+@pytest.mark.parametrize("character", ["7", ".", "\n", "\0", "é", "\U0001f600", "\ud800"])
+def test_unknown_characters_are_rejected_or_give_nan(character):
+    scorer = small_scorer()
+    names = ["emma", f"an{character}a", "ava"]
+    with pytest.raises(WaveNetConvError, match="name 1 .*at position 2 is not in the vocabulary"):
+        scorer.score(names)
+    scores = scorer.score(names, unknown="nan")
+    assert scores.isnan().tolist() == [False, True, False]
+    assert torch.equal(scores[::2], scorer.score(["emma", "ava"]))
+    values, offsets = scorer.position_log_probs(names, unknown="nan")
+    assert offsets.tolist() == [0, 5, 6, 10] and values.isnan().sum() == 1 and values[5].isnan()
+    with pytest.raises(WaveNetConvError, match="unknown is 'skip'; it is 'error' or 'nan'"):
+        scorer.score(names, unknown="skip")
+
+
+def test_an_error_of_the_source_of_names_is_passed_on():
+    def names():
+        yield from ["emma", "ava", "mia"]
+        raise KeyError("the source broke")
+
+    scorer = small_scorer()
+    scores = scorer.stream(names(), chunk=2)
+    assert torch.equal(next(scores), scorer.score(["emma", "ava"]))
+    with pytest.raises(KeyError, match="the source broke"):
+        next(scores)
+    assert scorer.score(["mia"]).isfinite().all()
+
+
+@pytest.mark.parametrize("characters", ["é-ß😀z", "".join(chr(0x4E00 + i) for i in range(300))], ids=["few", "many"])
+def test_scores_in_other_vocabularies_are_the_trees(characters):
+    vocab = Vocabulary(characters)
+    tree = random_tree(n_embd=6, n_hidden=16, vocab_size=len(vocab))
+    strings = ["".join(random.Random(i).choices(characters, k=i % 7)) for i in range(50)]
+    scores = Scorer(from_tree(tree), vocab).score(strings)
+    assert (scores - tree_log_probs(tree, strings, vocab)[1]).abs().max() < 1e-12
+
+
+def test_scores_without_any_bias_are_the_trees():
+    conv = ConvWaveNet(WaveNetConfig(n_embd=6, n_hidden=20, batch_norm=False, bias=False), dtype=torch.float64).eval()
+    expected = tree_log_probs(reference.from_conv(conv), NAMES, ABC)[1]
+    assert (Scorer(conv, ABC).score(NAMES) - expected).abs().max() < 1e-12
+
+
+def test_a_gated_model_does_not_use_the_kernel(monkeypatch):
+    """The kernel's last layer is a tanh."""
+    expected = small_scorer(gated=True).score(NAMES)
+    monkeypatch.setattr(kernel, "usable", lambda *_: True)
+    monkeypatch.setattr(kernel, "last_layer", lambda *_: pytest.fail("the kernel was called"))
+    assert torch.equal(small_scorer(gated=True).score(NAMES), expected)
+
+
+def test_a_model_that_is_not_gated_uses_the_kernel_where_it_runs(names, monkeypatch):
+    expected = small_scorer().score(names[::50])
+    monkeypatch.setattr(kernel, "usable", lambda *_: True)
+    monkeypatch.setattr(kernel, "last_layer", kernel.last_layer_ref)
+    assert (small_scorer().score(names[::50]) - expected).abs().max() < 2e-4  # up to 20 positions of 1e-5
+
+
+def test_other_arguments_are_rejected():
+    scorer = small_scorer()
+    for names, message in (
+        ("emma", "names is one string"),
+        (["emma", 3], "name 1 is 3"),
+        (None, "names is None"),
+    ):
+        with pytest.raises(WaveNetConvError, match=message):
+            scorer.score(names)
+    tokens, lengths = ABC.encode(NAMES, context=8)
+    with pytest.raises(WaveNetConvError, match="are not what vocab.encode.names, context=8. returns"):
+        scorer.score((tokens[:, 4:], lengths))
+    with pytest.raises(IndexError, match=r"token 31 at \[0, 8\]"):
+        scorer.score((tokens + 26, lengths))
+    with pytest.raises(WaveNetConvError, match="the vocabulary has 3 tokens and the model 27"):
+        Scorer(random_conv(), Vocabulary("ab"))

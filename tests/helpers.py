@@ -1,0 +1,211 @@
+"""Shared by all tests: random trees, exact arithmetic, Python in another process, and what this machine has."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from einops import rearrange
+from torch import nn
+
+import reference
+from wavenet_conv import Vocabulary
+
+ROOT = Path(__file__).parent.parent
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+STAND_IN = b"emma\nolivia\nava"  # for the lecture's list
+
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device: run pytest on a machine that has one"
+)
+needs_numba = pytest.mark.skipif(
+    importlib.util.find_spec("numba") is None, reason="needs Numba: pip install 'wavenet-conv[fast]'"
+)
+
+# Kinds of tree, as arguments of `reference.build`.
+KINDS = [{"batch_norm": True}, {"batch_norm": False}, {"gated": True}]
+
+
+class Notebook:
+    """Classes as a reader would type them along with the lecture; only their names are those of `reference`."""
+
+    Tanh = type("Tanh", (), {"__call__": lambda self, x: torch.tanh(x)})
+    ReLU = type("ReLU", (), {"__call__": lambda self, x: x * (x > 0)})
+    Flatten = type("Flatten", (), {"__call__": lambda self, x: x.view(len(x), -1)})
+
+    class Embedding:
+        def __init__(self, num_embeddings, embedding_dim):
+            self.weight = torch.randn((num_embeddings, embedding_dim))
+
+        def __call__(self, ids):
+            return self.weight[ids]
+
+    class Linear:
+        def __init__(self, fan_in, fan_out, bias=True):
+            self.weight = torch.randn((fan_in, fan_out)) / fan_in**0.5
+            self.bias = torch.randn(fan_out) if bias else None
+
+        def __call__(self, x):
+            return x @ self.weight + (0 if self.bias is None else self.bias)
+
+    class BatchNorm1d:
+        def __init__(self, dim):
+            self.eps, self.momentum, self.training = 1e-5, 0.1, False
+            self.gamma, self.beta, self.running_mean = torch.randn(3, dim)
+            self.running_var = torch.rand(1, 1, dim) + 0.5
+
+        def __call__(self, x):
+            return self.gamma * (x - self.running_mean) / torch.sqrt(self.running_var.view(-1) + self.eps) + self.beta
+
+    class FlattenConsecutive:
+        def __init__(self, n):
+            self.n = n
+
+        def __call__(self, x):
+            b, t, c = x.shape
+            x = x.view(b, t // self.n, c * self.n)
+            return x.squeeze(1) if x.shape[1] == 1 else x
+
+    class GatedBlock:
+        def __init__(self, n, channels, gate, last=False, bias=True):
+            self.n, self.linear = n, Notebook.Linear(n * channels, 2 * gate, bias)
+            self.skip, self.residual = (Notebook.Linear(gate, channels, bias) for _ in range(2))
+            self.residual = None if last else self.residual
+
+        def __call__(self, x):
+            h, s = x if isinstance(x, tuple) else (x, 0 * x)
+            groups = h.unflatten(1, (-1, self.n))  # (batch, parents, children, channels)
+            wide = self.linear(groups.flatten(2))
+            gate = wide.shape[-1] // 2
+            z = wide[..., :gate].tanh() / (1 + (-wide[..., gate:]).exp())
+            s = self.skip(z) + s[:, self.n - 1 :: self.n]
+            return s[:, 0] if self.residual is None else (groups[:, :, -1] + self.residual(z), s)
+
+    class Sequential:
+        def __init__(self, layers):
+            self.layers = layers
+
+        def __call__(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+
+def parts_of(tree) -> list[reference.layers.Layer]:
+    """The layers of a tree in order, with a gated block's linear layers instead of the block."""
+    inside = [vars(layer).values() if isinstance(layer, reference.GatedBlock) else [layer] for layer in tree.layers]
+    return [part for parts in inside for part in parts if isinstance(part, reference.layers.Layer)]
+
+
+def convolutions_of(conv) -> list[nn.Conv1d]:
+    """The convolutions of a model in the order of a tree's linear layers."""
+    names = ("conv", "residual", "skip")
+    found = [getattr(layer, name, None) for layer in conv.layers for name in names]
+    return [part for part in [*found, conv.hidden, conv.head] if part is not None]
+
+
+def norms_of(tree) -> list[reference.BatchNorm1d]:
+    """The batch norms of a tree in order."""
+    return [layer for layer in tree.layers if isinstance(layer, reference.BatchNorm1d)]
+
+
+def assert_same_gradients(tree, conv):
+    """Every parameter of the model has the gradient of its parameter in the tree, in float64."""
+    linears = [layer for layer in parts_of(tree) if isinstance(layer, reference.Linear)]
+    pairs = [(conv.embedding.weight, tree.layers[0].weight.grad)]
+    for part, linear in zip(convolutions_of(conv), linears, strict=True):
+        pairs.append((part.weight, rearrange(linear.weight.grad, "(j c) o -> o c j", j=part.kernel_size[0])))
+        if part.bias is not None:
+            pairs.append((part.bias, linear.bias.grad))
+    for layer, norm in zip(conv.layers, norms_of(tree)):
+        pairs += [(layer.norm.weight, norm.gamma.grad), (layer.norm.bias, norm.beta.grad)]
+    assert len(pairs) == len(list(conv.parameters()))
+    for parameter, gradient in pairs:
+        assert (parameter.grad - gradient).abs().max() < 1e-10  # sums round to 1e-15, small variances magnify that
+    assert sum(float(gradient.abs().sum()) for _, gradient in pairs) > 0.1
+
+
+def random_tree(kernel_sizes=(2, 2, 2), dtype=torch.float64, device="cpu", seed=0, **sizes) -> reference.Sequential:
+    """A tree in evaluation mode in which no weight, bias, gamma, beta or running statistic has its initial value.
+
+    Statistics of 0 and 1 would hide a batch norm that is dropped, folded twice or read in the wrong order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tree = reference.build(kernel_sizes, generator=generator, **sizes)
+    with torch.no_grad():
+        for layer in parts_of(tree):
+            if isinstance(layer, reference.BatchNorm1d):
+                layer.gamma.uniform_(0.5, 1.5, generator=generator)
+                layer.beta.normal_(std=0.5, generator=generator)
+                layer.running_mean = torch.randn(layer.gamma.shape, generator=generator)
+                layer.running_var = torch.rand(layer.gamma.shape, generator=generator) + 0.5
+            elif isinstance(layer, reference.Linear) and layer.bias is not None:
+                layer.bias.normal_(std=0.5, generator=generator)
+        tree.layers[-1].weight.mul_(10)  # the head starts ten times smaller, which would hide differences
+    return tree.eval().to(dtype=dtype, device=device)
+
+
+@st.composite
+def trees_and_names(draw):
+    """Arguments of `random_tree` of any kind and size, ragged names in any order, and their vocabulary."""
+    kernel_sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    widths = draw(st.lists(st.integers(1, 9), min_size=len(kernel_sizes), max_size=len(kernel_sizes)))
+    alphabet = draw(st.sampled_from(["a", "ab", "abcdefghijklmnopqrstuvwxyz", "-é 😀ß"]))
+    context = torch.tensor(kernel_sizes).prod().item()
+    longest = 3 * context if context <= 60 else context + 9  # several contexts long, unless that is slow
+    lengths = st.integers(0, longest) | st.sampled_from([0, 1, longest])
+    name = lengths.flatmap(lambda n: st.text(alphabet, min_size=n, max_size=n))
+    sizes = dict(
+        kernel_sizes=kernel_sizes,
+        n_hidden=widths,
+        n_embd=draw(st.integers(1, 7)),
+        vocab_size=len(set(alphabet)) + 1,
+        **draw(st.sampled_from(KINDS)),
+        seed=draw(st.integers(0, 999)),
+    )
+    return sizes, draw(st.lists(name, min_size=1, max_size=6)), Vocabulary(alphabet)
+
+
+def to_exact(tree, seed=0):
+    """Small integers as weights and powers of two as scales: every sum is exact in float64, in any order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(like, low=-2, high=3):
+        return torch.randint(low, high, like.shape, generator=generator).to(like.dtype)
+
+    for layer in parts_of(tree):
+        if isinstance(layer, reference.BatchNorm1d):
+            layer.eps = 0.0
+            layer.gamma = 2.0 ** integers(layer.gamma)
+            layer.running_var = 4.0 ** integers(layer.gamma, -1, 2)
+            layer.beta, layer.running_mean = integers(layer.beta), integers(layer.running_mean)
+        elif hasattr(layer, "weight"):
+            layer.weight = integers(layer.weight)
+            if getattr(layer, "bias", None) is not None:
+                layer.bias = integers(layer.bias)
+    return tree
+
+
+def run_python(
+    code: str, *arguments: object, blocked: Sequence[str] = (), env: Mapping[str, str] | None = None, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in another process at the root of the repository.
+
+    Args:
+        code: The code; `runpy.run_module('wavenet_conv.cli', run_name='__main__')` runs a command.
+        arguments: `sys.argv[1:]`.
+        blocked: Modules whose import fails there.
+        env: Changes to the environment.
+        check: Whether an exit code other than 0 is an error.
+    """
+    block = f"import runpy, sys; sys.modules.update(dict.fromkeys({list(blocked)!r}))\n"
+    command = [sys.executable, "-c", block + code, *map(str, arguments)]
+    environment = os.environ | dict(env or {})
+    return subprocess.run(command, cwd=ROOT, env=environment, check=check, capture_output=True, text=True)

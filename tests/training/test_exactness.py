@@ -1,0 +1,198 @@
+"""Training on shared nodes is the tree's training on all windows: batches, losses, gradients, statistics, steps."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_tree
+from hypothesis import given, settings
+
+import reference
+from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, from_tree
+from wavenet_conv.training import Corpus, Recipe, Trainer, evaluate, new_model, predictions, shared_logits, total_loss
+from wavenet_conv.training.ranks import batch_norm_over_ranks
+
+VOCAB = Vocabulary("abcxyz")
+NAMES = ["abcxyz", "", "a", "abc", "abcabcabcabc", "zyx", "abc"]
+
+kernel_size_lists = st.lists(st.integers(1, 4), min_size=1, max_size=3)
+name_lists = st.lists(st.text("abcxyz", max_size=12), min_size=2, max_size=8)
+
+
+def tree_loss(tree, names, vocab=VOCAB):
+    """The mean of -log p over all windows of the names, through the tree as one batch."""
+    X, Y = reference.examples(names, vocab.characters, reference.context_of(tree))
+    return F.cross_entropy(tree(X), Y)
+
+
+def shared_loss(conv, names):
+    batch = Corpus(names, VOCAB, conv).batch(torch.arange(len(names)))
+    return total_loss(conv, batch) / batch.positions
+
+
+def ids_in_windows(batch):
+    """Per layer, lowest first, the ids of its nodes in each distinct window: `(windows, nodes per window)`."""
+    ids = [torch.arange(len(batch.children[-1]))[:, None]]
+    for children in reversed(batch.children[1:]):
+        ids.insert(0, children[ids[0]].flatten(1))
+    return ids
+
+
+def tokens_of_windows(batch):
+    return batch.children[0][ids_in_windows(batch)[0]].flatten(1)
+
+
+def gradients_of(tree) -> ConvWaveNet:
+    """A tree's gradients where a convolutional model has its weights; the tree loses its own."""
+    for parameter in tree.parameters():
+        parameter.data = parameter.grad
+    return from_tree(tree)
+
+
+def assert_close(found, expected, tolerance=1e-10):
+    """All tensors of two models' `named_parameters` or `state_dict`."""
+    found, expected = dict(found), dict(expected)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert (tensor - expected[name]).abs().max() < tolerance, name
+
+
+@settings(max_examples=40)
+@given(kernel_size_lists, name_lists, st.data())
+def test_a_batch_is_the_windows_of_its_names(kernel_sizes, names, data):
+    """Distinct windows, what follows each how often, and how many windows contain each node."""
+    conv = new_model(WaveNetConfig(len(VOCAB), 5, 7, tuple(kernel_sizes)), dtype=torch.float64)
+    rows = data.draw(st.lists(st.integers(0, len(names) - 1), min_size=1, max_size=6))
+    batch = Corpus(names, VOCAB, conv).batch(torch.tensor(rows))
+    X, Y = reference.examples([names[row] for row in rows], VOCAB.characters, conv.context)
+    expected = Counter((*window, token) for window, token in zip(X.tolist(), Y.tolist()))
+    windows = tokens_of_windows(batch).tolist()
+    found = {(*windows[i], token): int(batch.targets[i, token]) for i, token in batch.targets.nonzero().tolist()}
+    assert found == expected and len(windows) == len({tuple(window) for window in X.tolist()})
+    assert batch.positions == len(X)
+    weights = batch.targets.sum(1, keepdim=True)
+    for ids, multiplicity in zip(ids_in_windows(batch), batch.multiplicities):
+        counts = torch.bincount(ids.flatten(), weights.expand_as(ids).flatten())
+        assert torch.equal(counts, multiplicity[:, 0])
+
+
+@settings(max_examples=30)
+@given(kernel_size_lists, name_lists, st.booleans())
+def test_logits_are_the_models(kernel_sizes, names, gated):
+    conv = new_model(WaveNetConfig(len(VOCAB), 5, 7, tuple(kernel_sizes), gated=gated), dtype=torch.float64).eval()
+    corpus = Corpus(names, VOCAB, conv)
+    batch = corpus.batch(torch.arange(len(names)))
+    expected = conv(tokens_of_windows(batch))[:, 0]
+    assert (shared_logits(conv, batch) - expected).abs().max() < 1e-12
+    mean_loss = -(expected.log_softmax(1) * batch.targets).sum() / batch.positions
+    assert abs(evaluate(conv, corpus) - mean_loss) < 1e-12
+
+
+@settings(max_examples=40)
+@given(kernel_size_lists, name_lists, st.integers(0, 99))
+def test_loss_gradients_and_statistics_are_the_trees(kernel_sizes, names, seed):
+    tree = random_tree(kernel_sizes, n_embd=5, n_hidden=7, vocab_size=len(VOCAB), seed=seed).train()
+    conv = from_tree(tree).train()
+    names = [*names, "abcxyz"]  # one name with a variance of its own
+    expected, found = tree_loss(tree, names), shared_loss(conv, names)
+    assert abs(expected - found) < 1e-10
+    expected.backward()
+    found.backward()
+    assert_close(conv.state_dict(), from_tree(tree).state_dict())  # running statistics among them
+    assert_close(((name, p.grad) for name, p in conv.named_parameters()), gradients_of(tree).named_parameters())
+
+
+def test_gradients_of_gated_models_are_the_trees():
+    tree = random_tree((2, 3, 2), n_embd=6, n_hidden=8, vocab_size=len(VOCAB), gated=True).train()
+    conv = from_tree(tree).train()
+    expected, found = tree_loss(tree, NAMES), shared_loss(conv, NAMES)
+    expected.backward()
+    found.backward()
+    gradients = dict(gradients_of(tree).named_parameters())
+    assert_close(((name, p.grad) for name, p in conv.named_parameters()), gradients)
+    assert all(gradient.abs().max() > 1e-5 for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_twenty_steps_are_the_trees(names, vocab, batch_norm):
+    """From the same start, with the same names per step, the two are still alike after twenty steps of SGD."""
+    few = names[:600]
+    tree = random_tree(n_embd=6, n_hidden=16, batch_norm=batch_norm).train()
+    conv = from_tree(tree)
+    recipe = Recipe(steps=20, batch_size=32, optimizer="sgd", schedule="constant", lr=0.1, weight_decay=0.0, seed=3)
+    trainer = Trainer(conv, vocab, few, names[600:650], recipe)
+    for _ in range(20):
+        loss = tree_loss(tree, [few[row] for row in trainer.next_rows().tolist()], vocab)
+        for parameter in tree.parameters():
+            parameter.grad = None
+        loss.backward()
+        for parameter in tree.parameters():
+            parameter.data -= 0.1 * parameter.grad
+        trainer.advance()
+        assert abs(trainer.losses[-1] - loss) < 1e-8
+    assert_close(conv.state_dict(), from_tree(tree).state_dict(), 1e-8)
+
+
+def test_teachers_give_their_share_of_the_targets(small):
+    """Window by window: the name's own token, and the mean of what the teachers expect after the same prefix."""
+    sizes = {"vocab_size": len(VOCAB), "dtype": torch.float64}
+    teachers = [small(1, **sizes).eval(), small(2, **sizes, kernel_sizes=(3, 2), gated=True).eval()]
+    student, recipe = small(0, **sizes), Recipe(steps=1, batch_size=len(NAMES), distill_weight=0.75)
+    corpus = Trainer(student, VOCAB, NAMES, NAMES, recipe, teachers).train_corpus
+    expected: dict[tuple, torch.Tensor] = {}
+    for name in NAMES:
+        parts = []
+        for teacher in teachers:
+            X, _ = reference.examples([name], VOCAB.characters, teacher.context)
+            parts.append(teacher(X)[:, 0].softmax(1))
+        X, Y = reference.examples([name], VOCAB.characters, student.context)
+        mixed = 0.25 * F.one_hot(Y, len(VOCAB)) + 0.75 * sum(parts) / 2
+        for window, row in zip(map(tuple, X.tolist()), mixed):
+            expected[window] = expected.get(window, 0) + row
+    batch = corpus.batch(torch.arange(len(NAMES)), 0.75)
+    for window, row in zip(map(tuple, tokens_of_windows(batch).tolist()), batch.targets):
+        assert (row - expected.pop(window)).abs().max() < 1e-12
+    assert not expected
+
+
+def test_predictions_are_in_the_order_of_the_names(small, monkeypatch):
+    """Also where the list is predicted in several chunks."""
+    conv = small(vocab_size=len(VOCAB), dtype=torch.float64).eval()
+    X, _ = reference.examples(NAMES, VOCAB.characters, conv.context)
+    corpus = Corpus(NAMES, VOCAB, conv)
+    monkeypatch.setattr(corpus, "chunks", lambda: Corpus.chunks(corpus, 3))
+    assert (predictions(conv, corpus) - conv(X)[:, 0].softmax(1)).abs().max() < 1e-12
+
+
+def test_batch_norm_over_ranks_has_the_statistics_of_all(small, monkeypatch):
+    """Two ranks with the same half of a batch are one with the whole batch."""
+    monkeypatch.setattr("torch.distributed.nn.functional.all_reduce", lambda part: 2 * part)
+    norm = small(dtype=torch.float64).layers[0].norm.train()
+    alone, x = copy.deepcopy(norm), torch.randn(9, 16, dtype=torch.float64)
+    multiplicity = torch.arange(1.0, 10)[:, None].double()
+    found = batch_norm_over_ranks(norm, x, multiplicity)
+    expected = alone(torch.cat([x, x]), torch.cat([multiplicity, multiplicity]))
+    assert (found - expected[:9]).abs().max() < 1e-12
+    assert_close(norm.state_dict(), alone.state_dict(), 1e-12)
+    assert torch.equal(batch_norm_over_ranks(norm.eval(), x, multiplicity), norm(x))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_rank_without_names_adds_nothing(small, dropout):
+    conv = small(vocab_size=len(VOCAB), gated=True).train()
+    batch = Corpus(NAMES, VOCAB, conv).batch(torch.arange(0))
+    assert total_loss(conv, batch, dropout) == 0 and batch.positions == 0
+
+
+def test_dropout_acts_in_training_only(small):
+    conv = small(vocab_size=len(VOCAB)).train()
+    batch = Corpus(NAMES, VOCAB, conv).batch(torch.arange(len(NAMES)))
+    torch.manual_seed(0)
+    assert not torch.equal(shared_logits(conv, batch, 0.5), shared_logits(conv, batch, 0.5))
+    conv.eval()
+    assert torch.equal(shared_logits(conv, batch, 0.5), shared_logits(conv, batch))

@@ -1,0 +1,56 @@
+"""The `wavenet-conv` command: a thin parser, one module per command, and exit codes.
+
+PyTorch is imported inside the functions that run a command, so that help and usage errors come fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from .. import __version__
+from ..errors import UsageError, WaveNetConvError
+from .rows import write_output
+
+COMMANDS = ("score", "sample", "train", "sweep", "find_lr", "lecture_names")
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: What follows `wavenet-conv` on the command line; `sys.argv[1:]` by default.
+
+    Returns:
+        The exit code: 0 when done or when the reader closed the pipe, 1 for a failed job, 2 for wrong usage, 130 for
+        Ctrl-C.
+
+    Raises:
+        SystemExit: With code 2 for options that cannot be parsed, with code 0 after `--help` and `--version`.
+    """
+    options = vars(_parser().parse_args(arguments))
+    run, hint = options.pop("run"), options.pop("hint", "")
+    try:
+        run(**options)
+        write_output()  # of what was printed
+    except BrokenPipeError:
+        return 0
+    except WaveNetConvError as error:
+        print(f"wavenet-conv: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print(f"wavenet-conv: interrupted{hint}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="wavenet-conv", description="The lecture's WaveNet, slid over whole names.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        import_module(f".{name}", __name__).add_parser(commands)
+    return parser

@@ -1,0 +1,104 @@
+"""Rows of names and scores: how they are written, and where they go."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from math import inf, log
+from typing import TYPE_CHECKING
+
+from ..errors import OutputError, WaveNetConvError
+from ..files import whole_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
+
+
+class Rows:
+    """Formats rows, whose numbers have as many digits as their dtype needs to be read back exactly.
+
+    Args:
+        format: "tsv" (a name is written as inside a JSON string) or "jsonl".
+        columns: The columns' names, beginning with that of the names.
+    """
+
+    def __init__(self, format: str, *columns: str):
+        self._tsv = format == "tsv"
+        self.header = ("\t".join(columns) + "\n").encode() if self._tsv else b""
+        fields = ", ".join(f'"{column}": {{}}' for column in columns)
+        self._row = "\t".join("{}" for _ in columns) + "\n" if self._tsv else f"{{{{{fields}}}}}\n"
+
+    def __call__(self, names: Sequence[str], *columns: Tensor | tuple[Tensor, Tensor]) -> bytes:
+        """Return the rows of n names as UTF-8.
+
+        Args:
+            names: The first column.
+            columns: A number per name `(n,)`, or several, as values and offsets `(n + 1,)`.
+        """
+        quoted = (_quoted(name)[1:-1] for name in names) if self._tsv else map(_quoted, names)
+        others = (self._lists(*c) if isinstance(c, tuple) else self._numbers(c) for c in columns)
+        return "".join(map(self._row.format, quoted, *others)).encode()
+
+    def _lists(self, values: Tensor, offsets: Tensor) -> Iterator[str]:
+        numbers = list(self._numbers(values))
+        for start, end in pairwise(offsets.tolist()):
+            yield ",".join(numbers[start:end]) if self._tsv else f"[{', '.join(numbers[start:end])}]"
+
+    def _numbers(self, values: Tensor) -> Iterator[str]:
+        digits, tsv = ".17g" if values.dtype.itemsize > 4 else ".9g", self._tsv
+        for value in values.tolist():  # JSON has no NaN and no infinity
+            yield format(value, digits) if tsv or -inf < value < inf else "null"
+
+
+def bits_per_character(names: Sequence[str], scores: Tensor) -> Tensor:
+    """Bits per character of names with these log-likelihoods, the end counted as a character: `(names,)`."""
+    from ..vocabulary import lengths_of
+
+    return scores / (-log(2) * (lengths_of(names) + 1))
+
+
+@contextmanager
+def open_output(path: str | None) -> Iterator[Callable[[bytes], object]]:
+    """Give a function that writes bytes to standard output, or to a file that is replaced when all is written.
+
+    Raises:
+        OutputError: If the bytes cannot be written; a file is then as it was.
+        BrokenPipeError: If the reader of standard output closed the pipe.
+    """
+    if path is None:
+        yield write_output
+        return
+    try:
+        with whole_file(os.path.realpath(path)) as file:
+            yield file.write
+    except OSError as error:
+        if isinstance(error, WaveNetConvError):
+            raise
+        raise OutputError(f"{path}: {error.strerror}; the file is as it was before") from error
+
+
+def write_output(data: bytes = b"") -> None:
+    """Write bytes to standard output and flush it; raises as `open_output` does."""
+    if sys.stdout is None:
+        if data:
+            raise OutputError("standard output is closed; redirect it to a file")
+        return
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        # What is still buffered goes nowhere, so that the interpreter does not complain about it when it exits.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+        if isinstance(error, BrokenPipeError) or (os.name == "nt" and error.errno == errno.EINVAL):
+            raise BrokenPipeError from error
+        raise OutputError(f"standard output: {error.strerror}; the rows are not complete") from error

@@ -1,0 +1,110 @@
+"""A list of names as its distinct nodes, from which batches are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import NamesError
+from ..model import ConvWaveNet
+from ..engine.ids import crossing_starts, node_ids, node_starts, tap_views
+from ..vocabulary import Vocabulary, checked_names
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The windows of some names as their distinct nodes, numbered within the batch.
+
+    Attributes:
+        children: per layer, lowest first, int64 `(nodes, kernel_size)`: ids of nodes of the layer below, or tokens.
+        multiplicities: per layer `(nodes, 1)`, how many windows contain the node, in the dtype of the weights.
+        targets: `(windows, vocab)` in that dtype, how often each token follows each distinct window, or is expected to.
+        positions: how many predictions the batch has; the sum of `targets`.
+    """
+
+    children: list[Tensor]
+    multiplicities: list[Tensor]
+    targets: Tensor
+    positions: int
+
+
+class Corpus:
+    """A list of names whose distinct nodes are numbered once for all batches.
+
+    Args:
+        names, vocab: at least one name, and the model's vocabulary.
+        model: gives the kernel sizes, the device and the dtype.
+
+    Attributes:
+        windows, next_tokens: of each position of the list int64 `(positions,)`: the id of its window, and what follows.
+        first, outputs: of each name int64 `(names,)`: its first position, and its number of positions.
+        soft_targets: `(positions, vocab)`, what teachers expect, or None.
+
+    Raises:
+        NamesError: for an empty list and for a character that `vocab` does not know.
+    """
+
+    def __init__(self, names: Sequence[str], vocab: Vocabulary, model: ConvWaveNet):
+        names = checked_names(names)
+        if not names:
+            raise NamesError("there is nothing to learn from an empty list; give at least one name")
+        weight, context = model.embedding.weight, model.context
+        tokens, lengths, known = vocab.pack(names, context=context)
+        if not known.all():
+            raise vocab.unknown_character_error(names)
+        tokens, lengths = tokens.to(weight.device), lengths.to(weight.device)
+        self.dtype, self.vocab_size = weight.dtype, len(vocab)
+        self.children: list[Tensor] = []
+        ids, kinds, span = tokens, len(vocab), 1
+        for kernel_size in model.config.kernel_sizes:
+            taps, span = tap_views(ids, kernel_size, span), span * kernel_size
+            children, ids = node_ids(taps, kinds, crossing_starts(lengths, context, span))
+            self.children.append(children)
+            kinds = len(children)
+        starts = node_starts(lengths, context, context)
+        self.windows, self.next_tokens = ids[starts].long(), tokens[starts + context].long()
+        self.outputs = lengths + 1
+        self.first = self.outputs.cumsum(0) - self.outputs
+        self.soft_targets: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.outputs)
+
+    def chunks(self, size: int = 2**14) -> list[Tensor]:
+        """All names in order, as `rows` for `batch`, few enough at a time to bound memory."""
+        return list(torch.arange(len(self), device=self.first.device).split(size))
+
+    def batch(self, rows: Tensor, soft_share: float = 0.0) -> Batch:
+        """The windows of the names `rows`, int64 `(names,)`; `soft_share` of the targets are `soft_targets`."""
+        positions = self._positions(rows)
+        references = self.windows[positions]
+        multiplicity = torch.bincount(references, minlength=len(self.children[-1]))
+        renumbered, multiplicities = [], []
+        for layer in reversed(range(len(self.children))):
+            nodes = multiplicity.nonzero()[:, 0]
+            new_ids = torch.empty_like(multiplicity)
+            new_ids[nodes] = torch.arange(len(nodes), device=nodes.device)
+            renumbered.append(new_ids[references])
+            references, count = self.children[layer][nodes], multiplicity[nodes]
+            multiplicities.append(count[:, None].to(self.dtype))
+            if layer:  # a child is in every window that contains its parent
+                multiplicity = torch.zeros(len(self.children[layer - 1]), dtype=torch.int64, device=nodes.device)
+                multiplicity.index_add_(0, references.flatten(), count.repeat_interleave(references.shape[1]))
+        windows, *children = *renumbered, references
+        pairs = windows * self.vocab_size + self.next_tokens[positions]
+        counts = torch.bincount(pairs, minlength=len(multiplicities[0]) * self.vocab_size)
+        targets = counts.view(-1, self.vocab_size).to(self.dtype)
+        if soft_share and self.soft_targets is not None:
+            targets = ((1 - soft_share) * targets).index_add_(
+                0, windows, self.soft_targets[positions], alpha=soft_share
+            )
+        return Batch(children[::-1], multiplicities[::-1], targets, len(positions))
+
+    def _positions(self, rows: Tensor) -> Tensor:
+        """The positions of some names, name after name."""
+        outputs = self.outputs[rows]
+        shift = self.first[rows] - (outputs.cumsum(0) - outputs)
+        return torch.arange(int(outputs.sum()), device=outputs.device) + shift.repeat_interleave(outputs)

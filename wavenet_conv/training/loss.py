@@ -1,0 +1,95 @@
+"""The model on distinct nodes: each is evaluated once, and all windows of the names have their loss.
+
+Without dropout, the loss, every gradient and the batch-norm statistics are those of the tree on all windows of the
+same names (README: Training by sliding, exactly).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..model import BatchNorm, ConvWaveNet, GatedLayer
+from .corpus import Batch, Corpus
+
+Normalize = Callable[[BatchNorm, Tensor, Tensor], Tensor]
+
+
+def shared_logits(
+    model: ConvWaveNet, batch: Batch, dropout: float = 0.0, normalize: Normalize = BatchNorm.__call__
+) -> Tensor:
+    """Logits after each distinct window of a batch: `(windows, vocab)`, differentiable, in the model's mode.
+
+    What a node contributes to its parent at tap j is computed once; a parent is a gather, a sum and an activation.
+
+    Args:
+        model, batch: a model, and a batch of a corpus that was made for it.
+        dropout: in training, the probability that a linear map does not see an input channel, drawn per distinct node.
+        normalize: batch norm as a function of the module, `(nodes, channels)` and the multiplicities.
+    """
+    dropout = dropout if model.training else 0.0
+    layer: Any
+    skips: Any = None
+    x: Tensor = model.embedding.weight
+    for layer, children, multiplicity in zip(model.layers, batch.children, batch.multiplicities):
+        h = _fused(layer.conv, x, children, dropout)
+        if isinstance(layer, GatedLayer):
+            f, g = h.chunk(2, 1)
+            z, rightmost = torch.tanh(f) * torch.sigmoid(g), children[:, -1]
+            skip = _mapped(layer.skip, z, 0.0)
+            skips = skip if skips is None else skip + skips.index_select(0, rightmost)
+            if layer.residual is not None:
+                x = _mapped(layer.residual, z, 0.0) + x.index_select(0, rightmost)
+        else:
+            x = torch.tanh(h if layer.norm is None else normalize(layer.norm, h, multiplicity))
+    if model.hidden is not None:
+        x = F.relu(_mapped(model.hidden, F.relu(skips), dropout))
+    return _mapped(model.head, x, dropout)
+
+
+def _fused(conv: nn.Conv1d, x: Tensor, children: Tensor, dropout: float) -> Tensor:
+    """The linear map of a layer: `(nodes below, c_in)` to `(nodes, c_out)`."""
+    taps = conv.weight.permute(2, 1, 0).contiguous()  # (kernel_size, c_in, c_out)
+    if dropout:
+        gathered = x.index_select(0, children.flatten()).view(len(children), taps.shape[0] * taps.shape[1])
+        h = F.dropout(gathered, dropout) @ taps.flatten(0, 1)
+    else:
+        h = sum((x @ tap).index_select(0, child) for tap, child in zip(taps, children.unbind(1)))
+    return h if conv.bias is None else h + conv.bias
+
+
+def _mapped(conv: nn.Conv1d, x: Tensor, dropout: float) -> Tensor:
+    """A 1x1 convolution of `(nodes, c_in)`."""
+    return F.linear(F.dropout(x, dropout) if dropout else x, conv.weight[..., 0], conv.bias)
+
+
+def total_loss(
+    model: ConvWaveNet, batch: Batch, dropout: float = 0.0, normalize: Normalize = BatchNorm.__call__
+) -> Tensor:
+    """The sum of -log p over all positions of a batch, in nats: a differentiable scalar. Arguments: `shared_logits`."""
+    return -(shared_logits(model, batch, dropout, normalize).log_softmax(1) * batch.targets).sum()
+
+
+@torch.no_grad()
+def evaluate(model: ConvWaveNet, corpus: Corpus) -> float:
+    """The mean of -log p over all positions of a list, in nats, in evaluation mode; restores the model's mode."""
+    was_training = model.training
+    model.eval()
+    total = sum(float(total_loss(model, corpus.batch(rows))) for rows in corpus.chunks())
+    model.train(was_training)
+    return total / len(corpus.windows)
+
+
+@torch.no_grad()
+def predictions(model: ConvWaveNet, corpus: Corpus) -> Tensor:
+    """The probabilities that a model in evaluation mode gives at each position of its corpus: `(positions, vocab)`."""
+    parts = []
+    for rows in corpus.chunks():
+        first, last = int(corpus.first[rows[0]]), int(corpus.first[rows[-1]] + corpus.outputs[rows[-1]])
+        _, windows = corpus.windows[first:last].unique(return_inverse=True)  # numbered as by `Corpus.batch`
+        parts.append(shared_logits(model, corpus.batch(rows)).softmax(1)[windows])
+    return torch.cat(parts)

@@ -1,0 +1,49 @@
+"""Sums over the ranks of a `torch.distributed` group, each of which has a share of the batch."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import ModeError
+from ..model import BatchNorm, ConvWaveNet
+
+
+def rank_and_count() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def batch_norm_over_ranks(norm: BatchNorm, x: Tensor, multiplicity: Tensor) -> Tensor:
+    """`norm(x, multiplicity)` with the batch statistics of all ranks; differentiable.
+
+    Args:
+        norm: in training mode; its running statistics are updated as without ranks.
+        x: `(nodes, channels)`, this rank's.
+        multiplicity: `(nodes, 1)`.
+    """
+    if not norm.training:
+        return norm(x, multiplicity)
+    from torch.distributed.nn.functional import all_reduce  # not in every build of PyTorch
+
+    total = all_reduce(multiplicity.sum())
+    if total <= 1:
+        raise ModeError("batch norm cannot compute a variance from one window; train on more than one at a time")
+    mean = all_reduce((multiplicity * x).sum(0)) / total
+    var = all_reduce((multiplicity * (x - mean) ** 2).sum(0)) / (total - 1)
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var, norm.momentum)
+    return (x - mean) / torch.sqrt(var + norm.eps) * norm.weight + norm.bias
+
+
+def sum_over_ranks(loss: Tensor, model: ConvWaveNet) -> Tensor:
+    """The loss summed over the ranks; sums the gradients in place, all in one message."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([loss.view(1), *(gradient.flatten() for gradient in gradients)])
+    dist.all_reduce(flat)
+    total, *sums = flat.split([1, *(gradient.numel() for gradient in gradients)])
+    for gradient, part in zip(gradients, sums):
+        gradient.copy_(part.view_as(gradient))
+    return total[0].clone()

@@ -1,0 +1,97 @@
+"""How to train: recipes, presets and the lecture's split of a list. Imports no PyTorch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; the defaults are those of the preset "fast".
+
+    Args:
+        steps, batch_size: optimizer steps, and names per step.
+        optimizer: "adamw" or "sgd".
+        schedule: "onecycle" (rises to `lr` over the first `warmup` of the steps, then falls to zero) or "constant".
+        lr, warmup: the highest learning rate, and a share of the steps.
+        weight_decay: of the weight matrices; biases, batch norms and the embedding are not decayed.
+        dropout: probability that a linear map does not see an input channel.
+        ema_decay: decay per step of the exponential moving average of the weights, which is then what is validated
+            and kept; 0 keeps the weights themselves.
+        eval_every: steps between validations.
+        patience: validations without a new lowest loss after which training stops; 0 never stops early.
+        distill_weight: with teachers, their share of the targets; the rest is what follows in the list.
+        seed: of the initial weights, the order of the names and dropout.
+
+    Raises:
+        ConfigError: naming the field that is wrong.
+    """
+
+    steps: int = 1500
+    batch_size: int = 256
+    optimizer: str = "adamw"
+    schedule: str = "onecycle"
+    lr: float = 1e-2
+    warmup: float = 0.25
+    weight_decay: float = 0.05
+    dropout: float = 0.0
+    ema_decay: float = 0.0
+    eval_every: int = 100
+    patience: int = 0
+    distill_weight: float = 0.8
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "eval_every"):
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1 and below 2**31")
+        for name in ("weight_decay", "patience", "seed"):
+            if not 0 <= getattr(self, name) < 2**30:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 2**30")
+        for name in ("warmup", "dropout", "ema_decay", "distill_weight"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if not (isfinite(self.lr) and self.lr > 0):
+            raise ConfigError(f"lr is {self.lr}; it must be a positive number")
+        for name, known in (("optimizer", ("adamw", "sgd")), ("schedule", ("onecycle", "constant"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(map(repr, known))}")
+
+
+_GATED = {"gated": True, "kernel_sizes": (2, 2, 2, 2), "n_embd": 96, "n_hidden": 96}
+
+# name: (fields of WaveNetConfig without the vocabulary, recipe)
+PRESETS: dict[str, tuple[dict[str, Any], Recipe]] = {
+    "fast": ({}, Recipe()),  # the lecture's last network, below its last validation loss in seconds
+    "plain": ({}, Recipe(steps=6000, dropout=0.05, eval_every=250)),
+    "gated-plain": (_GATED, Recipe(steps=7000, lr=3e-3, dropout=0.2, eval_every=250)),
+    "wide": ({}, Recipe(steps=5000, weight_decay=0.03, dropout=0.02, eval_every=250, distill_weight=0.6)),
+    "gated": (
+        _GATED,
+        Recipe(steps=6000, lr=3e-3, weight_decay=0.1, dropout=0.1, eval_every=250, distill_weight=0.7),
+    ),
+}
+
+# preset: the presets of its teachers, which are trained first
+TEACHERS: dict[str, tuple[str, ...]] = dict.fromkeys(("wide", "gated"), ("gated-plain", "gated-plain", "plain"))
+
+
+def teachers_of(preset: str, seed: int) -> list[tuple[str, dict[str, Any], Recipe]]:
+    """Name, shape and recipe of each teacher of a preset; their seeds are those after `seed`."""
+    names = TEACHERS.get(preset, ())
+    shapes = [(name, *PRESETS[name]) for name in names]
+    return [(name, shape, replace(recipe, seed=seed + 1 + i)) for i, (name, shape, recipe) in enumerate(shapes)]
+
+
+def split_names(names: Sequence[str], seed: int = 42) -> tuple[list[str], list[str], list[str]]:
+    """The lecture's split: shuffled with `seed`, then 80% to train on, 10% to validate on and 10% to test on."""
+    shuffled = list(names)
+    random.Random(seed).shuffle(shuffled)
+    first, second = int(0.8 * len(shuffled)), int(0.9 * len(shuffled))
+    return shuffled[:first], shuffled[first:second], shuffled[second:]

@@ -1,0 +1,212 @@
+"""One training, step by step, with a state from which it can be resumed to the same bits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from math import inf, isfinite, log
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..errors import ModeError, TrainingError
+from ..model import BatchNorm, ConvWaveNet
+from ..vocabulary import Vocabulary
+from .corpus import Corpus
+from .loss import Normalize, evaluate, predictions, total_loss
+from .ranks import batch_norm_over_ranks, rank_and_count, sum_over_ranks
+from .recipe import Recipe
+
+
+class Trainer:
+    """One training: a model (trained in place, in its dtype and on its device), a recipe and two lists of names.
+
+    On the CPU the same arguments and number of threads give the same bits. In a `torch.distributed` group each rank
+    takes its share of each batch; losses, gradients and batch statistics are summed over the ranks. `run` takes a
+    trainer to its end. With teachers (in evaluation mode, of the same vocabulary and any shape) the mean of their
+    predictions is a share of the targets (distillation; Hinton et al. 2015, arXiv:1503.02531).
+
+    Attributes:
+        step, seconds: steps taken, and seconds spent in `run`.
+        losses: of each step, in nats per position: scalars on the device.
+        validations: `(step, loss)` of each validation, in nats per position.
+        best_step, best_loss, best_weights: of the lowest validation loss; the weights are a `state_dict`.
+        train_corpus, valid_corpus: the names.
+    """
+
+    def __init__(
+        self,
+        model: ConvWaveNet,
+        vocab: Vocabulary,
+        train: Sequence[str],
+        valid: Sequence[str],
+        recipe: Recipe,
+        teachers: Sequence[ConvWaveNet] = (),
+    ):
+        if any(teacher.training for teacher in teachers):
+            raise ModeError("a teacher is in training mode; call .eval() first")
+        self.model, self.recipe, self.device = model.train(), recipe, model.embedding.weight.device
+        self.train_corpus, self.valid_corpus = Corpus(train, vocab, model), Corpus(valid, vocab, model)
+        self._soft_share = recipe.distill_weight if teachers else 0.0
+        for teacher in teachers:
+            part = predictions(teacher, Corpus(train, vocab, teacher)).to(model.embedding.weight) / len(teachers)
+            before = self.train_corpus.soft_targets
+            self.train_corpus.soft_targets = part if before is None else before + part
+        self.optimizer, self._schedule = _optimizer(model, recipe)
+        self._average = None
+        if recipe.ema_decay:
+            update = get_ema_multi_avg_fn(recipe.ema_decay)
+            self._average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+        self._rank, self._ranks = rank_and_count()
+        self._normalize: Normalize = batch_norm_over_ranks if self._ranks > 1 else BatchNorm.__call__
+        self.step, self.seconds = 0, 0.0
+        self.losses: list[Tensor] = []
+        self.validations: list[tuple[int, float]] = []
+        self._epoch, self._order = -1, torch.zeros(0, dtype=torch.int64)
+        self.best_step, self.best_loss = 0, inf
+        self.best_weights: dict[str, Tensor] = {}
+
+    @property
+    def validated_model(self) -> ConvWaveNet:
+        """The model that is validated: the moving average where the recipe asks for one."""
+        return self.model if self._average is None else self._average.module  # type: ignore[return-value]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are taken, or the last `patience` validations were no better than an earlier one."""
+        since = sum(step > self.best_step for step, _ in self.validations)
+        return self.step >= self.recipe.steps or 0 < self.recipe.patience <= since
+
+    def next_rows(self) -> Tensor:
+        """The names of the next step, int64; each epoch has its own random order."""
+        size, seed = self.recipe.batch_size, self.recipe.seed
+        epoch, place = divmod(self.step, -(-len(self.train_corpus) // size))
+        if self._epoch != epoch:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self.train_corpus), generator=generator)
+        return self._order[place * size :][:size].to(self.device)
+
+    def advance(self) -> None:
+        """Takes one step."""
+        dropout, seed, rows = self.recipe.dropout, self.recipe.seed, self.next_rows()
+        batch = self.train_corpus.batch(rows[self._rank :: self._ranks], self._soft_share)
+        positions = batch.positions if self._ranks == 1 else int(self.train_corpus.outputs[rows].sum())
+        self.optimizer.zero_grad()
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else [], enabled=dropout > 0):
+            if dropout:
+                torch.manual_seed((self._rank << 50) + seed * 1_000_003 + self.step)
+            loss = total_loss(self.model, batch, dropout, self._normalize) / positions
+        loss.backward()
+        loss = loss.detach() if self._ranks == 1 else sum_over_ranks(loss.detach(), self.model)
+        self.optimizer.step()
+        self._schedule.step()
+        self.step += 1
+        self.losses.append(loss)
+        if self._average is not None:
+            self._average.update_parameters(self.model)
+
+    def validate(self) -> float:
+        """The validation loss in nats per position; keeps the weights where it is the lowest so far.
+
+        Raises:
+            TrainingError: where it, or the loss of a step since the last validation, is NaN or has exploded.
+        """
+        since = self.validations[-1][0] if self.validations else 0
+        limit = 10 * log(self.train_corpus.vocab_size + 1)  # ten times the loss of a uniform guess
+        recent = torch.stack(self.losses[since:]).tolist() if self.losses[since:] else []
+        broken = [(step, f"its loss is {loss:.4g}") for step, loss in enumerate(recent, since + 1) if not loss < limit]
+        loss = evaluate(self.validated_model, self.valid_corpus)
+        if not isfinite(loss):
+            broken.append((self.step, f"the validation loss is {loss}"))
+        if broken:
+            raise _breakdown(*broken[0], self.recipe.lr, self.best_step)
+        self.validations.append((self.step, loss))
+        if loss < self.best_loss:
+            weights = {name: tensor.clone() for name, tensor in self.validated_model.state_dict().items()}
+            self.best_step, self.best_loss, self.best_weights = self.step, loss, weights
+        return loss
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the next step depends on and all that was measured, for `restore`.
+
+        Returns:
+            Tensors by name, and numbers that JSON can hold.
+        """
+        parts = {"model": self.model.state_dict(), "best": self.best_weights}
+        if self._average is not None:
+            parts["average"] = self._average.state_dict()
+        for index, values in self.optimizer.state_dict()["state"].items():
+            parts[f"optimizer.{index}"] = values
+        tensors = {f"{part}.{name}": tensor for part, values in parts.items() for name, tensor in values.items()}
+        tensors["losses"] = torch.stack(self.losses) if self.losses else torch.zeros(0)
+        numbers = {name: getattr(self, name) for name in ("step", "best_step", "validations", "seconds")}
+        return tensors, numbers
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Continues from a `state`, to the same bits; the trainer must have been made with the same arguments.
+
+        Raises:
+            KeyError, RuntimeError: where it is the state of another model.
+        """
+
+        self.model.load_state_dict(_part(tensors, "model."))
+        if self._average is not None:
+            self._average.load_state_dict(_part(tensors, "average."))
+        _restore_optimizer(self.optimizer, tensors)
+        self.step, self.best_step, self.seconds = numbers["step"], numbers["best_step"], float(numbers["seconds"])
+        self.validations = [(step, loss) for step, loss in numbers["validations"]]
+        self.best_loss = dict(self.validations).get(self.best_step, inf)
+        self.best_weights = {name: tensor.to(self.device) for name, tensor in _part(tensors, "best.").items()}
+        self.losses = list(tensors["losses"].to(self.device))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch warns that the optimizer has taken no step yet
+            self._schedule.last_epoch = self.step - 1
+            self._schedule.step()
+
+
+def _breakdown(step: int, complaint: str, lr: float, best_step: int) -> TrainingError:
+    best = f"; the best weights are those of step {best_step}" if best_step else ""
+    return TrainingError(
+        f"training broke down at step {step}: {complaint} nats, with a learning rate up to {lr:g}{best}; "
+        f"try a lower one, such as --lr {lr / 3:.1g}, or `wavenet-conv find-lr`"
+    )
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with a prefix, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    slots = {}
+    for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        slots[index] = _part(tensors, f"optimizer.{index}.")
+        for name, value in slots[index].items():
+            if value.shape == parameter.shape:  # a fused optimizer needs the parameter's own memory layout
+                slots[index][name] = torch.empty_like(parameter).copy_(value)
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _optimizer(
+    model: ConvWaveNet, recipe: Recipe
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """The optimizer and its schedule; only weight matrices are decayed."""
+    matrices = [p for p in model.parameters() if p.ndim == 3]
+    others = [p for p in model.parameters() if p.ndim != 3]
+    groups: list[Any] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    options: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True, **options)
+    else:
+        optimizer = torch.optim.SGD(groups, **options)
+    if recipe.schedule == "constant":
+        return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    total = recipe.steps + 1
+    warmup = recipe.warmup if recipe.warmup * total != 1 else 0.0  # a rise of no steps would divide by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.lr, total_steps=total, pct_start=float(warmup), cycle_momentum=False
+    )
+    return optimizer, schedule
