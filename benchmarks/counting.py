@@ -51,7 +51,7 @@ class CountingProducts(TorchDispatchMode):
 
 def nodes_of(call: Callable[[], Any], config: WaveNetConfig) -> list[int]:
     """Nodes per layer that one call of a model with this config computes."""
-    with CountingNodes(config.n_hidden) as counted:
+    with CountingNodes(config.widths) as counted:
         call()
     return counted.nodes
 
@@ -82,7 +82,7 @@ def multiply_adds(conv: ConvWaveNet, nodes: Sequence[int], positions: int) -> in
 
 def shared_multiply_adds(config: WaveNetConfig, nodes: Sequence[int]) -> int:
     """Multiply-adds for that many distinct nodes per layer: each with every tap of its parents' layer, or the head."""
-    widths, above = config.n_hidden, [*zip(config.kernel_sizes[1:], config.n_hidden[1:]), (1, config.vocab_size)]
+    widths, above = config.widths, [*zip(config.kernel_sizes[1:], config.widths[1:]), (1, config.vocab_size)]
     return sum(count * width * size * wide for count, width, (size, wide) in zip(nodes, widths, above))
 
 
@@ -93,7 +93,7 @@ def shared_bytes(config: WaveNetConfig, nodes: Sequence[int], names: Sequence[st
     of text. Written per node: its contributions, or on the last layer a log-probability; per name: a score. What
     finding ids moves is not counted, and every gathered row counts as read from memory though a cache may have it.
     """
-    widths, sizes = config.n_hidden, config.kernel_sizes
+    widths, sizes = config.widths, config.kernel_sizes
     above = [*(size * width for size, width in zip(sizes[1:], widths[1:])), 1]
     of_nodes = sum(n * (size * (4 * width + 8) + 4 * up) for n, size, width, up in zip(nodes, sizes, widths, above))
     return of_nodes + 13 * outputs(names) + (config.context - 1 + 4) * len(names)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from wavenet_conv.names import read_names
 
 from benchmarks.tables import Table, print_page
 from wavenet_conv import Vocabulary, WaveNetConvError, exact_float32
 from wavenet_conv.files import write_whole
+from wavenet_conv.names import read_names
 
 Call = Callable[[], Any]
 Results = dict[str, Any]
@@ -86,7 +87,7 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
         code = 1
         head = {"device": machine(device), "torch": torch.__version__, "dtype": "float32"}
         with session.progress, exact_float32(), torch.set_grad_enabled(benchmark.gradients):
-            results = head | benchmark.run(session)
+            results: Results = {**head, **benchmark.run(session)}
         if args.json != "-":
             print_page(results, benchmark.tables(results) if results["equality"]["equal"] else ())
         text = json.dumps(results, indent=1)
@@ -218,13 +219,18 @@ def time_at_best(
     tick = session.ticks("methods", 2 + rounds)
     done: dict[tuple[str, int], float] = {}
 
+    def call(method: str, size: int) -> None:
+        done[method, size] = amount(calls[method](size))
+
     def timed(wanted: Iterable[tuple[str, int]], repeats: int) -> dict[tuple[str, int], list[float]]:
-        turn = {(m, n): lambda m=m, n=n: done.update({(m, n): amount(calls[m](n))}) for m, n in wanted}
+        turn: dict[tuple[str, int], Call] = {(m, n): partial(call, m, n) for m, n in wanted}
         return time_calls(turn, repeats, session.device, block=1, tick=tick)
 
     timed([(method, tried[0]) for method, tried in sizes.items()], 1)  # to warm up
     costs = timed([(method, n) for method, tried in sizes.items() for n in tried], 1)
-    best = {m: min(tried, key=lambda n, m=m: costs[m, n][0] / done[m, n]) for m, tried in sizes.items()}
+    best = {
+        m: min(tried, key={n: costs[m, n][0] / done[m, n] for n in tried}.__getitem__) for m, tried in sizes.items()
+    }
     return best, {method: samples for (method, _), samples in timed(best.items(), rounds).items()}
 
 

@@ -171,7 +171,7 @@ def train_tree(rung: Rung, parts: Parts) -> Outcome:
         parameter.data.normal_(generator=generator)
     context, drop_at = reference.context_of(tree), rung.drop_at * parts.steps // STEPS
     X, Y = reference.examples(parts.train, parts.vocab.characters, context)
-    options = {"steps": parts.steps, "batch_size": BATCH_SIZE, "lr": LR, "drop_at": drop_at}
+    options: dict[str, Any] = {"steps": parts.steps, "batch_size": BATCH_SIZE, "lr": LR, "drop_at": drop_at}
     reference.train(tree, X, Y, **options, generator=generator)
     held_out = reference.examples(parts.validation, parts.vocab.characters, context)
     losses = reference.evaluate(tree, X, Y), reference.evaluate(tree, *held_out)

@@ -13,13 +13,13 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from wavenet_conv.engine import shared
 
 import reference
 from benchmarks.counting import CountingNodes, multiply_adds, outputs, shared_multiply_adds
 from benchmarks.harness import Session, spread, time_at_best
 from benchmarks.tables import Row
 from wavenet_conv import Scorer, Stream, Vocabulary, WaveNetConfig, fold_batch_norm, from_tree
+from wavenet_conv.engine import shared
 
 try:
     from pytorch_tcn import TCN
@@ -115,7 +115,7 @@ class Peer(nn.Module):
         self.context = 1 + sum(2 * (config.kernel_sizes[0] - 1) * dilation for dilation in config.dilations)
         self.tcn = TCN(
             num_inputs=config.n_embd,
-            num_channels=list(config.n_hidden),
+            num_channels=list(config.widths),
             kernel_size=config.kernel_sizes[0],
             dilations=list(config.dilations),
             dropout=0.0,
@@ -194,7 +194,7 @@ class OnList:
         if self.method.reads == "strings":
             with evaluated_nodes(self.config) as nodes:
                 return call(self.sizes[0]), nodes
-        with CountingNodes(self.config.n_hidden) as counted:
+        with CountingNodes(self.config.widths) as counted:
             return call(self.sizes[0]), counted.nodes
 
 
@@ -207,7 +207,7 @@ def list_rows(
     best, samples = time_at_best(calls, sizes, session, session.pick(3, 9))
     rows = []
     for name, method in lists.items():
-        row = {"method": name, "batch": best[name], "names": len(method.names), "positions": method.positions}
+        row: Row = {"method": name, "batch": best[name], "names": len(method.names), "positions": method.positions}
         row |= {"calls": len(samples[name]), **spread("us", samples[name])}
         row |= spread("positions_per_second", [method.positions / us * 1e6 for us in samples[name]])
         if name in nodes:
@@ -249,8 +249,9 @@ def rows_by_length(names: Iterable[str]) -> Tensor:
 def exact_scores(tree: reference.Sequential, names: Sequence[str], vocab: Vocabulary) -> Tensor:
     """The log-likelihood of each name by the tree's windows in float64: `(names,)` on the CPU."""
     tree, context, scores = copy.deepcopy(tree).to(dtype=torch.float64), reference.context_of(tree), []
+    device = tree.parameters()[0].device
     for tokens in tokens_by_length(names, vocab, context):
-        for batch in tokens.to(tree.layers[-1].weight.device).split(512):
+        for batch in tokens.to(device).split(512):
             log_probs = reference.window_logits(tree, batch).log_softmax(-1)
             scores.append(log_probs.gather(-1, F.pad(batch[:, context:], (0, 1))[..., None]).sum((1, 2)).cpu())
     return torch.cat(scores)[rows_by_length(names).argsort()]

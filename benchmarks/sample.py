@@ -44,7 +44,7 @@ def run(session: Session) -> Results:
     """All results; where names differ, nothing after the equality."""
     trained = load_checkpoint("default")
     models, config = Models(reference.from_conv(trained.model.to(session.device)), trained.vocab), trained.model.config
-    shape = {name: list(getattr(config, name)) for name in ("kernel_sizes", "n_hidden")}
+    shape: Row = {name: list(getattr(config, name)) for name in ("kernel_sizes", "n_hidden")}
     shape |= {"n_embd": config.n_embd, "parameters": parameters(models.conv), "context": models.context}
     results: Results = {
         "model": {"checkpoint": "default", **shape, "seed": session.args.seed},
@@ -215,7 +215,7 @@ def method_rows(calls: dict[str, Sampler], session: Session) -> list[Row]:
     for name, times in samples.items():
         with CountingProducts() as counted:
             drawn = calls[name](best[name])
-        row = {"method": name, "batch": best[name], "names": len(drawn), "characters": characters_of(drawn)}
+        row: Row = {"method": name, "batch": best[name], "names": len(drawn), "characters": characters_of(drawn)}
         row |= {"calls": len(times), **spread("us", times)}
         row |= spread("names_per_second", [len(drawn) / us * 1e6 for us in times])
         row["characters_per_second"] = row["names_per_second"] * row["characters"] / len(drawn)
@@ -260,7 +260,9 @@ def growth_row(layers: int, session: Session) -> Row:
         time_calls(methods, block, device, block=block)
         samples = time_calls(methods, calls, device, block=block)
         per_character = {name: [us / batch for us in samples[name]] for name, batch in batches.items()}
-        rows = [{"method": name, "batch": batch, "calls": len(samples[name])} for name, batch in batches.items()]
+        rows: list[Row] = [
+            {"method": name, "batch": batch, "calls": len(samples[name])} for name, batch in batches.items()
+        ]
         return [row | spread("us_per_character", per_character[row["method"]]) for row in rows]
 
     one = timed(dict.fromkeys(("windows", "windows_folded", "stream"), 1), session.pick(90, 210), 30)

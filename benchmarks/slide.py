@@ -153,7 +153,11 @@ def growth_row(layers: int, session: Session) -> Row:
     stride = session.pick(max(1, (GROWTH_TOKENS - context + 1) * context // 2**16), 1)
     windows = reference.windows(tokens, context)[0, ::stride].contiguous()
     sizes = {max(1, size // context) for size in WINDOW_TOKENS[device.type]}
-    over = {size: lambda n=size: torch.cat([models.folded_tree(batch) for batch in windows.split(n)]) for size in sizes}
+
+    def by_windows(size: int) -> Tensor:
+        return torch.cat([models.folded_tree(batch) for batch in windows.split(size)])
+
+    over: dict[int, Call] = {size: partial(by_windows, size) for size in sizes}
     tried = time_calls(over, 1, device, block=1)
     calls: dict[str, Call] = {"windows": over[min(tried, key=lambda size: tried[size])]}
     calls["slid"] = lambda: models.folded(tokens)[0]

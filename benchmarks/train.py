@@ -27,7 +27,7 @@ from benchmarks.harness import Benchmark, Call, Results, Session, positive, spre
 from benchmarks.tables import Row, Table
 from wavenet_conv import from_tree
 from wavenet_conv.training import PRESETS, Corpus, Trainer, split_names, total_loss
-from wavenet_conv.training.fitting import run as run_trainer
+from wavenet_conv.training import run as run_trainer
 
 TARGET = 1.993  # nats: the validation loss that the lecture ends with
 TOLERANCE = 1e-10  # of a float64 loss, gradient and statistic
@@ -113,8 +113,8 @@ def equality(names: list[str], session: Session) -> Results:
     found.backward()
     gradients = new_tree(0, session, torch.float64)  # a tree whose weights are the gradients, to map them
     for target, parameter in zip(gradients.parameters(), tree.parameters()):
-        target.data = parameter.grad
-    pairs = [(expected, found)]
+        target.data = torch.as_tensor(parameter.grad)
+    pairs: list[tuple[Any, Any]] = [(expected, found)]
     pairs += [(a, b.grad) for a, b in zip(from_tree(gradients).parameters(), conv.parameters())]
     after, state = from_tree(tree).state_dict(), conv.state_dict()
     pairs += [(after[name], state[name]) for name in state if "running" in name]
