@@ -114,7 +114,7 @@ def equality(names: list[str], session: Session) -> Results:
     gradients = new_tree(0, session, torch.float64)  # a tree whose weights are the gradients, to map them
     for target, parameter in zip(gradients.parameters(), tree.parameters()):
         target.data = torch.as_tensor(parameter.grad)
-    pairs: list[tuple[Any, Any]] = [(expected, found)]
+    pairs: list[tuple] = [(expected, found)]
     pairs += [(a, b.grad) for a, b in zip(from_tree(gradients).parameters(), conv.parameters())]
     after, state = from_tree(tree).state_dict(), conv.state_dict()
     pairs += [(after[name], state[name]) for name in state if "running" in name]
