@@ -96,12 +96,12 @@ def equality(models: Models, lists: dict[str, OnList], session: Session) -> tupl
     differences, nodes = {}, {}
     for name in METHODS:
         scores, nodes[name] = lists[name].counted(lists[name].scores)
-        differences[name] = largest(scores, torch.tensor([exact[one] for one in lists[name].names]))
+        differences[name] = largest(scores, [exact[one] for one in lists[name].names])
         tick()
     trained, sampled = load_checkpoint("default"), distinct_names(session.pick(500, 2000), session)
     scores = Scorer(trained.model, trained.vocab, device=session.device, dtype=torch.float32).score(sampled)
     tree = reference.from_conv(trained.model).to(device=session.device)
-    differences["shared, default model"] = largest(scores, exact_scores(tree, sampled, trained.vocab))
+    differences["shared, default model"] = largest(scores, exact_scores(tree, sampled, trained.vocab).tolist())
     verdict = {
         "equal": all(difference <= TOLERANCE for difference in differences.values()),  # a NaN is not
         "tolerance": TOLERANCE,
@@ -111,9 +111,9 @@ def equality(models: Models, lists: dict[str, OnList], session: Session) -> tupl
     return verdict, nodes
 
 
-def largest(scores: Tensor, exact: Tensor) -> float:
+def largest(scores: Tensor, exact: Sequence[float]) -> float:
     """The largest difference of a name's log-likelihood; NaN where there is one."""
-    return float((scores.double() - exact.double()).abs().max())
+    return float((scores.double() - torch.tensor(exact, dtype=torch.float64)).abs().max())
 
 
 def limit(
@@ -203,7 +203,8 @@ def tables(results: Results) -> Iterator[Table]:
         f"a matrix product, {limits['copy_bytes_per_second'] / 1e9:,.1f} GB per second in a copy. shared took "
         f"{limits['seconds'] * 1e3:.1f} ms; its multiply-adds need {limits['operations_floor_seconds'] * 1e3:.1f} "
         f"ms and its bytes {limits['bytes_floor_seconds'] * 1e3:.1f} ms, so it reaches {limits['share_of_floor']:.0%} "
-        f"of the larger floor ({limits['bound_by']}).\n{PEER} computes another function: it pads activations with "
+        f"of the larger floor ({limits['bound_by']}).\n{PEER}, with {text(peer.get('parameters'), ',')} parameters and "
+        f"a receptive field of {text(peer.get('receptive_field'))}, computes another function: it pads activations with "
         f"zeros, and each of its blocks holds two convolutions.",
     )
     yield Table(

@@ -86,7 +86,8 @@ def equality(models: Models, names: Sequence[str], session: Session) -> Results:
         for slid in (models.conv, models.folded)
     ]
     worst = max(reports, key=lambda report: report.max_abs_diff)
-    return {name: getattr(worst, name) for name in ("positions", "max_abs_diff", "tolerance", "worst")} | {
+    return {name: getattr(worst, name) for name in ("positions", "max_abs_diff", "tolerance")} | {
+        "worst": list(worst.worst),
         "equal": all(report.equal for report in reports),
         "argmax_differences": max(report.argmax_differences for report in reports),
     }
