@@ -204,8 +204,8 @@ def tables(results: Results) -> Iterator[Table]:
         f"{limits['seconds'] * 1e3:.1f} ms; its multiply-adds need {limits['operations_floor_seconds'] * 1e3:.1f} "
         f"ms and its bytes {limits['bytes_floor_seconds'] * 1e3:.1f} ms, so it reaches {limits['share_of_floor']:.0%} "
         f"of the larger floor ({limits['bound_by']}).\n{PEER}, with {text(peer.get('parameters'), ',')} parameters and "
-        f"a receptive field of {text(peer.get('receptive_field'))}, computes another function: it pads activations with "
-        f"zeros, and each of its blocks holds two convolutions.",
+        f"a receptive field of {text(peer.get('receptive_field'))}, computes another function: it pads activations "
+        f"with zeros, and each of its blocks holds two convolutions.",
     )
     yield Table(
         "Growth with the number of distinct names, Scorer.score with the default model",
