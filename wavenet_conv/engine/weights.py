@@ -65,18 +65,13 @@ class Weights:
         def affine(pair: Affine | None) -> Affine | None:
             return None if pair is None else Affine(function(pair.weight), function(pair.bias))
 
-        layers = tuple(
-            replace(
-                layer,
-                taps=function(layer.taps),
-                bias=function(layer.bias),
-                residual=affine(layer.residual),
-                skip=affine(layer.skip),
-            )
-            for layer in self.layers
-        )
+        def mapped(layer: LayerWeights) -> LayerWeights:
+            maps = {"residual": affine(layer.residual), "skip": affine(layer.skip)}
+            return replace(layer, taps=function(layer.taps), bias=function(layer.bias), **maps)
+
+        embedding, layers = function(self.embedding), tuple(map(mapped, self.layers))
         head = Affine(function(self.head.weight), function(self.head.bias))
-        return replace(self, embedding=function(self.embedding), layers=layers, hidden=affine(self.hidden), head=head)
+        return replace(self, embedding=embedding, layers=layers, hidden=affine(self.hidden), head=head)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Weights:
         """The same model on another device or in another dtype."""
