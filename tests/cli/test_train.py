@@ -209,13 +209,6 @@ def test_two_ranks_train_as_one(train, tmp_path, listed, out):
         assert (tensor - weights(two)[name]).abs().max() < 1e-10, name
 
 
-def test_the_command_runs_as_a_process(listed, out):
-    done = subprocess.run(
-        [*COMMAND, listed, "-o", out, *SMALL, "--device", "cpu"], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0 and done.stdout.startswith("train_loss ") and out.exists(), done.stderr
-
-
 @pytest.mark.parametrize("function", ["write_whole", "save_checkpoint"])
 def test_a_full_disk_leaves_the_previous_checkpoint(train, out, monkeypatch, function):
     def full(*_):

@@ -8,9 +8,9 @@ from dataclasses import replace
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, TrainingError, UsageError
+from ..errors import ConfigError, TrainingError
 from ..training.recipe import PRESETS, split_names
-from .options import add_command, add_device, device_of, training_names
+from .options import add_command, add_device, device_of, training_names, usage_errors
 
 if TYPE_CHECKING:
     import torch
@@ -120,10 +120,8 @@ def _trainer(names: list[str], preset: str, device: str, settings: dict[str, Any
 
     shape, recipe = PRESETS[preset]
     given = {name: value for name, value in settings.items() if value is not None}
-    try:
+    with usage_errors(ConfigError):
         recipe = replace(recipe, schedule="constant", ema_decay=0.0, patience=0, **given)
-    except ConfigError as error:
-        raise UsageError(str(error)) from error
     vocab = Vocabulary.from_names(names)
     model = new_model(WaveNetConfig(vocab_size=len(vocab), **shape), recipe.seed, device_of(device))
     return Trainer(model, vocab, *split_names(names)[:2], recipe)

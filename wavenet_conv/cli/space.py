@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, UsageError
 from ..model import WaveNetConfig
 from ..training.recipe import PRESETS, Recipe
+from .options import usage_errors
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
@@ -71,10 +72,8 @@ class Space:
         """Model and recipe with the settings drawn; raises `UsageError` where they do not fit together."""
         settings = self.fixed | drawn
         recipe = {field.name: settings.pop(field.name) for field in fields(Recipe)}
-        try:
+        with usage_errors(ConfigError, f"{self.path}: "):
             return WaveNetConfig(vocab_size=vocab_size, **settings), Recipe(**recipe)
-        except ConfigError as error:
-            raise UsageError(f"{self.path}: {error}") from error
 
     def draw(self, trial: Trial) -> dict[str, Any]:
         """The settings of a new trial."""

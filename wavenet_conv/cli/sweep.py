@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from ..errors import OutputError, TrainingError, UsageError, WaveNetConvError
 from ..training.recipe import split_names
 from .options import add_command, add_device, check_output, device_of, positive, training_names
-from .progress import Progress
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial, Trial
 
     from ..training import Trainer
+    from .progress import Progress
     from .space import Space
 
 SHOWN = 10  # trials in the table
@@ -75,6 +75,8 @@ def sweep(
 
     Raises `UsageError` for what cannot be started, and other `WaveNetConvError`s after that.
     """
+    from .progress import Progress
+
     if output:
         check_output(output, file, space)
     if plot:

@@ -10,10 +10,9 @@ from contextlib import suppress
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError, WaveNetConvError
+from ..errors import ConfigError, UsageError, WaveNetConvError
 from ..training.recipe import PRESETS, Recipe, split_names, teachers_of
-from .options import add_command, add_device, check_output, load_model, training_names
-from .progress import Progress
+from .options import add_command, add_device, check_output, load_model, training_names, usage_errors
 
 if TYPE_CHECKING:
     from ..model import ConvWaveNet, WaveNetConfig
@@ -107,6 +106,7 @@ def train(
     cannot be started, and other `WaveNetConvError`s after that.
     """
     from ..vocabulary import Vocabulary
+    from .progress import Progress
     from .resumable import Run, Setup, distributed, is_first_rank, locked, sha256_of
 
     names = training_names(file)
@@ -143,13 +143,11 @@ def _configured(
     shape, recipe = PRESETS[preset]
     given = {name: value for name, value in settings.items() if value is not None}
     changes = {field.name: given.pop(field.name) for field in fields(Recipe) if field.name in given}
-    try:
+    with usage_errors(ConfigError):
         recipe = replace(recipe, **changes)
         if epochs is not None:
             recipe = replace(recipe, steps=epochs * -(-train_names // recipe.batch_size))
         return WaveNetConfig(vocab_size=vocab_size, **{**shape, **given}), recipe
-    except WaveNetConvError as error:
-        raise UsageError(str(error)) from error
 
 
 def _check_options(output: str, seconds: float | None, plot: str | None) -> None:

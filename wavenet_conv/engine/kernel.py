@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError, WaveNetConvError
+from ..errors import WaveNetConvError
 
 try:
     import triton
@@ -49,14 +49,7 @@ def last_layer_ref(contributions: Tensor, children: Tensor, targets: Tensor, hea
     return (nodes @ head + head_bias).log_softmax(1).gather(1, targets[:, None])[:, 0]
 
 
-def last_layer(
-    contributions: Tensor,
-    children: Tensor,
-    targets: Tensor,
-    head: Tensor,
-    head_bias: Tensor,
-    out: Tensor | None = None,
-) -> Tensor:
+def last_layer(contributions: Tensor, children: Tensor, targets: Tensor, head: Tensor, head_bias: Tensor) -> Tensor:
     """`last_layer_ref` as one kernel, in float32 and without gradients.
 
     The bits of a window's result do not depend on the other windows: block sizes depend on the shapes of the weights
@@ -69,21 +62,19 @@ def last_layer(
         targets: As in `last_layer_ref`.
         head: As in `last_layer_ref`.
         head_bias: As in `last_layer_ref`.
-        out: float32 `(n,)`, where the result goes. Default: new memory.
 
     Returns:
         `(n,)`, in nats.
 
     Raises:
-        KernelError: `why_not` gives a reason, or a gradient is wanted.
-        ShapeError: The arguments do not fit each other.
+        KernelError: `why_not` gives a reason.
     """
-    if out is None:
-        out = contributions.new_empty(len(children))
-    _check(contributions, children, targets, head, head_bias, out)
+    if reason := why_not(contributions.device, contributions.dtype, len(head_bias)):
+        raise KernelError(f"last_layer cannot run: {reason}")
     kernel_size, kinds, channels = contributions.shape
-    n, blocks = len(children), block_sizes(kernel_size, channels, len(head_bias))
+    n, out = len(children), contributions.new_empty(len(children))
     if n:
+        blocks = block_sizes(kernel_size, channels, len(head_bias))
         with torch.cuda.device_of(contributions):
             grid = (triton.cdiv(n, blocks["ROWS"]),)
             last_layer_kernel[grid](contributions, children, targets, head, head_bias, out, n, kinds, **blocks)
@@ -136,32 +127,6 @@ def block_sizes(kernel_size: int, channels: int, vocab: int) -> dict[str, int | 
         "num_stages": 3 if columns <= 64 and kernel_size <= 3 else 1,
         "enable_fp_fusion": True,
     }
-
-
-def _check(
-    contributions: Tensor, children: Tensor, targets: Tensor, head: Tensor, head_bias: Tensor, out: Tensor
-) -> None:
-    weights, numbers = [contributions, head, head_bias], [children, targets]
-    dtype = next((tensor.dtype for tensor in [*weights, out] if tensor.dtype != torch.float32), torch.float32)
-    reason = why_not(contributions.device, dtype, len(head_bias))
-    if not reason and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in weights):
-        reason = "the kernel has no gradient; call it under torch.no_grad()"
-    if reason:
-        raise KernelError(f"last_layer cannot run: {reason}")
-    shapes = [tuple(tensor.shape) for tensor in (contributions, children, targets, head, head_bias, out)]
-    kernel_size, channels = (shapes[0][0], shapes[0][2]) if len(shapes[0]) == 3 else (0, 0)
-    n, vocab = len(children), len(head_bias)
-    if shapes[1:] != [(n, kernel_size), (n,), (channels, vocab), (vocab,), (n,)] or not kernel_size * channels * vocab:
-        raise ShapeError(
-            "last_layer takes (kernel_size, kinds, channels), (n, kernel_size), (n,), (channels, vocab), (vocab,) and "
-            "out (n,); "
-            f"these are {', '.join(map(str, shapes))}"
-        )
-    if any(tensor.dtype != torch.int64 for tensor in numbers):
-        raise ShapeError(f"children and targets must be int64, not {children.dtype} and {targets.dtype}")
-    for tensor in [*weights, *numbers, out]:
-        if tensor.device != contributions.device or not tensor.is_contiguous():
-            raise ShapeError("last_layer takes contiguous tensors on one device; use .contiguous() and .to(device)")
 
 
 @jit()

@@ -36,41 +36,23 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Arrays(NamedTuple):
-    """What the loops read and write: NumPy views of tensors.
-
-    Attributes:
-        vocab_size: Number of tokens.
-        ages: int64 `(rows,)`, steps since each row was reset.
-        keys: int64 `(rows,)`, each row's newest node in the table.
-        bottom: int64, the lowest layer's ring of node ids, and behind it the id of padding.
-        children: The rings of the layers above, `(size * rows + 1, widest)` each: the last row is padding.
-        table: `(kernel_size * kinds, c_out)`, what the nodes of the table contribute.
-        values: `(kinds, 2 * n_embd)`, their values in a gated model, else `(kinds, 0)`.
-        weights: Per layer the taps' matrices `(c_out, c_in)` and the bias, then per gate likewise; flat.
-        layers: int64, one row per layer; see the names of the columns.
-        early: What older children contribute in AHEAD steps, and the bias.
-        hidden: A matrix whose last row is the bias; empty in models that are not gated.
-        head: `(columns, c_in)`.
-        head_bias: `(columns,)`, minus infinity behind the vocabulary.
-        logits: `(rows, columns)`.
-        scratch: Memory for intermediate results.
-    """
+    """What the loops read and write: NumPy views of tensors. A ring's last row is padding."""
 
     vocab_size: int
-    ages: np.ndarray
-    keys: np.ndarray
-    bottom: np.ndarray
-    children: np.ndarray
-    table: np.ndarray
-    values: np.ndarray
-    weights: np.ndarray
-    layers: np.ndarray
-    early: np.ndarray
-    hidden: np.ndarray
-    head: np.ndarray
-    head_bias: np.ndarray
-    logits: np.ndarray
-    scratch: np.ndarray
+    ages: np.ndarray  # int64 (rows,), steps since each row was reset
+    keys: np.ndarray  # int64 (rows,), each row's newest node in the table
+    bottom: np.ndarray  # int64 (size * rows + 1,), the lowest layer's ring of node ids
+    children: np.ndarray  # the rings of the layers above, (size * rows + 1, widest) each
+    table: np.ndarray  # (kernel_size * kinds, c_out), what the nodes of the table contribute
+    values: np.ndarray  # (kinds, 2 * n_embd), their values in a gated model, else (kinds, 0)
+    weights: np.ndarray  # flat: per layer the taps' matrices (c_out, c_in) and the bias, then per gate likewise
+    layers: np.ndarray  # int64, one row per layer; see the names of the columns
+    early: np.ndarray  # the bias and what older children contribute, in AHEAD steps
+    hidden: np.ndarray  # a matrix whose last row is the bias; empty in models that are not gated
+    head: np.ndarray  # (columns, c_in)
+    head_bias: np.ndarray  # (columns,), minus infinity behind the vocabulary
+    logits: np.ndarray  # (rows, columns)
+    scratch: np.ndarray  # intermediate results
 
 
 class CompiledSteps(TorchSteps):

@@ -19,28 +19,16 @@ COLUMNS = 16  # no matrix product has fewer columns: in narrower ones equal rows
 
 @dataclass(frozen=True)
 class NodeWeights:
-    """Weights laid out for evaluating nodes one by one, each width at least `COLUMNS`.
+    """Weights laid out for evaluating nodes one by one, each width at least `COLUMNS`."""
 
-    Attributes:
-        taps: Per layer `(kernel_size, c_in, c_out)`.
-        biases: Per layer `(c_out,)`.
-        dilations: Per layer, positions between two taps.
-        embedding: `(vocab, n_embd)`; in a gated model `(vocab, 2 * n_embd)`, h and s side by side.
-        gates: Per layer of a gated model residual and skip side by side, `(gate, 2 * n_embd)`; the last layer's
-            has the skip only. Empty in other models.
-        hidden: The map before the head of a gated model, else None.
-        head: `(channels, columns)`, padded to a multiple of `COLUMNS` with logits of minus infinity.
-        vocab_size: Columns of the head that are logits.
-    """
-
-    taps: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]
-    dilations: tuple[int, ...]
-    embedding: Tensor
-    gates: tuple[Affine, ...]
-    hidden: Affine | None
-    head: Affine
-    vocab_size: int
+    taps: tuple[Tensor, ...]  # per layer (kernel_size, c_in, c_out)
+    biases: tuple[Tensor, ...]  # per layer (c_out,)
+    dilations: tuple[int, ...]  # per layer, positions between two taps
+    embedding: Tensor  # (vocab, n_embd); in a gated model (vocab, 2 * n_embd), h and s side by side
+    gates: tuple[Affine, ...]  # per layer of a gated model, residual and skip side by side; the last has the skip only
+    hidden: Affine | None  # the map before the head of a gated model
+    head: Affine  # (channels, columns), padded to a multiple of `COLUMNS` with logits of minus infinity
+    vocab_size: int  # columns of the head that are logits
 
     @classmethod
     def prepare(cls, weights: Weights) -> NodeWeights:
@@ -55,19 +43,11 @@ class NodeWeights:
             gates = tuple(_side_by_side(layer) for layer in weights.layers)
             embedding = torch.cat([embedding, torch.zeros_like(embedding)], 1)
         # A product with 32 columns takes two thirds of the time of one with 27.
-        vocab_size = weights.config.vocab_size
-        spare = -vocab_size % COLUMNS
+        spare = -weights.config.vocab_size % COLUMNS
         head = Affine(F.pad(weights.head.weight, (0, spare)), F.pad(weights.head.bias, (0, spare), value=-torch.inf))
-        return cls(
-            taps=tuple(layer.taps for layer in weights.layers),
-            biases=tuple(layer.bias for layer in weights.layers),
-            dilations=weights.config.dilations,
-            embedding=embedding,
-            gates=gates,
-            hidden=weights.hidden,
-            head=head,
-            vocab_size=vocab_size,
-        )
+        taps, biases = zip(*((layer.taps, layer.bias) for layer in weights.layers))
+        config = weights.config
+        return cls(taps, biases, config.dilations, embedding, gates, weights.hidden, head, config.vocab_size)
 
     @property
     def n_embd(self) -> int:

@@ -155,17 +155,13 @@ class Stream:
         if not isinstance(state, dict) or not all(isinstance(part, Tensor) for part in state.values()):
             raise StateError("a state is a dict of tensors, as Stream.state() returns it")
         mine = self.backend.state()
-        same_model = torch.equal(state.get("model", torch.zeros(0)).cpu(), self._digest)
-        if not same_model or state.keys() - {"model"} != mine.keys():
+        if not torch.equal(state.get("model", torch.zeros(0)).cpu(), self._digest):
             raise StateError("this state is of another model or dtype; load it into a stream of that one")
-        if state["ages"].ndim == 1 and len(state["ages"]) != self.batch_size:
+        if len(state.get("ages", mine["ages"])) != self.batch_size:
             raise StateError(f"this state is of {len(state['ages'])} rows; load it into a stream of that batch_size")
         for name, part in mine.items():
-            if state[name].shape != part.shape or state[name].dtype != part.dtype:
-                raise StateError(
-                    f"{name!r} of this state is {state[name].dtype} of shape {tuple(state[name].shape)}, here it is "
-                    f"{part.dtype} of shape {tuple(part.shape)}; the state is damaged, make another"
-                )
+            if name not in state or (state[name].shape, state[name].dtype) != (part.shape, part.dtype):
+                raise StateError(f"{name!r} of this state is missing or has another shape; it is damaged, make another")
         keys = torch.cat([state["keys"], state["layer 0"].flatten()])
         if keys.min() < 0 or keys.max() >= self.backend.kinds or min(state["ages"].min(), state["clock"].min()) < 0:
             raise StateError("'keys', 'ages' or 'clock' of this state are out of range; it is damaged, make another")

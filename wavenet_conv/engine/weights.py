@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -24,40 +24,24 @@ class Affine(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer.
+    """One layer. In a gated layer c_out holds f and g, side by side."""
 
-    Attributes:
-        taps: `(kernel_size, c_in, c_out)`, a matrix for each child. In a gated layer c_out holds f and g, side by side.
-        bias: `(c_out,)`.
-        dilation: Positions between two taps.
-        residual: `(gate, channels)` of a gated layer, except the last one.
-        skip: `(gate, channels)` of a gated layer.
-    """
-
-    taps: Tensor
-    bias: Tensor
-    dilation: int
-    residual: Affine | None = None
-    skip: Affine | None = None
+    taps: Tensor  # (kernel_size, c_in, c_out), a matrix for each child
+    bias: Tensor  # (c_out,)
+    dilation: int  # positions between two taps
+    residual: Affine | None = None  # (gate, channels), of a gated layer except the last one
+    skip: Affine | None = None  # (gate, channels), of a gated layer
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A whole model in evaluation mode.
+    """A whole model in evaluation mode."""
 
-    Attributes:
-        config: The model's shape, before folding.
-        embedding: `(vocab, n_embd)`.
-        layers: Lowest first.
-        hidden: The map before the head of a gated model, else None.
-        head: `(channels, vocab)`.
-    """
-
-    config: WaveNetConfig
-    embedding: Tensor
-    layers: tuple[LayerWeights, ...]
-    hidden: Affine | None
-    head: Affine
+    config: WaveNetConfig  # of the model before folding
+    embedding: Tensor  # (vocab, n_embd)
+    layers: tuple[LayerWeights, ...]  # lowest first
+    hidden: Affine | None  # the map before the head of a gated model
+    head: Affine  # (channels, vocab)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Weights:
         """The same model with `function` applied to every tensor."""
@@ -65,18 +49,13 @@ class Weights:
         def affine(pair: Affine | None) -> Affine | None:
             return None if pair is None else Affine(function(pair.weight), function(pair.bias))
 
-        layers = tuple(
-            replace(
-                layer,
-                taps=function(layer.taps),
-                bias=function(layer.bias),
-                residual=affine(layer.residual),
-                skip=affine(layer.skip),
-            )
-            for layer in self.layers
-        )
+        def mapped(layer: LayerWeights) -> LayerWeights:
+            maps: dict[str, Any] = {"residual": affine(layer.residual), "skip": affine(layer.skip)}
+            return replace(layer, taps=function(layer.taps), bias=function(layer.bias), **maps)
+
+        embedding, layers = function(self.embedding), tuple(map(mapped, self.layers))
         head = Affine(function(self.head.weight), function(self.head.bias))
-        return replace(self, embedding=function(self.embedding), layers=layers, hidden=affine(self.hidden), head=head)
+        return replace(self, embedding=embedding, layers=layers, hidden=affine(self.hidden), head=head)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Weights:
         """The same model on another device or in another dtype."""
