@@ -38,9 +38,9 @@ class UsageError(WaveNetConvError):
 class Benchmark:
     """A question, how it is answered, and how the answer is printed.
 
-    `run` returns what goes into the JSON; where `["equality"]["equal"]` is false nothing else is in it, and the exit
-    code is 1. `tables` makes the tables of such results. `check` raises a `WaveNetConvError` for options that cannot be
-    carried out, before any work.
+    `run` returns what goes into the JSON. Where `["equality"]["equal"]` is false the exit code is 1, unless
+    `["caveat"]` says why that proves nothing, and no timings are printed. `tables` makes the tables of such results.
+    `check` raises a `WaveNetConvError` for options that cannot be carried out, before any work.
     """
 
     name: str
@@ -89,7 +89,8 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
         with session.progress, exact_float32(), torch.set_grad_enabled(benchmark.gradients):
             results: Results = {**head, **benchmark.run(session)}
         if args.json != "-":
-            print_page(results, benchmark.tables(results) if results["equality"]["equal"] else ())
+            shown = results["equality"]["equal"] or "caveat" in results
+            print_page(results, benchmark.tables(results) if shown else ())
         text = json.dumps(results, indent=1)
         if args.json == "-":
             print(text)
@@ -100,7 +101,7 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return 130
-    return 0 if results["equality"]["equal"] else 1
+    return 0 if results["equality"]["equal"] or results.get("caveat") else 1
 
 
 def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Namespace:
