@@ -111,7 +111,7 @@ def sample_stream(
 
 
 def uniform(seed: int, names: Tensor, positions: Tensor) -> Tensor:
-    """The number in [0, 1) by which each name's character at each position is drawn.
+    """The number in [0, 1) by which each name's character at each position is drawn: float64, multiples of 2**-53.
 
     Three rounds of SplitMix64's mixing function, so that each number can be computed without the others.
     Source: Steele, Lea and Flood 2014, Fast Splittable Pseudorandom Number Generators, figure 17.
@@ -120,9 +120,6 @@ def uniform(seed: int, names: Tensor, positions: Tensor) -> Tensor:
         seed: From 0 to 2**63 - 1.
         names: int64, the names' numbers.
         positions: int64, broadcast against names.
-
-    Returns:
-        float64, multiples of 2**-53.
     """
     mixed = _mix(_mix(torch.tensor(seed, device=names.device)) + names)
     return _shift(_mix(mixed + positions), 11).double() * 2.0**-53
@@ -182,17 +179,7 @@ def tokens_at(summed: Tensor, numbers: Tensor) -> Tensor:
 
 
 class Sampler:
-    """Two ways to draw the same names.
-
-    Args:
-        shared: The model.
-        vocab: Its vocabulary.
-        draw: How a token is drawn.
-        start: Tokens that every name begins with.
-        seed: Of the uniform numbers.
-        count: Names in all.
-        max_length: Most tokens per name.
-    """
+    """Two ways to draw the same names: `count` of them, each beginning with the tokens `start`."""
 
     def __init__(
         self,
