@@ -8,12 +8,13 @@ So the mapping is
     Conv1d.weight = rearrange(Linear.weight, "(j c) o -> o c j")
 
 In the tree, the second layer reads pairs of pairs. In the convolution a pair starts at every position, so the second
-layer's taps are 2 positions apart and the third layer's 4: the dilation is the product of the kernel sizes below.
-A node is named after its leftmost token: tap j of the node at position p reads the node at `p + j * dilation`.
-Neighbouring windows share the nodes that they have in common; the tree computes those once per window.
+layer reads nodes that are 2 positions apart and the third layer nodes that are 4 apart: the dilation is the product of
+the kernel sizes below. Node p starts at token p; its child j (the convolution's tap j) is node `p + j * dilation`.
+Windows 2 apart use the same pairs, windows 4 apart the same quads: the tree computes these once per window, the
+convolution once. For 2·2·2 and a name of L characters this is `3 L + 13` nodes instead of `7 (L + 1)`.
 
 The convolutions are valid, never zero-padded: the padding before a name is token 0, which has a learned embedding.
-`wavenet_conv.engine` computes the same numbers faster; `ConvWaveNet.forward` defines what is right.
+`fold_batch_norm(model)` computes the same logits faster, for inference; `ConvWaveNet.forward` is the reference.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class WaveNetConfig:
     @property
     def widths(self) -> tuple[int, ...]:
         """`n_hidden`, one per layer."""
-        return tuple(self.n_hidden) if isinstance(self.n_hidden, Sequence) else (self.n_hidden,)
+        assert isinstance(self.n_hidden, tuple)  # since __post_init__
+        return self.n_hidden
 
     @property
     def context(self) -> int:
@@ -93,22 +95,22 @@ class WaveNetConfig:
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over axis 1 as the lecture writes it: unbiased variance, running statistics by momentum.
+    """Batch norm per channel as the lecture writes it: unbiased variance, running statistics by momentum.
 
-    In training every node is weighted by its multiplicity, the number of windows that contain it. Then mean and
+    In training every node is weighted by its multiplicity: how many windows have it in their tree. Then mean and
     variance are those of the tree, which computes the node once for each of these windows.
     """
 
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, **to: Any):
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, **kw: Any):
         super().__init__()
         self.eps, self.momentum = eps, momentum
-        self.weight = nn.Parameter(torch.ones(channels, **to))
-        self.bias = nn.Parameter(torch.zeros(channels, **to))
-        self.register_buffer("running_mean", torch.zeros(channels, **to))
-        self.register_buffer("running_var", torch.ones(channels, **to))
+        self.weight = nn.Parameter(torch.ones(channels, **kw))
+        self.bias = nn.Parameter(torch.zeros(channels, **kw))
+        self.register_buffer("running_mean", torch.zeros(channels, **kw))
+        self.register_buffer("running_var", torch.ones(channels, **kw))
 
     def forward(self, x: Tensor, multiplicity: Tensor | None = None) -> Tensor:
         """Normalizes x `(n, channels)` or `(n, channels, time)`; multiplicity is `(n, 1)` or `(n, 1, time)`."""
@@ -131,11 +133,11 @@ class BatchNorm(nn.Module):
 class Layer(nn.Module):
     """The lecture's layer: fuses `kernel_size` nodes, `dilation` apart, by a linear map, batch norm and tanh."""
 
-    def __init__(self, c_in: int, c_out: int, *, kernel_size: int, dilation: int, norm: bool, bias: bool, **to: Any):
+    def __init__(self, c_in: int, c_out: int, *, kernel_size: int, dilation: int, norm: bool, bias: bool, **kw: Any):
         super().__init__()
         self.kernel_size, self.dilation = kernel_size, dilation
-        self.conv = nn.Conv1d(c_in, c_out, kernel_size, dilation=dilation, bias=bias, **to)
-        self.norm = BatchNorm(c_out, **to) if norm else None
+        self.conv = nn.Conv1d(c_in, c_out, kernel_size, dilation=dilation, bias=bias, **kw)
+        self.norm = BatchNorm(c_out, **kw) if norm else None
 
     def forward(self, x: Tensor, multiplicity: Tensor | None = None) -> Tensor:
         """Maps x `(batch, c_in, time)` to `(batch, c_out, time - (kernel_size - 1) * dilation)`."""
@@ -147,7 +149,7 @@ class GatedLayer(nn.Module):
     """The WaveNet paper's block: a gated activation with a residual and a skip connection, on the same tree.
 
     A node has two values, both `channels` wide: h, which its parents read, and s, the skip sum. The convolution of the
-    children's h gives f and g, side by side; both values then add those of the rightmost child:
+    children's h gives f and g, side by side; each value then adds the rightmost child's:
 
         z = tanh(f) * sigmoid(g)    h = residual(z) + h(rightmost)    s = skip(z) + s(rightmost)
 
@@ -155,15 +157,15 @@ class GatedLayer(nn.Module):
     Source: van den Oord et al. 2016, arXiv:1609.03499, sections 2.3 and 2.4.
     """
 
-    def __init__(self, channels: int, gate_width: int, *, kernel_size: int, dilation: int, is_last: bool, **to: Any):
+    def __init__(self, channels: int, gate_width: int, *, kernel_size: int, dilation: int, is_last: bool, **kw: Any):
         super().__init__()
         self.kernel_size, self.dilation = kernel_size, dilation
-        self.conv = nn.Conv1d(channels, 2 * gate_width, kernel_size, dilation=dilation, **to)
-        self.residual = None if is_last else nn.Conv1d(gate_width, channels, 1, **to)
-        self.skip = nn.Conv1d(gate_width, channels, 1, **to)
+        self.conv = nn.Conv1d(channels, 2 * gate_width, kernel_size, dilation=dilation, **kw)
+        self.residual = None if is_last else nn.Conv1d(gate_width, channels, 1, **kw)
+        self.skip = nn.Conv1d(gate_width, channels, 1, **kw)
 
     def forward(self, h: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps h and s `(batch, channels, time)` to those `time - (kernel_size - 1) * dilation` long."""
+        """Maps h and s `(batch, channels, time)`; both get shorter by `(kernel_size - 1) * dilation`."""
         f, g = self.conv(h).chunk(2, dim=1)
         z = torch.tanh(f) * torch.sigmoid(g)
         rightmost = slice((self.kernel_size - 1) * self.dilation, None)
@@ -182,20 +184,20 @@ class ConvWaveNet(nn.Module):
         super().__init__()
         if not isinstance(config, WaveNetConfig):
             raise ConfigError(f"config is {config!r}; pass a WaveNetConfig, such as WaveNetConfig()")
-        to: dict[str, Any] = {"device": device, "dtype": dtype}
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config, self.context, self.dilations = config, config.context, config.dilations
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd, **to)
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd, **kw)
         self.layers, channels = nn.ModuleList(), config.n_embd
         for kernel_size, dilation, width in zip(config.kernel_sizes, config.dilations, config.widths):
-            taps: dict[str, Any] = {"kernel_size": kernel_size, "dilation": dilation, **to}
+            taps: dict[str, Any] = {"kernel_size": kernel_size, "dilation": dilation, **kw}
             if config.gated:
                 is_last = len(self.layers) == len(config.kernel_sizes) - 1
                 self.layers.append(GatedLayer(channels, width, is_last=is_last, **taps))
             else:
                 self.layers.append(Layer(channels, width, norm=bool(config.batch_norm), bias=bool(config.bias), **taps))
                 channels = width
-        self.hidden = nn.Conv1d(channels, channels, 1, **to) if config.gated else None
-        self.head = nn.Conv1d(channels, config.vocab_size, 1, **to)
+        self.hidden = nn.Conv1d(channels, channels, 1, **kw) if config.gated else None
+        self.head = nn.Conv1d(channels, config.vocab_size, 1, **kw)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -204,7 +206,7 @@ class ConvWaveNet(nn.Module):
         self.embedding.weight.normal_()
         for conv in (module for module in self.modules() if isinstance(module, nn.Conv1d)):
             inputs, taps, weight = conv.in_channels * conv.kernel_size[0], conv.kernel_size[0], conv.weight
-            if taps > 1:  # drawn as the lecture's (in, out) matrix
+            if taps > 1:  # drawn in (in, out) order, as the lecture's matrix
                 weight = rearrange(weight.new_empty(inputs, conv.out_channels), "(j c) o -> o c j", j=taps)
             conv.weight.copy_(weight.normal_(std=inputs**-0.5))
             if conv.bias is not None:
@@ -238,11 +240,11 @@ class ConvWaveNet(nn.Module):
         return rearrange(self.head(x), "batch vocab time -> batch time vocab").contiguous()
 
     def multiplicities(self, tokens: Tensor, lengths: Tensor | None = None) -> Sequence[Tensor | None]:
-        """Per layer `(batch, 1, time)`, how many windows contain each node: the sum of its parents' multiplicities."""
+        """Per layer `(batch, 1, time)`, how many windows have each node in their tree: the sum over its parents."""
         outputs = torch.arange(tokens.shape[1] - self.context + 1, device=tokens.device)
         last = outputs[-1] if lengths is None else torch.as_tensor(lengths, device=tokens.device)[:, None]
         counts = [(outputs <= last).expand(len(tokens), -1)[:, None].to(self.embedding.weight.dtype)]
-        for kernel_size, d in zip(self.config.kernel_sizes[:0:-1], self.dilations[:0:-1]):
-            shifts = [(tap * d, (kernel_size - 1 - tap) * d) for tap in range(kernel_size)]
-            counts.insert(0, torch.stack([F.pad(counts[0], shift) for shift in shifts]).sum(0))
+        for kernel_size, d in zip(self.config.kernel_sizes[:0:-1], self.dilations[:0:-1]):  # top layer first
+            pads = [(tap * d, (kernel_size - 1 - tap) * d) for tap in range(kernel_size)]
+            counts.insert(0, torch.stack([F.pad(counts[0], pad) for pad in pads]).sum(0))
         return counts
