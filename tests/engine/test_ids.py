@@ -141,13 +141,3 @@ def test_ids_of_a_chunk_fit_what_earlier_chunks_left(names, monkeypatch, kernel_
                 text = kept[0] = kept[0] + text
         kept[1] = kept[1] + text
         assert [kept[1][row] for row in rows.tolist()] == substrings(part, context, context)
-
-
-def test_nearly_all_distinct_is_taken_for_all():
-    """Where nearly every node of a layer is distinct, ids of the layers above are not looked up."""
-    letters = torch.randint(26, (40, 60), generator=torch.Generator().manual_seed(0))
-    names = ["".join(ABC.characters[c] for c in row) for row in letters.tolist()]
-    tokens, lengths, _ = ABC.pack(names, context=16)
-    layers, rows, _ = ids_of_names(tokens, lengths, (4, 2, 2), len(ABC))
-    outputs = sum(len(name) + 1 for name in names)
-    assert len(layers[-1]) == outputs and torch.equal(rows, torch.arange(outputs))
