@@ -10,7 +10,7 @@ from helpers import ALPHABET, needs_numba, random_tree
 from torch import Tensor
 
 import reference
-from wavenet_conv import ConvWaveNet, Vocabulary, from_tree
+from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConvError, from_tree
 from wavenet_conv.engine.weights import LayerWeights, Weights
 
 ABC = Vocabulary(ALPHABET)
@@ -43,6 +43,13 @@ BREAKS = {
 def random_conv(kernel_sizes=(2, 2, 2), **options) -> ConvWaveNet:
     """A model in evaluation mode with random statistics, in float64; options of `random_tree`."""
     return from_tree(random_tree(kernel_sizes, **SMALL | options))
+
+
+def rejects(message: str, call, *args, **options) -> bool:
+    """Whether the call raises this error of the package; another error is passed on."""
+    with pytest.raises(WaveNetConvError, match=message):
+        call(*args, **options)
+    return True
 
 
 def broken(weights: Weights, kind: str) -> Weights:
