@@ -67,10 +67,9 @@ def outputs_of(model, names: list[str], vocab: Vocabulary, device="cpu") -> tupl
     targets = torch.cat([tokens[:, context:], tokens.new_zeros(len(names), 1)], 1)[inside]
     with torch.no_grad():
         if isinstance(model, reference.Sequential):
-            logits = reference.window_logits(model, tokens.to(device))
-        else:
-            logits = model(tokens.to(device))
-    return logits[inside.to(device)], targets
+            windows = tokens.unfold(1, context, 1)[inside].to(device)
+            return torch.cat([model(part) for part in windows.split(20_000)]), targets
+        return model(tokens.to(device))[inside.to(device)], targets
 
 
 def tree_log_probs(tree, names: list[str], vocab: Vocabulary) -> tuple[Tensor, Tensor]:
