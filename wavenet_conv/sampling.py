@@ -225,10 +225,9 @@ class Sampler:
                     start = torch.tensor(self.start, device=self.device)
                     given = start[positions.clamp(max=len(start) - 1)]
                     tokens = torch.where(positions < len(start), given, tokens)
-                counted = active < self.count
-                tokens = tokens.masked_fill(~counted, 0)  # rows behind the last name end at once
+                tokens = tokens.masked_fill(active >= self.count, 0)  # rows behind the last name end at once
                 parts.append(torch.stack([active, tokens]))
-                bad = (summed[:, -1].isnan() & counted).nonzero()
+                bad = summed[:, -1].isnan().nonzero()
                 if len(bad):
                     parts.insert(0, torch.from_numpy(np.stack([names, drawn])).to(self.device))
                     before, after = torch.cat(parts, 1)

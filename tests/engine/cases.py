@@ -10,7 +10,7 @@ from helpers import ALPHABET, needs_numba, random_tree
 from torch import Tensor
 
 import reference
-from wavenet_conv import ConvWaveNet, Vocabulary, from_tree
+from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConvError, from_tree
 from wavenet_conv.engine.weights import LayerWeights, Weights
 
 ABC = Vocabulary(ALPHABET)
@@ -45,6 +45,13 @@ def random_conv(kernel_sizes=(2, 2, 2), **options) -> ConvWaveNet:
     return from_tree(random_tree(kernel_sizes, **SMALL | options))
 
 
+def rejects(message: str, call, *args, **options) -> bool:
+    """Whether the call raises this error of the package; another error is passed on."""
+    with pytest.raises(WaveNetConvError, match=message):
+        call(*args, **options)
+    return True
+
+
 def broken(weights: Weights, kind: str) -> Weights:
     """Weights with one of `BREAKS` in the second layer."""
     layers: list[LayerWeights] = list(weights.layers)
@@ -60,10 +67,9 @@ def outputs_of(model, names: list[str], vocab: Vocabulary, device="cpu") -> tupl
     targets = torch.cat([tokens[:, context:], tokens.new_zeros(len(names), 1)], 1)[inside]
     with torch.no_grad():
         if isinstance(model, reference.Sequential):
-            logits = reference.window_logits(model, tokens.to(device))
-        else:
-            logits = model(tokens.to(device))
-    return logits[inside.to(device)], targets
+            windows = tokens.unfold(1, context, 1)[inside].to(device)
+            return torch.cat([model(part) for part in windows.split(20_000)]), targets
+        return model(tokens.to(device))[inside.to(device)], targets
 
 
 def tree_log_probs(tree, names: list[str], vocab: Vocabulary) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from engine.cases import ABC
 from hypothesis import given, settings
 
 from wavenet_conv.engine import ids
-from wavenet_conv.engine.ids import IdCache, IdTable, crossing_starts, ids_of_names, node_ids, node_starts, window_ids
+from wavenet_conv.engine.ids import IdCache, crossing_starts, ids_of_names, node_ids, node_starts, window_ids
 
 SHAPES = [(2, 2, 2), (8,), (3,), (1, 4, 2), (2, 2, 2, 2), (3, 2, 2), (2, 4, 1)]
 
@@ -42,21 +42,6 @@ def test_ids_are_those_of_torch_unique(data):
         rows[outside.long()] = rows[0].clone()
     expected, numbers = rows.unique(dim=0, return_inverse=True)
     assert torch.equal(children, expected) and torch.equal(found.long(), numbers)
-
-
-@settings(max_examples=60)
-@given(st.lists(st.tuples(st.integers(1, 40), tuples(2, 11, min_size=1, max_size=50)), min_size=1, max_size=4))
-def test_a_table_continues_from_chunk_to_chunk(chunks):
-    """Tuples of a later chunk keep the ids of an earlier one, also after the number of possible keys has grown."""
-    table, known, space = IdTable(), {}, 1
-    for more, rows in chunks:
-        space = max(space, 12 * 12) + more
-        keys = torch.tensor([12 * first + second for first, second in rows])
-        new, found = table.assign(keys, space)
-        assert not set(new.tolist()) & set(known) and len(set(new.tolist())) == len(new)
-        known |= dict(zip(new.tolist(), range(len(known), table.count)))
-        assert [known[key] for key in keys.tolist()] == found.tolist()
-    assert len(known) == table.count
 
 
 @settings(max_examples=60)
@@ -141,13 +126,3 @@ def test_ids_of_a_chunk_fit_what_earlier_chunks_left(names, monkeypatch, kernel_
                 text = kept[0] = kept[0] + text
         kept[1] = kept[1] + text
         assert [kept[1][row] for row in rows.tolist()] == substrings(part, context, context)
-
-
-def test_nearly_all_distinct_is_taken_for_all():
-    """Where nearly every node of a layer is distinct, ids of the layers above are not looked up."""
-    letters = torch.randint(26, (40, 60), generator=torch.Generator().manual_seed(0))
-    names = ["".join(ABC.characters[c] for c in row) for row in letters.tolist()]
-    tokens, lengths, _ = ABC.pack(names, context=16)
-    layers, rows, _ = ids_of_names(tokens, lengths, (4, 2, 2), len(ABC))
-    outputs = sum(len(name) + 1 for name in names)
-    assert len(layers[-1]) == outputs and torch.equal(rows, torch.arange(outputs))

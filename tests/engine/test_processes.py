@@ -27,33 +27,23 @@ def used_scorer(request, names):
     return scorer, names[::4], scorer.score(names[::4])
 
 
-def pool_map(context, function, parts):
-    with context.Pool(WORKERS, **ONE_THREAD) as pool:
-        return pool.map(function, parts, chunksize=1)
-
-
-def executor_map(context, function, parts):
-    with ProcessPoolExecutor(WORKERS, mp_context=context, **ONE_THREAD) as executor:
-        return list(executor.map(function, parts))
-
-
-def thread_map(_, function, parts):
-    with ThreadPoolExecutor(WORKERS, **ONE_THREAD) as executor:
-        return list(executor.map(function, parts))
-
-
 METHODS = multiprocessing.get_all_start_methods()
+FAST = ["threads", "fork Pool" if "fork" in METHODS else "spawn Pool"]
+SLOW = [f"{method} {pool}" for method in METHODS for pool in ("Pool", "ProcessPoolExecutor")]
 
 
-@pytest.mark.parametrize(
-    "run, method",
-    [(thread_map, "spawn"), (pool_map, "fork" if "fork" in METHODS else "spawn")]
-    + [pytest.param(run, name, marks=pytest.mark.slow) for run in (pool_map, executor_map) for name in METHODS],
-)
-def test_workers_give_the_same_bits(used_scorer, run, method):
+@pytest.mark.parametrize("workers", FAST + [pytest.param(workers, marks=pytest.mark.slow) for workers in SLOW])
+def test_workers_give_the_same_bits(used_scorer, workers):
     scorer, names, expected = used_scorer
-    parts = [names[start::TASKS] for start in range(TASKS)]
-    scores = run(multiprocessing.get_context(method), scorer.score, parts)
+    method, _, kind = workers.partition(" ")
+    if kind == "Pool":
+        pool = multiprocessing.get_context(method).Pool(WORKERS, **ONE_THREAD)
+    elif kind:
+        pool = ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context(method), **ONE_THREAD)
+    else:
+        pool = ThreadPoolExecutor(WORKERS, **ONE_THREAD)
+    with pool:
+        scores = list(pool.map(scorer.score, [names[start::TASKS] for start in range(TASKS)], chunksize=1))
     for start, part in enumerate(scores):
         assert torch.equal(part, expected[start::TASKS])
     assert torch.equal(scorer.score(names), expected)  # the workers have changed nothing here

@@ -5,12 +5,12 @@ from itertools import islice
 import hypothesis.strategies as st
 import pytest
 import torch
-from engine.cases import ABC, GATED, WIDE
+from engine.cases import ABC, GATED, WIDE, rejects
 from helpers import random_tree
 from hypothesis import given, settings
 
 import reference
-from wavenet_conv import Vocabulary, WaveNetConvError, from_tree, sample, sample_stream, sampling
+from wavenet_conv import Vocabulary, from_tree, sample, sample_stream, sampling
 from wavenet_conv.checkpoint import load_checkpoint
 from wavenet_conv.sampling import tokens_at, uniform
 
@@ -24,6 +24,9 @@ OPTIONS = st.fixed_dictionaries(
         "max_length": st.integers(10, 30),
     },
 )
+
+CHOICES = [{"temperature": 0}, {"temperature": 0.5}, {"temperature": 2.5}, {"top_k": 1}, {"top_k": 2}, {"top_p": 0.5}]
+CHOICES += [{"top_k": 4, "top_p": 0.6, "temperature": 1.5}]
 
 
 @pytest.fixture(params=["prefix by prefix", "streamed"])
@@ -46,9 +49,9 @@ CONVS = {gated: from_tree(short_tree(torch.float32, gated=gated)) for gated in (
 def chosen(probs, temperature=1.0, top_k=1000, top_p=1.0):
     """The options in as many words: probabilities `(1, vocab)` without those of the tokens that are left out."""
     scaled = torch.softmax(probs[0].log() / (temperature or 1), 0)
-    ranked = sorted(range(len(scaled)), key=lambda token: -scaled[token])
-    top_k = top_k if temperature else 1
-    kept = [t for rank, t in enumerate(ranked) if rank < top_k and (not rank or scaled[ranked[:rank]].sum() < top_p)]
+    ranked = scaled.argsort(descending=True)
+    before = [0.0, *scaled[ranked].cumsum(0).tolist()]  # the probability of what is more likely
+    kept = [t for rank, t in enumerate(ranked) if rank < (top_k if temperature else 1) and before[rank] < top_p]
     least = probs[0, kept].min().log() - 1e-9  # equally likely tokens stay together
     return torch.where(probs.log() >= least, scaled, 0.0)
 
@@ -72,42 +75,39 @@ def names_of_the_loop(tree, vocab, count, seed=42, prefix="", max_length=100, **
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes, count", [(WIDE, 10_000), (GATED, 3000)], ids=["wide", "gated"])
-def test_10_000_names_are_those_of_the_lectures_loop(way, sizes, count):
+def test_10_000_names_are_those_of_the_lectures_loop(monkeypatch, sizes, count):
     tree = short_tree(**sizes, end=1.5)
     expected = names_of_the_loop(tree, ABC, count)
     assert len(set(expected)) > count // 4 and max(map(len, expected)) > 8
     assert sample(from_tree(tree), ABC, count) == expected
+    monkeypatch.setattr(sampling, "LONG", 0)
+    assert sample(from_tree(tree), ABC, count) == expected
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["tanh", "gated"])
-@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (3,), (8,), (3, 2), (1, 2, 1)], ids=str)
-@pytest.mark.parametrize("prefix", ["", "an", "maximilianothethird"])
-def test_names_after_a_prefix_are_those_of_the_lectures_loop(device, way, kernel_sizes, prefix, gated):
-    tree, options = short_tree(kernel_sizes=kernel_sizes, gated=gated), {"prefix": prefix, "seed": 7, "max_length": 25}
-    expected = names_of_the_loop(tree, ABC, 50, **options)
-    assert all(name.startswith(prefix) for name in expected)
-    assert sample(from_tree(tree), ABC, 50, **options, device=device) == expected
-    assert list(islice(sample_stream(from_tree(tree), ABC, **options, device=device, batch_size=9), 50)) == expected
-
-
-@pytest.mark.parametrize("tied", [[0], range(27), (3, 7, 20)], ids=["distinct", "all equal", "three equal"])
 @pytest.mark.parametrize(
-    "options",
-    [{"temperature": 0}, {"temperature": 0.5}, {"temperature": 2.5}, {"top_k": 1}, {"top_k": 2}, {"top_p": 0.5}]
-    + [{"top_k": 4, "top_p": 0.6, "temperature": 1.5}],
-    ids=str,
+    "sizes", [{}, {"gated": True}, *[{"kernel_sizes": k} for k in ((8,), (3, 2), (2,) * 8)]], ids=str
 )
+@pytest.mark.parametrize("prefix", ["", "maximilianothethird"])
+def test_names_after_a_prefix_are_those_of_the_lectures_loop(device, way, sizes, prefix):
+    tree, options = short_tree(**sizes), {"prefix": prefix, "seed": 7, "max_length": 25}
+    expected = names_of_the_loop(tree, ABC, 40, **options)
+    assert all(name.startswith(prefix) for name in expected)
+    assert sample(from_tree(tree), ABC, 40, **options, device=device) == expected
+    assert list(islice(sample_stream(from_tree(tree), ABC, **options, device=device, batch_size=9), 40)) == expected
+
+
+@pytest.mark.parametrize("tied", [[0], [3, 7, 20]], ids=["distinct", "tied"])
+@pytest.mark.parametrize("options", CHOICES, ids=str)
 def test_names_with_options_are_those_of_the_lectures_loop(way, options, tied):
     """Equally likely characters stay together: their logits may differ in the last bits."""
     tree = short_tree()
     with torch.no_grad():
         for part in (tree.layers[-1].weight, tree.layers[-1].bias[None]):
-            part[:, list(tied)] = part[:, tied[0], None].clone()
-        tree.layers[-1].bias[list(tied)] += 2 * (len(tied) > 1)
-    names = sample(from_tree(tree), ABC, 60, max_length=12, **options)
-    assert names == names_of_the_loop(tree, ABC, 60, max_length=12, **options)
-    alike = {("." + ABC.characters)[token] for token in tied} - {"."}
-    assert len(alike & set("".join(names))) == len(alike) or "top_p" in options or len(tied) == 27
+            part[:, tied] = part[:, tied[0], None].clone()
+        tree.layers[-1].bias[tied] += 2 * (len(tied) > 1)
+    names = sample(from_tree(tree), ABC, 30, max_length=12, **options)
+    assert names == names_of_the_loop(tree, ABC, 30, max_length=12, **options)
+    assert len(tied) == 1 or {"c", "g", "t"} <= set("".join(names))
 
 
 @pytest.mark.parametrize("characters", ["é-ß😀z", "\0a", "".join(chr(0x4E00 + i) for i in range(300))], ids=len)
@@ -115,11 +115,6 @@ def test_names_in_other_vocabularies_are_those_of_the_lectures_loop(way, charact
     vocab = Vocabulary(characters)
     tree = short_tree(vocab_size=len(vocab))
     assert sample(from_tree(tree), vocab, 40, max_length=20) == names_of_the_loop(tree, vocab, 40, max_length=20)
-
-
-def test_names_of_a_long_context_are_those_of_the_lectures_loop():
-    tree = short_tree(kernel_sizes=(2,) * 8)
-    assert sample(from_tree(tree), ABC, 20) == names_of_the_loop(tree, ABC, 20)
 
 
 @settings(max_examples=25)
@@ -140,6 +135,22 @@ def test_batch_size_and_count_do_not_change_names(batch_size, seed, options, gat
         assert sample(conv, ABC, 7, seed=seed, **options) == expected[:7]
 
 
+def test_distributions_have_the_same_bits_in_any_batch(way, monkeypatch, threads):
+    """So a draw cannot depend on the batch, however close its number is to the border between two tokens."""
+    conv, calls = from_tree(short_tree(torch.float32, n_embd=24, n_hidden=128, end=2.0)), []
+    monkeypatch.setattr(sampling, "uniform", lambda *args: [calls.append(args[1:]), uniform(*args)][1])
+    monkeypatch.setattr(sampling, "tokens_at", lambda *args: [calls.append(args[0]), tokens_at(*args)][1])
+    found = []
+    for batch_size in (1, 60, 300):
+        calls.clear()
+        sample(conv, ABC, 300 if batch_size > 1 else 60, batch_size=batch_size)
+        keys = [zip(names.tolist(), positions.expand_as(names).tolist()) for names, positions in calls[::2]]
+        found.append({key: row for part, rows in zip(keys, calls[1::2]) for key, row in zip(part, rows)})
+    alone = {key: row for key, row in found[0].items() if key[0] < 60}
+    assert len(alone) > 200
+    assert all(torch.equal(part[key], row) for part in found for key, row in alone.items())
+
+
 @settings(max_examples=200)
 @given(
     st.lists(st.floats(0, 1, width=32) | st.just(0.0), min_size=1, max_size=8).filter(sum),
@@ -150,19 +161,6 @@ def test_a_token_without_probability_is_never_drawn(weights, number, dtype):
     summed = torch.tensor([weights], dtype=dtype).cumsum(1)
     token = int(tokens_at(summed, torch.tensor([number], dtype=torch.float64)))
     assert 0 <= token < len(weights) and summed[0, token] > (summed[0, token - 1] if token else 0)
-
-
-def test_characters_are_as_frequent_as_the_model_says(way):
-    """Pearson's chi-square of 20,000 first characters."""
-    conv, count = CONVS[False], 20_000
-    found = torch.zeros(27)
-    for name in sample(conv, ABC, count, max_length=1):
-        found[ABC.encode([name], context=1)[0][0, 1:].sum()] += 1
-    expected = conv(torch.zeros(1, 8, dtype=torch.int64))[0, 0].softmax(0).detach() * count
-    assert expected.min() > 5
-    # The mean is 26 and the variance twice that: passed by chance in all but one of a hundred thousand seeds.
-    assert ((found - expected) ** 2 / expected).sum() < 26 + 6 * 52**0.5
-    assert ((found - count / 27) ** 2 / (count / 27)).sum() > 26 + 6 * 52**0.5
 
 
 def test_uniform_numbers_are_splitmix64():
@@ -210,13 +208,7 @@ def test_an_endless_stream_yields_names_that_end_at_once(way, options):
     options = {name: value for name, value in options.items() if name != "end"}
     first = list(islice(sample_stream(conv, ABC, batch_size=200, **options), 1000))
     assert first == sample(conv, ABC, 1000, **options) and {len(name) for name in first} <= {0, 1}
-
-
-def test_counts_and_lengths_may_be_endless(way):
-    conv, far = CONVS[False], 10**30
-    expected = sample(conv, ABC, 3, max_length=1000)
-    assert sample(conv, ABC, 3, max_length=far) == expected
-    assert list(islice(sample_stream(conv, ABC, far, max_length=1000, batch_size=2), 3)) == expected
+    assert list(islice(sample_stream(CONVS[False], ABC, 10**30, max_length=10**30), 3)) == sample(CONVS[False], ABC, 3)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -224,8 +216,7 @@ def test_logits_that_are_not_finite_are_an_error(way, value):
     conv = from_tree(random_tree(n_embd=6, n_hidden=16, dtype=torch.float32))
     conv.embedding.weight.data[5] = value  # an e, which comes soon
     conv.head.bias.data[5] += 3
-    with pytest.raises(WaveNetConvError, match=r"the logits after '[a-z]*e' are NaN or infinite"):
-        sample(conv, ABC, 300)
+    assert rejects(r"the logits after '[a-z]*e' are NaN or infinite", sample, conv, ABC, 300)
 
 
 def test_logits_of_names_that_are_not_asked_for_are_no_error(way):
@@ -235,30 +226,23 @@ def test_logits_of_names_that_are_not_asked_for_are_no_error(way):
     first, letter = max((index, c) for c, index in firsts.items() if index < 40)
     conv.embedding.weight.data[1 + ABC.characters.index(letter)] = torch.nan
     assert first > 1 and sample(conv, ABC, first) == expected[:first]
-    with pytest.raises(WaveNetConvError, match=f"{letter}' are NaN"):
-        sample(conv, ABC, first + 1)
+    assert rejects(f"{letter}' are NaN", sample, conv, ABC, first + 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_drawn_from_in_float32(way, dtype):
-    conv = from_tree(short_tree(torch.float32))
-    conv.head.bias.data[26] = -1e4
-    conv = conv.to(dtype)
-    names = sample(conv, ABC, 300)
-    assert names == sample(conv, ABC, 300, dtype=torch.float32) and "z" not in "".join(names)
+def test_half_precision_is_drawn_from_in_float32(way):
+    for dtype in (torch.float16, torch.bfloat16):
+        conv = from_tree(short_tree(torch.float32)).to(dtype)
+        assert sample(conv, ABC, 100) == sample(conv.float(), ABC, 100)
 
 
 def test_wrong_options_are_rejected_at_the_call():
     conv = CONVS[False]
     for options, message in (
         ({"temperature": -1}, "temperature is -1; it must be 0, or a number from 1e-100"),
-        ({"temperature": 1e-320}, "temperature is 1e-320"),
         ({"temperature": 10**400}, "temperature is 1000"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"temperature": float("inf")}, "temperature is inf"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"top_k": 0}, "top_k is 0"),
-        ({"top_k": 1.5}, "top_k is 1.5"),
         ({"top_p": 0}, "top_p is 0; it must be above 0 and at most 1"),
         ({"top_p": 1.01}, "top_p is 1.01"),
         ({"max_length": 0}, "max_length is 0"),
@@ -267,14 +251,11 @@ def test_wrong_options_are_rejected_at_the_call():
         ({"prefix": "ann", "max_length": 2}, "the prefix 'ann' has 3 characters and max_length is 2"),
         ({"prefix": "an7a"}, "'an7a'.*character '7' at position 2 is not in the vocabulary"),
         ({"prefix": "a.b"}, "character '.' at position 1"),
-        ({"n": -1}, "n is -1"),
         ({"n": 1.5}, "n is 1.5"),
         ({"vocab": Vocabulary("ab")}, "the vocabulary has 3 tokens and the model 27"),
     ):
-        with pytest.raises(WaveNetConvError, match=message):
-            sample_stream(conv, **{"vocab": ABC, "n": 3} | options)
-    with pytest.raises(WaveNetConvError, match="n is None; give the number of names"):
-        sample(conv, ABC, None)
+        assert rejects(message, sample_stream, conv, **{"vocab": ABC, "n": 3} | options)
+    assert rejects("n is None; give the number of names", sample, conv, ABC, None)
 
 
 def test_sampling_leaves_the_model_and_the_random_state_as_they_were(way):

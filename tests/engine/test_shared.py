@@ -95,46 +95,34 @@ def test_broken_weights_are_seen(names, kind, gated):
     assert (logits_of_names(SharedNodes(broken(weights, kind)), names[::500])[0] - expected).abs().max() > 1e-3
 
 
-def counted(monkeypatch):
-    """A list that gets, per chunk, how many new nodes each layer has."""
-    evaluated, original = [], shared.ids_of_names
+@gated
+@pytest.mark.parametrize("room", [shared.CACHED, 100_000], ids=["kept", "forgotten"])
+def test_chunks_of_a_stream_share_their_nodes(names, monkeypatch, room, gated):
+    """With room for all, no 4-gram and no early window is evaluated for a second chunk; without, values are the same.
+
+    A window is early where its first 4-gram has at most one character.
+    """
+    evaluated, original, names = [], shared.ids_of_names, random.Random(0).sample(names, 12_000)
 
     def counting(*args, **options):
         layers, *rest = original(*args, **options)
         evaluated.append([len(children) for children in layers])
         return layers, *rest
 
-    monkeypatch.setattr(shared, "ids_of_names", counting)
-    return evaluated
-
-
-@gated
-@pytest.mark.parametrize("room", [shared.CACHED, 100_000], ids=["kept", "forgotten"])
-def test_chunks_of_a_stream_share_their_nodes(names, monkeypatch, room, gated):
-    """With room for all, no 4-gram and no early window is evaluated for a second chunk; without, values are the same.
-
-    A window is early where its first 4-gram has at most one character. Once nearly all other windows of a chunk are
-    distinct, ids of later ones are not looked up.
-    """
     monkeypatch.setattr(shared, "CACHED", room)
-    names = random.Random(0).sample(names, 20_000)
-    scorer, evaluated = Scorer(random_conv(gated=gated), ABC), counted(monkeypatch)
+    monkeypatch.setattr(shared, "ids_of_names", counting)
+    monkeypatch.setattr(ids, "NEARLY_ALL_DISTINCT", 2.0)  # look for equal windows in every chunk
+    scorer = Scorer(random_conv(gated=gated), ABC)
     scores = torch.cat(list(scorer.stream(names, chunk=4000)))
-    in_chunks = torch.tensor(evaluated).sum(0).tolist()
-    assert len(evaluated) == 5
-    expected, early, share = 0, set(), 0.0
-    for start in range(0, len(names), 4000):
-        padded = ["." * 8 + name for name in names[start : start + 4000]]
-        windows = [name[i : i + 8] for name in padded for i in range(len(name) - 7)]
-        others = [window for window in windows if window[:3] != "..."]
-        early |= set(windows) - set(others)
-        distinct = others if share >= ids.NEARLY_ALL_DISTINCT else set(others)
-        share = len(distinct) / len(others)
-        expected += len(distinct)
-    evaluated.clear()
+    found, four_grams, early, others = torch.tensor(evaluated).sum(0).tolist(), set(), set(), 0
+    for chunk in (names[:4000], names[4000:8000], names[8000:]):
+        padded = ["." * 8 + name for name in chunk]
+        four_grams |= {name[i : i + 4] for name in padded for i in range(len(name) - 3)}
+        windows = {name[i : i + 8] for name in padded for i in range(len(name) - 7)}
+        early |= {window for window in windows if window[:3] == "..."}
+        others += sum(window[:3] != "..." for window in windows)
+    assert (found == [len(four_grams), len(early) + others]) == (room == 2**26)
     assert torch.equal(scorer.score(names), scores) and torch.equal(scorer.score(names[:4000]), scores[:4000])
-    kept = room == 2**26
-    assert (in_chunks[0] == evaluated[0][0]) == (in_chunks[1] == expected + len(early)) == kept
 
 
 def test_windows_may_be_forgotten_alone(names, monkeypatch):
