@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import OutputError, ShapeError, UsageError
+from .errors import OutputError, UsageError
 from .files import write_whole
 from .vocabulary import END
 
@@ -29,9 +29,8 @@ Points = Sequence[tuple[int, float]]
 
 def check_plot(path: str | Path) -> None:
     """Raises `UsageError` where no plot can be written to `path`; for a command to call before its work."""
-    path = Path(path)
     _format(path)
-    if path.is_dir() or not path.parent.is_dir():
+    if Path(path).is_dir() or not Path(path).parent.is_dir():
         raise UsageError(f"--plot {path}: not a file in an existing folder; give another path")
     _figure(1)
 
@@ -50,14 +49,10 @@ def plot_losses(
 
     Raises:
         UsageError: matplotlib is missing, or `path` has another suffix.
-        ShapeError: The embedding and the characters do not match.
         OutputError: The file cannot be written.
     """
-    if embedding is not None and embedding.shape[1] != 2:
-        embedding = None
-    if embedding is not None and len(embedding) != len(characters) + 1:
-        raise ShapeError(f"an embedding of {len(embedding)} tokens for {END!r} and the characters {characters!r}")
-    figure, (axes, *other) = _figure(1 if embedding is None else 2)
+    flat = embedding is not None and embedding.shape[1] == 2
+    figure, (axes, *other) = _figure(2 if flat else 1)
     curve = _curve(losses)
     size = min(LONGEST_MEAN, max(1, len(curve) // POINTS))
     steps = means(torch.arange(1, len(curve) + 1), size)
@@ -66,8 +61,13 @@ def plot_losses(
         axes.plot(*zip(*validations), "o", markersize=4, label="validation")
     axes.set(xlabel="step", ylabel="loss (nats)")
     axes.legend()
-    if embedding is not None:
-        _scatter(other[0], embedding.detach().cpu().float(), END + characters)
+    if embedding is not None and flat:
+        points = embedding.tolist()
+        other[0].scatter(*zip(*points), s=200)
+        for (x, y), character in zip(points, END + characters):
+            other[0].text(x, y, character, ha="center", va="center", color="white", parse_math=False)
+        other[0].set(title="embedding")
+        other[0].grid(True, which="both", linewidth=0.3)
     _write(figure, path)
 
 
@@ -102,8 +102,8 @@ def plot_trials(path: str | Path, trials: Sequence[tuple[str, Points, Points]]) 
     """
     figure, panels = _figure(2)
     ranked = sorted(trials, key=lambda trial: -min((loss for _, loss in trial[2]), default=float("inf")))
-    for place, (name, *curves) in enumerate(ranked, start=1):
-        best = place == len(ranked)
+    for name, *curves in ranked:
+        best = name == ranked[-1][0]
         style: dict[str, Any] = {"color": "C0" if best else "0.75", "linewidth": 2 if best else 0.8}
         for axes, points in zip(panels, curves):
             if points:
@@ -121,18 +121,7 @@ def means(values: Tensor, size: int) -> Tensor:
 
 
 def _curve(losses: Losses) -> Tensor:
-    if not isinstance(losses, Tensor):
-        losses = torch.stack([torch.as_tensor(loss) for loss in losses]) if len(losses) else torch.zeros(0)
-    return losses.detach().cpu().double()
-
-
-def _scatter(axes: Axes, points: Tensor, characters: str) -> None:
-    """Draws each character at its point, as the lecture does."""
-    axes.scatter(points[:, 0], points[:, 1], s=200)
-    for (x, y), character in zip(points.tolist(), characters):
-        axes.text(x, y, character, ha="center", va="center", color="white", parse_math=False)
-    axes.set(title="embedding")
-    axes.grid(True, which="both", linewidth=0.3)
+    return torch.tensor([float(loss) for loss in losses], dtype=torch.float64)
 
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:
