@@ -38,21 +38,20 @@ def check_plot(path: str | Path) -> None:
 def plot_losses(
     path: str | Path, losses: Losses, validations: Points, embedding: Tensor | None = None, characters: str = ""
 ) -> None:
-    """Plots the losses of one training, and its embedding if that is two wide.
+    """Plots the losses of one training and, as in the lecture, an embedding that is two wide.
 
     Args:
         path: A .png, .svg or .pdf file.
         losses: Of each step, in nats; drawn as means of groups of steps.
         validations: `(step, loss)` of each validation, in nats.
-        embedding: `(vocab, n_embd)`; with n_embd 2 it is drawn as a scatter of the characters.
+        embedding: `(vocab, 2)`, drawn as a scatter of the characters.
         characters: The vocabulary's, without `.`.
 
     Raises:
         UsageError: matplotlib is missing, or `path` has another suffix.
         OutputError: The file cannot be written.
     """
-    flat = embedding is not None and embedding.shape[1] == 2
-    figure, (axes, *other) = _figure(2 if flat else 1)
+    figure, (axes, *other) = _figure(1 if embedding is None else 2)
     curve = _curve(losses)
     size = min(LONGEST_MEAN, max(1, len(curve) // POINTS))
     steps = means(torch.arange(1, len(curve) + 1), size)
@@ -61,9 +60,9 @@ def plot_losses(
         axes.plot(*zip(*validations), "o", markersize=4, label="validation")
     axes.set(xlabel="step", ylabel="loss (nats)")
     axes.legend()
-    if embedding is not None and flat:
-        points = embedding.tolist()
-        other[0].scatter(*zip(*points), s=200)
+    if embedding is not None:
+        points: list[tuple[float, float]] = embedding.tolist()
+        other[0].scatter([x for x, _ in points], [y for _, y in points], s=200)
         for (x, y), character in zip(points, END + characters):
             other[0].text(x, y, character, ha="center", va="center", color="white", parse_math=False)
         other[0].set(title="embedding")
@@ -72,13 +71,9 @@ def plot_losses(
 
 
 def plot_rates(path: str | Path, rates: Sequence[float], losses: Losses, suggestion: float) -> None:
-    """Plots the losses of a `find-lr` against its learning rates, on a logarithmic axis.
+    """Plots the losses of a `find-lr` against its learning rates, one per step, and marks the suggested rate.
 
-    Args:
-        path: As for `plot_losses`, which raises the same errors.
-        rates: The learning rate of each step.
-        losses: Of each step, in nats.
-        suggestion: The rate to mark.
+    Path, losses and errors are those of `plot_losses`.
     """
     figure, (axes,) = _figure(1)
     curve, size = _curve(losses), max(1, len(losses) // (POINTS // 2))
@@ -96,9 +91,8 @@ def plot_rates(path: str | Path, rates: Sequence[float], losses: Losses, suggest
 def plot_trials(path: str | Path, trials: Sequence[tuple[str, Points, Points]]) -> None:
     """Plots the losses of the trials of a sweep, with the best on top: the one with the lowest validation loss.
 
-    Args:
-        path: As for `plot_losses`, which raises the same errors.
-        trials: Of each trial a name, its training losses and its validation losses, both as `(step, loss)` in nats.
+    A trial is its name, its training losses and its validation losses, both as `(step, loss)` in nats. Path and errors
+    are those of `plot_losses`.
     """
     figure, panels = _figure(2)
     ranked = sorted(trials, key=lambda trial: -min((loss for _, loss in trial[2]), default=float("inf")))
