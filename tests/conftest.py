@@ -11,16 +11,11 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import pytest
 import torch
-from helpers import ROOT, needs_cuda, needs_numba, parts_of, random_tree  # noqa: F401
+from helpers import ROOT, needs_cuda, random_tree  # noqa: F401
 from hypothesis import settings
 
 from wavenet_conv import Vocabulary, exact_float32
 from wavenet_conv.names import lecture_names, read_names
-
-try:
-    from wavenet_conv import loops
-except ImportError:
-    loops = None
 
 torch.set_num_threads(1)
 # A shell starts background jobs with SIGINT ignored, and their children inherit that: commands that tests interrupt
