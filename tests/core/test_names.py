@@ -14,15 +14,8 @@ LIST = b"emma\nolivia\nava"  # stands for the lecture's list
 
 @pytest.mark.parametrize(
     "data",
-    [
-        LIST,
-        b"emma\nolivia\nava\n",
-        b"emma\r\nolivia\r\nava\r\n",
-        b"emma\rolivia\rava\r",
-        b"\xef\xbb\xbfemma\n\nolivia\nava\n\n",
-        b" emma\nolivia \n  \n\tava",
-    ],
-    ids=["plain", "newline at the end", "CRLF", "CR", "byte-order mark and blank lines", "white space"],
+    [b"emma\r\nolivia\r\nava\r\n", b"emma\rolivia\rava\r", b"\xef\xbb\xbfemma\n\n olivia\nava \n \n"],
+    ids=["CRLF", "CR", "byte-order mark, blank lines and white space"],
 )
 def test_read_names_accepts(tmp_path, data):
     file = tmp_path / "names.txt"
@@ -36,7 +29,6 @@ def test_read_names_accepts(tmp_path, data):
     ("data", "message", "place"),
     [
         (b"", "no names in it; give a text file with one name per line", (None, None, None)),
-        (b"\n\r\n\n", "no names in it", (None, None, None)),
         (b"emma\nol\xedvia\n", "line 2: byte 0xed is not UTF-8; save the file as UTF-8", (None, None, None)),
         (b"emma\n\nava\no.k\n", r"line 4 \('o.k'\): '.' marks the end of a name; remove it", (2, 1, ".")),
         (None, "No such file.*one name per line", (None, None, None)),

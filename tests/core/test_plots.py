@@ -51,7 +51,7 @@ def test_long_curves_are_smoothed_as_in_the_lecture(drawn, path):
     assert list(zip(*validation.get_data())) == [(1000, 0.5), (2000, 0.4)]
 
 
-@pytest.mark.parametrize("steps, points", [(0, 0), (1, 1), (399, 399), (400, 200), (1500, 215), (300_500, 301)])
+@pytest.mark.parametrize("steps, points", [(0, 0), (399, 399), (400, 200), (300_500, 301)])
 def test_about_two_hundred_points_and_at_most_a_thousand_steps_per_point(drawn, path, steps, points):
     plots.plot_losses(path, torch.rand(steps), [])
     assert len(drawn[0][0].lines[0].get_xdata()) == points
