@@ -76,7 +76,7 @@ def test_folded_tree_is_equal_and_has_no_batch_norm(kind):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: reference.build((2, 0)), "a kernel size of 0; it must be an integer of at least 1"),
+        (lambda: reference.build((2, 0)), "a kernel size, width or vocabulary of 0; it must be an integer"),
         (lambda: reference.build(8), "kernel_sizes is 8; give at least one"),
         (lambda: reference.build((2, 2), n_hidden=[3]), "2 kernel sizes and 1 widths; give one width, or one per"),
         (lambda: reference.build(gated=True, batch_norm=True), "a gated tree has no batch norm, leave"),
