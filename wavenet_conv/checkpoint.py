@@ -163,7 +163,10 @@ def _checkpoint(file: BinaryIO) -> Checkpoint:
     except Exception as error:  # safetensors raises its own error, KeyError and torch's errors for bad headers
         raise CheckpointError(f"its header and its tensors do not agree ({error}); {_DAMAGED}") from error
     quantiles = tensors.pop("quantiles", None)
-    _check_quantiles(quantiles)
+    if quantiles is not None:
+        right = quantiles.ndim == 1 and quantiles.dtype == torch.float32 and len(quantiles)
+        if not right or not quantiles.isfinite().all() or (quantiles.diff() < 0).any():
+            raise CheckpointError("quantiles must be torch.float32 of shape (q,), finite and ascending")
     return Checkpoint(_model(config, norms, tensors), vocab, notes, quantiles)
 
 
@@ -184,8 +187,8 @@ def _header(file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
     # The length of a short header may start as a pickle does, with 0x80, but `{` follows it.
     if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[8:9] not in (b"", b"{")):
         raise CheckpointError(
-            "a pickle, as torch.save writes them; reading one can run any code, so it is not read: "
-            "load it yourself if you trust it, and write the model with save_checkpoint"
+            "a pickle, as torch.save writes them; reading one can run any code, so it is not read: load it yourself if "
+            "you trust it, and write the model with save_checkpoint"
         )
     if head[8:9] in (b"", b"{") and length <= LONGEST_HEADER:
         raise CheckpointError(f"its header ends too early or is not JSON; {_DAMAGED}")
@@ -215,9 +218,7 @@ def _config(found: dict[str, Any]) -> tuple[WaveNetConfig, list[tuple[float, flo
     values = {"gated": False} | {"kernel_sizes" if name == "fan_ins" else name: found[name] for name in found}
     flags = [values.get(name) for name in ("batch_norm", "bias", "gated")]
     if values.keys() != {field.name for field in fields(WaveNetConfig)} or not {*map(type, flags)} == {bool}:
-        raise CheckpointError(
-            f"its config has other fields or types than this library's: {found!r:.200}; {_SAVE_AGAIN}"
-        )
+        raise CheckpointError(f"its config has other fields or types than this library's: {found!r:.80}; {_SAVE_AGAIN}")
     config = WaveNetConfig(**values)
     layers = len(config.kernel_sizes) if config.batch_norm else 0
     try:
@@ -229,20 +230,11 @@ def _config(found: dict[str, Any]) -> tuple[WaveNetConfig, list[tuple[float, flo
     return config, pairs
 
 
-def _check_quantiles(quantiles: Tensor | None) -> None:
-    if quantiles is None:
-        return
-    right = quantiles.ndim == 1 and quantiles.dtype == torch.float32 and len(quantiles)
-    if not right or not quantiles.isfinite().all() or (quantiles.diff() < 0).any():
-        raise CheckpointError("quantiles must be torch.float32 of shape (q,), finite and ascending")
-
-
 def _model(config: WaveNetConfig, norms: list[tuple[float, float]], tensors: dict[str, Tensor]) -> ConvWaveNet:
     """The model with these weights, in evaluation mode; allocates nothing before every shape is known to fit."""
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
-        found = sorted(map(str, dtypes))
-        raise CheckpointError(f"its weights are of {found}; convert them to one floating-point dtype; {_SAVE_AGAIN}")
+        raise CheckpointError(f"its weights are of {sorted(map(str, dtypes))}, not one floating type; {_SAVE_AGAIN}")
     try:
         model = ConvWaveNet(config, device="meta", dtype=next(iter(dtypes), None))  # draws no random numbers
     except (RuntimeError, TypeError, OverflowError) as error:

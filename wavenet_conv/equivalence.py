@@ -46,11 +46,10 @@ class Report:
 
     def __str__(self) -> str:
         name, position = self.worst
-        name = name if len(name) <= 40 else f"{name[:37]}..."
         return (
             f"{'equal' if self.equal else 'NOT EQUAL'}: {self.positions:,} positions of {self.names:,} names, "
             f"{str(self.dtype).removeprefix('torch.')}, tolerance {self.tolerance:g} (of a logit's size above 1)\n"
-            f"largest difference {self.max_abs_diff:.3g} in {name!r} at position {position}; "
+            f"largest difference {self.max_abs_diff:.3g} in {name!r:.40} at position {position}; "
             f"{self.argmax_differences:,} positions with another argmax"
         )
 

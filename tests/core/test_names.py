@@ -3,7 +3,6 @@
 import hashlib
 
 import pytest
-from helpers import run_python
 
 from wavenet_conv import names as names_module
 from wavenet_conv.errors import DownloadError, NamesError
@@ -41,13 +40,6 @@ def test_read_names_rejects(tmp_path, data, message, place):
     with pytest.raises(NamesError, match=f"list.txt.*{message}") as raised:
         read_names(file)
     assert (raised.value.index, raised.value.position, raised.value.character) == place
-
-
-def test_reading_names_imports_no_torch(tmp_path):
-    (tmp_path / "names.txt").write_bytes(LIST)
-    package = "import types; sys.modules['floor'] = types.ModuleType('floor'); floor = sys.modules['floor']\n"
-    code = "floor.__path__ = ['wavenet_conv']; import floor.names; print(floor.names.read_names(sys.argv[1])[1])"
-    assert run_python(package + code, tmp_path / "names.txt", blocked=["torch", "numpy"]).stdout == "olivia\n"
 
 
 @pytest.fixture
