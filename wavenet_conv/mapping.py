@@ -72,7 +72,7 @@ def from_tree(tree: Any) -> ConvWaveNet:
         n_hidden=tuple(_matrix(parts.linear).shape[1] for parts in layers),
         kernel_sizes=tuple(parts.kernel_size for parts in layers),
         batch_norm=_all_or_none(layers, lambda parts: parts.norm is not None, "batch norm"),
-        bias=_all_or_none(layers, lambda parts: getattr(parts.linear, "bias", None) is not None, "a bias"),
+        bias=_all_or_none(layers, lambda parts: getattr(parts.linear, "bias", None) is not None, "bias"),
     )
     _check_shape(len(modules) - 1, head, (len(_matrix(head)), len(table)), "the head, with one logit per token,")
     conv = blank(config, table)
@@ -230,12 +230,11 @@ def _check_dtypes(modules: list[Any]) -> None:
 
 
 def _all_or_none(layers: list[_Parts], has: Callable[[_Parts], bool], what: str) -> bool:
-    having = [has(parts) for parts in layers]
-    if any(having) != all(having):
-        parts = layers[having.index(False)]
-        complaint = f"has no {what.removeprefix('a ')} but other layers do; give {what} to every layer or to none"
-        raise _error(parts.place, parts.linear, complaint)
-    return all(having)
+    missing = [parts for parts in layers if not has(parts)]
+    if missing and len(missing) < len(layers):
+        complaint = f"has no {what} but other layers do; give it to every layer or to none"
+        raise _error(missing[0].place, missing[0].linear, complaint)
+    return not missing
 
 
 def _copy_batch_norm(norm: Any, source: Any, place: int) -> None:

@@ -67,10 +67,9 @@ def test_an_embedding_two_wide_is_drawn_with_its_characters(drawn, path):
 
 def test_the_valley_is_visible_beside_the_explosion(drawn, path):
     plots.plot_rates(path, [0.001, 0.01, 0.1, 1.0], [3.0, 2.0, 50.0, math.nan], 0.01)
-    axes = drawn[0][0]
-    low, high = axes.get_ylim()
-    assert 1.8 < low < 2 and 3 < high < 3.3 and axes.get_xscale() == "log"
-    assert set(axes.lines[1].get_xdata()) == {0.01}
+    low, high = drawn[0][0].get_ylim()
+    assert 1.8 < low < 2 and 3 < high < 3.3 and drawn[0][0].get_xscale() == "log"
+    assert set(drawn[0][0].lines[1].get_xdata()) == {0.01}
 
 
 def test_the_best_trial_is_on_top(drawn, path):
