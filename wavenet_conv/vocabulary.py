@@ -190,8 +190,8 @@ def check_sequences(
 def checked_names(names: Iterable[str]) -> list[str]:
     """`names` as a list; raises `NamesError` for one string instead of a list, and for items that are no strings."""
     if isinstance(names, str) or not isinstance(names, Iterable):
-        kind = "one string" if isinstance(names, str) else "no list"
-        raise NamesError(f"names is {kind}, {names!r:.40}; pass a list of strings, such as ['emma', 'olivia']")
+        kind = "one string, " if isinstance(names, str) else ""
+        raise NamesError(f"names is {kind}{names!r:.40}; pass a list of strings, such as ['emma', 'olivia']")
     names = list(names)
     for index, name in enumerate(names if set(map(type, names)) != {str} else ()):
         if not isinstance(name, str):

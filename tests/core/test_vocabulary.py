@@ -78,7 +78,7 @@ def test_unknown_character_error_says_where(names, index, position, character, s
         (lambda: Vocabulary.from_names([]), "at least one character"),
         (lambda: ABC.encode("emma", context=8), "names is one string, 'emma'; pass a list"),
         (lambda: ABC.encode(["emma", 3], context=8), "name 1 is 3, of type int"),
-        (lambda: ABC.encode(None, context=8), "names is no list, None; pass a list of strings"),
+        (lambda: ABC.encode(None, context=8), "names is None; pass a list of strings"),
         (lambda: ABC.encode(["emma"], context=0), "context is 0; it must be an integer of at least 1"),
         (lambda: ABC.unknown_character_error(["emma"]), "every character is in the vocabulary"),
         (lambda: ABC.decode([[1, 27]]), r"token 27 at \[0, 1\] is outside the vocabulary of 27"),
