@@ -71,8 +71,7 @@ class BatchNorm1d(Layer):
     """Batch norm over all axes but the last, with unbiased variance and running statistics by momentum.
 
     `per_position=True` is the bug that the lecture finds and fixes: only the first axis is reduced, so that a
-    `(batch, 4, channels)` input has four means per channel. Raises `ValueError` for a training batch of one value per
-    channel, which has no variance.
+    `(batch, 4, channels)` input has four means per channel.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1, per_position: bool = False):
@@ -85,8 +84,10 @@ class BatchNorm1d(Layer):
         if self.training:
             axes = (0,) if self.per_position else tuple(range(x.ndim - 1))
             if prod(x.shape[axis] for axis in axes) < 2:
-                shape = f"BatchNorm1d in training got an input of shape {tuple(x.shape)}: one value per channel has no "
-                raise ValueError(shape + "variance; give it more than one example, or set .training = False first")
+                shape = tuple(x.shape)
+                raise ValueError(
+                    f"{shape} in training: one value per channel has no variance; give it more than one example"
+                )
             mean, var = x.mean(axes, keepdim=True), x.var(axes, keepdim=True)  # unbiased
             with torch.no_grad():
                 self.running_mean = (1 - self.momentum) * self.running_mean + self.momentum * mean
@@ -114,10 +115,7 @@ class ReLU(Layer):
 
 
 class FlattenConsecutive(Layer):
-    """Fuses `n` neighbours: `(batch, time, channels)` to `(batch, time / n, n * channels)`.
-
-    A time of 1 has no axis, in the output and in the input. Raises `ValueError` if `n` does not divide the time.
-    """
+    """Fuses `n` neighbours: `(batch, time, channels)` to `(batch, time / n, n * channels)`; a time of 1 has no axis."""
 
     def __init__(self, n: int):
         self.n = n
@@ -138,8 +136,7 @@ class GatedBlock(Layer):
 
         h = residual(z) + h(last child)    s = skip(z) + s(last child)
 
-    The output is the pair (h, s), or s alone from the last block, whose `residual` is None. Raises `ValueError` if `n`
-    does not divide the time.
+    The output is the pair (h, s), or s alone from the last block, whose `residual` is None.
     """
 
     def __init__(self, n: int, channels: int, gate: int, last: bool = False, generator: torch.Generator | None = None):

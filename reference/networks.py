@@ -37,8 +37,7 @@ def build(
     """Builds a tree in training mode, initialised as in the lecture; the head's weights are ten times smaller.
 
     Per kernel size it has FlattenConsecutive, Linear (without a bias before batch norm), BatchNorm1d, Tanh. A gated
-    tree has a GatedBlock per kernel size, n_embd wide, and ReLU, Linear, ReLU before the head. Raises `ValueError` for
-    a size below 1 and for a gated tree with batch norm.
+    tree has a GatedBlock per kernel size, n_embd wide, and ReLU, Linear, ReLU before the head.
 
     Args:
         kernel_sizes: How many consecutive nodes each layer fuses, lowest first.
@@ -74,10 +73,9 @@ def _checked_widths(kernel_sizes: Any, vocab_size: Any, n_embd: Any, n_hidden: A
     widths = list(n_hidden) if isinstance(n_hidden, Sequence) else [n_hidden] * len(kernel_sizes)
     if len(widths) != len(kernel_sizes):
         raise ValueError(f"{len(kernel_sizes)} kernel sizes and {len(widths)} widths; give one width, or one per layer")
-    for what, sizes in (("kernel size", kernel_sizes), ("width", [n_embd, *widths]), ("vocabulary", [vocab_size])):
-        for size in sizes:
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"a {what} of {size!r}; it must be an integer of at least 1")
+    for size in (*kernel_sizes, *widths, n_embd, vocab_size):
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"a kernel size, width or vocabulary of {size!r}; it must be an integer of at least 1")
     return widths
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 # One thread, also in the processes that tests start, since operations are small; tests of threads set their own number.
 # A waiting thread sleeps: on a busy machine, threads that spin take ten times as long.
@@ -14,17 +11,11 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import pytest
 import torch
-from helpers import ROOT, STAND_IN, needs_cuda, needs_numba, parts_of, random_tree  # noqa: F401
+from helpers import ROOT, needs_cuda, random_tree  # noqa: F401
 from hypothesis import settings
 
 from wavenet_conv import Vocabulary, exact_float32
-from wavenet_conv import names as names_module
 from wavenet_conv.names import lecture_names, read_names
-
-try:
-    from wavenet_conv import loops
-except ImportError:
-    loops = None
 
 torch.set_num_threads(1)
 # A shell starts background jobs with SIGINT ignored, and their children inherit that: commands that tests interrupt
@@ -69,37 +60,3 @@ def clamp_for_tanh(monkeypatch):
     monkeypatch.setattr(torch, "sigmoid", lambda x: (1 + torch.tanh(x / 2)) / 2)
     monkeypatch.setattr(torch, "tanh", lambda x: x.clamp(-1, 1))
     monkeypatch.setattr(torch, "tanh_", lambda x: x.clamp_(-1, 1))
-
-
-class ListHandler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        sent = {"/whole": STAND_IN, "/wrong": STAND_IN.upper(), "/broken": STAND_IN[:7], "/empty": b""}.get(self.path)
-        self.send_response(404 if sent is None else 200)
-        self.send_header("Content-Length", str(len(STAND_IN)))
-        self.end_headers()
-        self.wfile.write(sent or b"")
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def list_server():
-    """A local server of the stand-in for the lecture's list: at /whole, /wrong, /broken and /empty."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), ListHandler) as server:
-        server.asked, server.url = [], f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-@pytest.fixture
-def empty_cache(tmp_path, monkeypatch):
-    """An empty cache folder, and the stand-in in place of the lecture's list."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("WAVENET_CONV_LECTURE_NAMES", raising=False)
-    monkeypatch.setattr(names_module, "LECTURE_SHA256", hashlib.sha256(STAND_IN).hexdigest())
-    return tmp_path / "cache"

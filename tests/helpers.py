@@ -20,7 +20,6 @@ from wavenet_conv import Vocabulary
 
 ROOT = Path(__file__).parent.parent
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
-STAND_IN = b"emma\nolivia\nava"  # for the lecture's list
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device: run pytest on a machine that has one"
@@ -31,71 +30,6 @@ needs_numba = pytest.mark.skipif(
 
 # Kinds of tree, as arguments of `reference.build`.
 KINDS = [{"batch_norm": True}, {"batch_norm": False}, {"gated": True}]
-
-
-class Notebook:
-    """Classes as a reader would type them along with the lecture; only their names are those of `reference`."""
-
-    Tanh = type("Tanh", (), {"__call__": lambda self, x: torch.tanh(x)})
-    ReLU = type("ReLU", (), {"__call__": lambda self, x: x * (x > 0)})
-    Flatten = type("Flatten", (), {"__call__": lambda self, x: x.view(len(x), -1)})
-
-    class Embedding:
-        def __init__(self, num_embeddings, embedding_dim):
-            self.weight = torch.randn((num_embeddings, embedding_dim))
-
-        def __call__(self, ids):
-            return self.weight[ids]
-
-    class Linear:
-        def __init__(self, fan_in, fan_out, bias=True):
-            self.weight = torch.randn((fan_in, fan_out)) / fan_in**0.5
-            self.bias = torch.randn(fan_out) if bias else None
-
-        def __call__(self, x):
-            return x @ self.weight + (0 if self.bias is None else self.bias)
-
-    class BatchNorm1d:
-        def __init__(self, dim):
-            self.eps, self.momentum, self.training = 1e-5, 0.1, False
-            self.gamma, self.beta, self.running_mean = torch.randn(3, dim)
-            self.running_var = torch.rand(1, 1, dim) + 0.5
-
-        def __call__(self, x):
-            return self.gamma * (x - self.running_mean) / torch.sqrt(self.running_var.view(-1) + self.eps) + self.beta
-
-    class FlattenConsecutive:
-        def __init__(self, n):
-            self.n = n
-
-        def __call__(self, x):
-            b, t, c = x.shape
-            x = x.view(b, t // self.n, c * self.n)
-            return x.squeeze(1) if x.shape[1] == 1 else x
-
-    class GatedBlock:
-        def __init__(self, n, channels, gate, last=False, bias=True):
-            self.n, self.linear = n, Notebook.Linear(n * channels, 2 * gate, bias)
-            self.skip, self.residual = (Notebook.Linear(gate, channels, bias) for _ in range(2))
-            self.residual = None if last else self.residual
-
-        def __call__(self, x):
-            h, s = x if isinstance(x, tuple) else (x, 0 * x)
-            groups = h.unflatten(1, (-1, self.n))  # (batch, parents, children, channels)
-            wide = self.linear(groups.flatten(2))
-            gate = wide.shape[-1] // 2
-            z = wide[..., :gate].tanh() / (1 + (-wide[..., gate:]).exp())
-            s = self.skip(z) + s[:, self.n - 1 :: self.n]
-            return s[:, 0] if self.residual is None else (groups[:, :, -1] + self.residual(z), s)
-
-    class Sequential:
-        def __init__(self, layers):
-            self.layers = layers
-
-        def __call__(self, x):
-            for layer in self.layers:
-                x = layer(x)
-            return x
 
 
 def parts_of(tree) -> list[reference.layers.Layer]:
@@ -196,14 +130,9 @@ def to_exact(tree, seed=0):
 def run_python(
     code: str, *arguments: object, blocked: Sequence[str] = (), env: Mapping[str, str] | None = None, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """Runs Python code in another process at the root of the repository.
+    """Runs Python code at the root of the repository in another process, where the imports of `blocked` modules fail.
 
-    Args:
-        code: The code; `runpy.run_module('wavenet_conv.cli', run_name='__main__')` runs a command.
-        arguments: `sys.argv[1:]`.
-        blocked: Modules whose import fails there.
-        env: Changes to the environment.
-        check: Whether an exit code other than 0 is an error.
+    `arguments` are `sys.argv[1:]`, `env` changes the environment, `check` makes an exit code other than 0 an error.
     """
     block = f"import runpy, sys; sys.modules.update(dict.fromkeys({list(blocked)!r}))\n"
     command = [sys.executable, "-c", block + code, *map(str, arguments)]

@@ -13,6 +13,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -108,7 +109,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         The checkpoint, its model in the dtype that it was saved in.
 
     Raises:
-        CheckpointError: The file is missing, damaged, a pickle, of another model or of a newer version, or its parts do
+        CheckpointError: The file is missing, damaged, a pickle, of another model or of a newer version, its parts do
             not fit each other, or a weight is NaN or infinite. The message names the file and the fix.
     """
     try:
@@ -139,24 +140,33 @@ def _read(file: BinaryIO, path: str | Path) -> Checkpoint:
 
 def _checkpoint(file: BinaryIO) -> Checkpoint:
     head, header = _header(file)
-    metadata: dict[str, str] = header.get("__metadata__") or {}
-    found = metadata.get("format") if isinstance(metadata, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"a safetensors file of another model: its format is {found!r:.40}, not {FORMAT!r}")
+    metadata: Any = header.get("__metadata__")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"a safetensors file of another model: its format is not {FORMAT!r}")
     if metadata.get("version") not in VERSIONS.values():
         raise CheckpointError(
             f"its version is {metadata.get('version')!r:.40} and this library reads "
             f"{' and '.join(map(repr, VERSIONS.values()))}; install a newer wavenet-conv"
         )
-    for key in ("config", "vocabulary", "notes"):
-        if not isinstance(metadata.get(key), str):
-            raise CheckpointError(f"there is no {key} in its metadata; {_SAVE_AGAIN}")
-    config, norms = _config(metadata["config"])
-    vocab = _vocabulary(metadata["vocabulary"], config.vocab_size)
-    notes = _object("notes", metadata["notes"])
-    tensors = {_renamed(name): tensor for name, tensor in _tensors(file, head, header).items()}
+    config, norms = _config(_object("config", metadata))
+    characters = metadata.get("vocabulary")
+    vocab = Vocabulary(characters if isinstance(characters, str) else "")
+    if vocab.characters != characters or len(vocab) != config.vocab_size:
+        raise CheckpointError(
+            f"its vocabulary {characters!r:.80} is not the {config.vocab_size - 1:,} characters of the model in order; "
+            "save the model with the vocabulary that it was made for"
+        )
+    notes = _object("notes", metadata)
+    try:
+        tensors = {_renamed(name): tensor for name, tensor in safetensors.torch.load(head + file.read()).items()}
+    except Exception as error:  # safetensors raises its own error, KeyError and torch's errors for bad headers
+        raise CheckpointError(f"its header and its tensors do not agree ({error}); {_DAMAGED}") from error
     quantiles = tensors.pop("quantiles", None)
-    _check_quantiles(quantiles)
+    if quantiles is not None:
+        right = quantiles.ndim == 1 and quantiles.dtype == torch.float32 and len(quantiles)
+        if not right or not quantiles.isfinite().all() or (quantiles.diff() < 0).any():
+            raise CheckpointError("quantiles must be torch.float32 of shape (q,), finite and ascending")
     return Checkpoint(_model(config, norms, tensors), vocab, notes, quantiles)
 
 
@@ -171,130 +181,79 @@ def _header(file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
     head = file.read(8)
     length = int.from_bytes(head, "little")
     head += file.read(min(length, LONGEST_HEADER))
-    try:
-        header = json.loads(head[8:])
-    except (ValueError, RecursionError):
-        header = None
-    if isinstance(header, dict) and len(head) == 8 + length:
+    header = _json(head[8:])
+    if isinstance(header, dict):
         return head, header
     # The length of a short header may start as a pickle does, with 0x80, but `{` follows it.
     if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[8:9] not in (b"", b"{")):
         raise CheckpointError(
-            "a pickle, as torch.save writes them; reading one can run any code, so it is not read: "
-            "load it yourself if you trust it, and write the model with save_checkpoint"
+            "a pickle, as torch.save writes them; reading one can run any code, so it is not read: load it yourself if "
+            "you trust it, and write the model with save_checkpoint"
         )
-    if len(head) < 8 or (len(head) < 8 + length <= 8 + LONGEST_HEADER and head[8:9] in (b"", b"{")):
-        raise CheckpointError(f"truncated: it ends inside its header, after {len(head):,} bytes; {_DAMAGED}")
-    if head[8:9] == b"{" and length <= LONGEST_HEADER:
-        raise CheckpointError(f"its header is not JSON; {_DAMAGED}")
+    if head[8:9] in (b"", b"{") and length <= LONGEST_HEADER:
+        raise CheckpointError(f"its header ends too early or is not JSON; {_DAMAGED}")
     raise CheckpointError("not a safetensors file; give one that save_checkpoint wrote, or 'default'")
 
 
-def _object(key: str, text: str) -> dict[str, Any]:
-    """The JSON object in the metadata's `key`."""
+def _json(text: str | bytes) -> Any:
+    """The value of a JSON text, None where it is not JSON."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"its {key} is not JSON ({error}); {_DAMAGED}") from error
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _object(key: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object in the metadata's `key`."""
+    text = metadata.get(key)
+    value = _json(text) if isinstance(text, str) else None
     if not isinstance(value, dict):
         raise CheckpointError(f"its {key} is not a JSON object but {text!r:.40}; {_SAVE_AGAIN}")
     return value
 
 
-def _config(text: str) -> tuple[WaveNetConfig, list[tuple[float, float]]]:
+def _config(found: dict[str, Any]) -> tuple[WaveNetConfig, list[tuple[float, float]]]:
     """The config, and eps and momentum of every layer's batch norm."""
-    found = _object("config", text)
     norms = found.pop("norms", None)
     values = {"gated": False} | {"kernel_sizes" if name == "fan_ins" else name: found[name] for name in found}
-    if set(values) != {field.name for field in fields(WaveNetConfig)} or "kernel_sizes" in found:
-        raise CheckpointError(f"its config has other fields than this library's: {', '.join(found):.80}; {_SAVE_AGAIN}")
-    for name in ("batch_norm", "bias", "gated"):
-        if not isinstance(values[name], bool):
-            raise CheckpointError(f"{name} in its config is {values[name]!r:.40}, not true or false; {_SAVE_AGAIN}")
+    flags = [values.get(name) for name in ("batch_norm", "bias", "gated")]
+    if values.keys() != {field.name for field in fields(WaveNetConfig)} or not {*map(type, flags)} == {bool}:
+        raise CheckpointError(f"its config has other fields or types than this library's: {found!r:.80}; {_SAVE_AGAIN}")
     config = WaveNetConfig(**values)
     layers = len(config.kernel_sizes) if config.batch_norm else 0
-    fit = isinstance(norms, list) and len(norms) == layers and all(isinstance(n, list) and len(n) == 2 for n in norms)
-    if not fit or not all(isinstance(number, float) and isfinite(number) for norm in norms for number in norm):
-        raise CheckpointError(
-            f"norms in its config are {norms!r:.80}; it needs an eps and a momentum for each of {layers} layers with "
-            f"batch norm; {_SAVE_AGAIN}"
-        )
-    return config, [(eps, momentum) for eps, momentum in norms]
-
-
-def _vocabulary(characters: str, size: int) -> Vocabulary:
-    vocab = Vocabulary(characters)
-    if vocab.characters != characters:
-        raise CheckpointError(f"its vocabulary {characters!r:.80} is not sorted, or has a character twice; {_DAMAGED}")
-    if len(vocab) != size:
-        raise CheckpointError(
-            f"a vocabulary of {len(vocab):,} tokens ('.' and {len(characters):,} characters) for a model of {size:,}; "
-            "save the model with the vocabulary that it was made for"
-        )
-    return vocab
-
-
-def _tensors(file: BinaryIO, head: bytes, header: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors by name, on the CPU; nothing else may follow the header."""
-    data = file.read()
     try:
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        missing = (expected := max(ends, default=0)) - len(data)
-    except (IndexError, KeyError, TypeError) as error:
-        raise CheckpointError(f"its header does not say where its tensors are; {_DAMAGED}") from error
-    if missing > 0:
-        raise CheckpointError(f"truncated: {missing:,} of {expected:,} bytes of its tensors are missing; {_DAMAGED}")
-    if missing < 0:
-        raise CheckpointError(f"{-missing:,} bytes follow its last tensor; {_DAMAGED}")
-    try:
-        return safetensors.torch.load(head + data)
-    except Exception as error:  # safetensors raises its own error, KeyError and torch's errors for bad headers
-        raise CheckpointError(f"its header and its tensors do not agree ({error}); {_DAMAGED}") from error
-
-
-def _check_quantiles(quantiles: Tensor | None) -> None:
-    if quantiles is None:
-        return
-    if quantiles.dtype != torch.float32 or quantiles.ndim != 1 or not len(quantiles):
-        raise CheckpointError(
-            f"quantiles are {quantiles.dtype} of shape {tuple(quantiles.shape)}; they must be torch.float32 (q,)"
-        )
-    if not quantiles.isfinite().all() or (quantiles.diff() < 0).any():
-        raise CheckpointError("quantiles must be finite and ascending; sort them before saving")
+        pairs = [(eps * 1.0, momentum * 1.0) for eps, momentum in norms]
+    except (TypeError, ValueError, OverflowError):
+        pairs = []
+    if len(pairs) != layers or not all(map(isfinite, chain(*pairs))):
+        raise CheckpointError(f"its norms are {norms!r:.80}, not eps and momentum of {layers} layers; {_SAVE_AGAIN}")
+    return config, pairs
 
 
 def _model(config: WaveNetConfig, norms: list[tuple[float, float]], tensors: dict[str, Tensor]) -> ConvWaveNet:
     """The model with these weights, in evaluation mode; allocates nothing before every shape is known to fit."""
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
-        listed = ", ".join(sorted(map(str, dtypes)))
-        raise CheckpointError(
-            f"its weights are of {listed}; convert the model to one floating-point dtype and {_SAVE_AGAIN}"
-        )
+        raise CheckpointError(f"its weights are of {sorted(map(str, dtypes))}, not one floating type; {_SAVE_AGAIN}")
     try:
         model = ConvWaveNet(config, device="meta", dtype=next(iter(dtypes), None))  # draws no random numbers
     except (RuntimeError, TypeError, OverflowError) as error:
         raise CheckpointError(f"its config asks for a model that cannot be built: {config}; {_DAMAGED}") from error
     asked = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in [*asked, *tensors]:
-        if name not in tensors:
-            raise CheckpointError(f"there is no tensor {name}, which its config asks for; {_SAVE_AGAIN}")
-        if name not in asked:
-            raise CheckpointError(f"there is a tensor {name!r:.80}, which its config has no place for; {_SAVE_AGAIN}")
-        if tensors[name].shape != asked[name]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in asked | shapes:
+        if shapes.get(name) != asked.get(name):
             raise CheckpointError(
-                f"{name} is of shape {tuple(tensors[name].shape)} and its config asks for {asked[name]}; {_SAVE_AGAIN}"
+                f"tensor {name!r:.80} is {shapes.get(name, 'missing')} in the file and {asked.get(name, 'missing')} in "
+                f"the model that its config asks for; {_SAVE_AGAIN}"
             )
     for name, tensor in tensors.items():
-        bad = tensor.numel() - int(tensor.isfinite().sum())
-        if bad:
+        if not tensor.isfinite().all():
             raise CheckpointError(
-                f"{name} has {bad:,} values that are NaN or infinite, so no score could be trusted; "
-                "take a checkpoint from before the training broke down"
+                f"{name} has values that are NaN or infinite; take a checkpoint from before the training broke down"
             )
     model = model.to_empty(device="cpu").eval()
     model.load_state_dict(tensors)
-    for layer, constants in zip(model.layers, norms):
-        norm: Any = layer.norm
-        norm.eps, norm.momentum = constants
+    for layer, (eps, momentum) in zip(model.layers, norms):
+        vars(layer.norm).update(eps=eps, momentum=momentum)
     return model

@@ -19,7 +19,7 @@ TOKENS_AT_ONCE = 2**17  # tokens in all the windows of one call of the tree: bou
 
 @dataclass(frozen=True)
 class Report:
-    """The result of `verify`: true if the models are equal, and two lines of text when printed.
+    """The result of `verify`: true if the models are equal; `str` gives two lines of text.
 
     Attributes:
         equal: Whether every logit differs by at most `tolerance * max(1, |logit|)`.
@@ -46,11 +46,10 @@ class Report:
 
     def __str__(self) -> str:
         name, position = self.worst
-        name = name if len(name) <= 40 else f"{name[:37]}..."
         return (
             f"{'equal' if self.equal else 'NOT EQUAL'}: {self.positions:,} positions of {self.names:,} names, "
             f"{str(self.dtype).removeprefix('torch.')}, tolerance {self.tolerance:g} (of a logit's size above 1)\n"
-            f"largest difference {self.max_abs_diff:.3g} in {name!r} at position {position}; "
+            f"largest difference {self.max_abs_diff:.3g} in {name!r:.40} at position {position}; "
             f"{self.argmax_differences:,} positions with another argmax"
         )
 
@@ -77,13 +76,13 @@ def verify(
         ShapeError: The logits have other shapes or dtypes, or the tree does not run.
     """
     if not callable(conv) or not hasattr(conv, "context"):
-        raise ShapeError(
-            f"the second model is a {type(conv).__name__}; call verify(tree, conv, names, vocab) with a ConvWaveNet or "
-            "a FoldedWaveNet as the second model"
-        )
+        found = type(conv).__name__
+        raise ShapeError(f"the second model is a {found}; call verify(tree, conv, names, vocab) with a ConvWaveNet")
     _reject_training(tree, "tree")
     _reject_training(conv, "conv")
     names = checked_names(names)
+    if not names:
+        raise NamesError("there are no names to compare; give at least one (the empty name '' has one position)")
     if not set(vocab.characters).issuperset("".join(names)):
         raise vocab.unknown_character_error(names)
     reports = []
@@ -91,8 +90,6 @@ def verify(
         reports.append(_compare(tree, conv, chunk, vocab))
         if on_progress is not None:
             on_progress(len(chunk))
-    if not reports:
-        raise NamesError("there are no names to compare; give at least one (the empty name '' has one position)")
     return replace(
         max(reports, key=lambda report: report.max_abs_diff),
         equal=all(report.equal for report in reports),
@@ -104,9 +101,8 @@ def verify(
 
 def _compare(tree: Any, conv: Any, names: list[str], vocab: Vocabulary) -> Report:
     """The report for some names, all in one batch."""
-    tokens, lengths = vocab.encode(names, context=conv.context)
-    tokens, lengths = tokens.to(device := _device(conv)), lengths.to(device)
-    inside = torch.arange(tokens.shape[1] - conv.context + 1, device=device) <= lengths[:, None]
+    tokens, lengths = (tensor.to(_device(conv)) for tensor in vocab.encode(names, context=conv.context))
+    inside = torch.arange(tokens.shape[1] - conv.context + 1, device=tokens.device) <= lengths[:, None]
     found = conv(tokens)  # first: it rejects tokens outside its vocabulary
     windows = tokens.unfold(1, conv.context, 1)[inside]
     expected = torch.cat([_run(tree, part) for part in windows.split(max(1, TOKENS_AT_ONCE // conv.context))])
@@ -115,8 +111,12 @@ def _compare(tree: Any, conv: Any, names: list[str], vocab: Vocabulary) -> Repor
             f"logits of shape {tuple(expected.shape)} from the tree for {len(windows)} windows and "
             f"{tuple(found.shape)} from the convolutional model for {tuple(inside.shape)} outputs do not match"
         )
-    found = found[inside]
-    tolerance = _tolerance(expected.dtype, found.dtype)
+    if expected.dtype != found.dtype or expected.dtype not in TOLERANCE:
+        raise ShapeError(
+            f"the tree gives {expected.dtype} and the convolutional model {found.dtype}; use float64 or "
+            "float32 for both"
+        )
+    found, tolerance = found[inside], TOLERANCE[expected.dtype]
     difference = (expected - found).abs()
     largest = difference.amax(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
     choices = torch.stack([expected.argmax(1), found.argmax(1)], dim=1)
@@ -133,14 +133,6 @@ def _compare(tree: Any, conv: Any, names: list[str], vocab: Vocabulary) -> Repor
         tolerance=tolerance,
         dtype=expected.dtype,
     )
-
-
-def _tolerance(expected: torch.dtype, found: torch.dtype) -> float:
-    if expected != found or expected not in TOLERANCE:
-        raise ShapeError(
-            f"the tree gives {expected} and the convolutional model {found}; use float64 or float32 for both"
-        )
-    return TOLERANCE[expected]
 
 
 def _chunks(names: list[str], context: int) -> Iterator[list[str]]:
@@ -170,18 +162,13 @@ def _device(conv: Any) -> torch.device:
 
 
 def _reject_training(model: Any, role: str) -> None:
-    for part in _parts(model):
-        if getattr(part, "training", False):
-            raise ModeError(
-                f"{role} is in training mode ({type(part).__name__}.training is true), where logits depend on the "
-                f"batch; call .eval(), or set layer.training = False on every layer"
-            )
-
-
-def _parts(model: Any) -> Iterator[Any]:
-    """The model and everything inside it that could be in training mode, modules and plain layers alike."""
-    yield model
+    """Raises `ModeError` for a module or plain layer in training mode, anywhere inside the model."""
+    if getattr(model, "training", False):
+        raise ModeError(
+            f"{role} is in training mode ({type(model).__name__}.training is true), where logits depend on the batch; "
+            "call .eval(), or set layer.training = False on every layer"
+        )
     inside = list(model.children()) if isinstance(model, nn.Module) else []
     layers = model if isinstance(model, (list, tuple)) else getattr(model, "layers", ())
     for part in [*inside, *(layers if isinstance(layers, (list, tuple)) else ())]:
-        yield from _parts(part)
+        _reject_training(part, role)

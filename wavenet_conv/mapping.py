@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -24,9 +23,7 @@ FLATTEN = ("FlattenConsecutive", "Flatten")
 KNOWN = ("Embedding", *FLATTEN, "Linear", "BatchNorm1d", "Tanh")
 GATED_HEAD = ("ReLU", "Linear", "ReLU", "Linear")
 
-_ORDER = (
-    "a tree is Embedding, then per layer FlattenConsecutive, Linear, BatchNorm1d or none, Tanh, then one last Linear"
-)
+_ORDER = "a tree is Embedding, per layer FlattenConsecutive, Linear, BatchNorm1d or none, Tanh, then one last Linear"
 _GATED_ORDER = f"a gated tree is Embedding, one GatedBlock per layer, then {', '.join(GATED_HEAD)}"
 
 
@@ -75,7 +72,7 @@ def from_tree(tree: Any) -> ConvWaveNet:
         n_hidden=tuple(_matrix(parts.linear).shape[1] for parts in layers),
         kernel_sizes=tuple(parts.kernel_size for parts in layers),
         batch_norm=_all_or_none(layers, lambda parts: parts.norm is not None, "batch norm"),
-        bias=_all_or_none(layers, lambda parts: getattr(parts.linear, "bias", None) is not None, "a bias"),
+        bias=_all_or_none(layers, lambda parts: getattr(parts.linear, "bias", None) is not None, "bias"),
     )
     _check_shape(len(modules) - 1, head, (len(_matrix(head)), len(table)), "the head, with one logit per token,")
     conv = blank(config, table)
@@ -109,17 +106,13 @@ def _flattened(tree: Any) -> Iterator[Any]:
 
 
 def _check_start(modules: list[Any]) -> None:
-    """What holds for any tree: modules are instances, linear ones have weights, and an embedding comes first."""
-    for place, module in enumerate(modules):
-        if isinstance(module, type):
-            raise MappingError(
-                f"layer {place} is the class {module.__name__}, not an instance; write {module.__name__}(...)"
-            )
-        if _kind(module) in ("Embedding", "Linear") and not isinstance(getattr(module, "weight", None), Tensor):
-            raise _error(place, module, "has no weight tensor")
+    """What holds for any tree: an embedding comes first, and it and linear modules have weights."""
     if not modules or _kind(modules[0]) != "Embedding":
         first = f"it starts with {type(modules[0]).__name__}" if modules else "it has no layers"
         raise MappingError(f"a tree starts with an Embedding; {first}")
+    for place, module in enumerate(modules):
+        if _kind(module) in ("Embedding", "Linear") and not isinstance(getattr(module, "weight", None), Tensor):
+            raise _error(place, module, "has no weight tensor")
     if getattr(modules[0], "max_norm", None) is not None:
         raise _error(0, modules[0], "rescales its rows when it reads them (max_norm); build it without")
 
@@ -133,8 +126,6 @@ def _parse(modules: list[Any]) -> tuple[list[_Parts], Any]:
         unfinished = layers[-1] if layers and not layers[-1].tanh else None
         if kind in FLATTEN and unfinished is None and flatten is None:
             flatten = module
-            if kind == "Flatten" and (getattr(module, "start_dim", 1), getattr(module, "end_dim", -1)) != (1, -1):
-                raise _error(place, module, "flattens other axes than 1 to -1; use Flatten()")
         elif kind == "Linear" and unfinished is None:
             rows, columns = _matrix(module).shape
             # Flatten() does not say how many nodes it fuses; the Linear after it does.
@@ -153,17 +144,7 @@ def _parse(modules: list[Any]) -> tuple[list[_Parts], Any]:
             raise _error(place, module, f"is not a layer that the mapping knows ({', '.join(KNOWN)})")
     if len(layers) < 2 or layers[-1].tanh or layers[-1].norm is not None or layers[-1].kernel_size != 1:
         raise MappingError(f"the tree does not end with a head after at least one layer; {_ORDER}")
-    _check_norm_axes(layers)
     return layers[:-1], layers[-1].linear
-
-
-def _check_norm_axes(layers: list[_Parts]) -> None:
-    nodes = 1  # per window, in the layer of `parts`
-    for parts in reversed(layers):
-        if nodes > 1 and getattr(type(parts.norm), "forward", None) is nn.BatchNorm1d.forward:
-            complaint = "normalises axis 1, which here is the position; use a batch norm over the last axis"
-            raise _error(parts.place + 1, parts.norm, complaint)
-        nodes *= parts.kernel_size
 
 
 def _from_gated(modules: list[Any]) -> ConvWaveNet:
@@ -196,19 +177,16 @@ def _checked_gate(place: int, block: Any, channels: int, last: bool) -> int:
     """The width of a block's gate, once its linear modules are known to fit each other."""
     if not isinstance(getattr(block, "n", None), int):
         raise _error(place, block, "has no n that is an integer, its kernel size")
-    if last and getattr(block, "residual", None) is not None:
-        raise _error(place, block, "is the last block and has a residual, which nothing reads; set it to None")
-    for name in ("linear", "skip") if last else ("linear", "residual", "skip"):
-        if not isinstance(getattr(getattr(block, name, None), "weight", None), Tensor):
-            complaint = f"has no {name} that is a linear layer with a weight; only the last block's residual is None"
-            raise _error(place, block, complaint)
-    rows, columns = _matrix(block.linear).shape
-    if rows != block.n * channels or columns % 2:
-        complaint = f"has a linear of {rows} inputs and {columns} outputs; it needs {block.n} * {channels} inputs and "
-        raise _error(place, block, complaint + "an even number of outputs, half of them filters and half gates")
-    gate = columns // 2
-    for name in ("skip",) if last else ("residual", "skip"):
-        _check_shape(place, getattr(block, name), (gate, channels), f"the {name} of this GatedBlock")
+    for name in ("linear", "skip", "residual"):
+        linear = isinstance(getattr(getattr(block, name, None), "weight", None), Tensor)
+        if linear == (last and name == "residual"):
+            complaint = f"has a {name} that is wrong: linear, skip and residual are linear layers with a weight each, "
+            raise _error(place, block, complaint + "and the last block's residual, which nothing reads, is None")
+    gate = _matrix(block.linear).shape[1] // 2
+    for name, shape in (("linear", (block.n * channels, 2 * gate)), ("skip", (gate, channels))):
+        _check_shape(place, getattr(block, name), shape, f"the {name} of this GatedBlock")
+    if not last:
+        _check_shape(place, block.residual, (gate, channels), "the residual of this GatedBlock")
     return gate
 
 
@@ -243,8 +221,7 @@ def _check_shape(place: int, linear: Any, shape: tuple[int, int], role: str) -> 
 def _check_dtypes(modules: list[Any]) -> None:
     dtype = modules[0].weight.dtype
     for place, module in enumerate(modules):
-        gated = _kind(module) == "GatedBlock"
-        for part in (module.linear, module.skip, getattr(module, "residual", None)) if gated else (module,):
+        for part in (module, *(getattr(module, name, None) for name in ("linear", "skip", "residual"))):
             for name in ("weight", "bias", "gamma", "beta", "running_mean", "running_var"):
                 tensor = getattr(part, name, None)
                 if isinstance(tensor, Tensor) and (tensor.dtype != dtype or not dtype.is_floating_point):
@@ -253,44 +230,38 @@ def _check_dtypes(modules: list[Any]) -> None:
 
 
 def _all_or_none(layers: list[_Parts], has: Callable[[_Parts], bool], what: str) -> bool:
-    having = [has(parts) for parts in layers]
-    if any(having) != all(having):
-        parts = layers[having.index(False)]
-        complaint = f"has no {what.removeprefix('a ')} but other layers do; give {what} to every layer or to none"
-        raise _error(parts.place, parts.linear, complaint)
-    return all(having)
+    missing = [parts for parts in layers if not has(parts)]
+    if missing and len(missing) < len(layers):
+        complaint = f"has no {what} but other layers do; give it to every layer or to none"
+        raise _error(missing[0].place, missing[0].linear, complaint)
+    return not missing
 
 
 def _copy_batch_norm(norm: Any, source: Any, place: int) -> None:
-    """Copies a batch norm of the lecture (gamma, beta) or of torch (weight, bias)."""
-    channels = len(norm.weight)
+    """Copies a batch norm of the lecture (gamma, beta) or of torch (weight, bias; None for affine=False)."""
     for name in ("running_mean", "running_var", "eps"):
         if getattr(source, name, None) is None:
             raise _error(place, source, f"has no {name}; without running statistics its output depends on the batch")
-    for name in ("running_mean", "running_var"):
-        statistic = getattr(source, name)
-        shape = tuple(statistic.shape)
-        if shape[-1:] != (channels,):
-            raise _error(place, source, f"has a {name} of shape {shape} for {channels} channels")
-        if prod(shape) != channels:
-            complaint = (
-                f"has a {name} of shape {shape}: one statistic per position, so two parents cannot share a node; "
-                f"reduce over all axes but the last, (0, 1) for three axes, so that the shape is (1, 1, {channels}), "
-                "and train again"
-            )
-            raise _error(place, source, complaint)
-        getattr(norm, name).copy_(statistic.reshape(channels))
-    for target, names, missing in ((norm.weight, ("gamma", "weight"), 1.0), (norm.bias, ("beta", "bias"), 0.0)):
+    ours = {"running_mean": norm.running_mean, "running_var": norm.running_var}
+    for target, names, default in ((norm.weight, ("gamma", "weight"), 1.0), (norm.bias, ("beta", "bias"), 0.0)):
         found = [name for name in names if hasattr(source, name)]
         if not found:
             raise _error(place, source, f"has neither {names[0]} nor {names[1]}")
-        value = getattr(source, found[0])
-        if value is None:  # nn.BatchNorm1d(affine=False)
-            target.fill_(missing)
-        elif value.numel() != channels:
-            raise _error(place, source, f"has a {found[0]} of shape {tuple(value.shape)} for {channels} channels")
-        else:
-            target.copy_(value.view(-1))
+        target.fill_(default)
+        if getattr(source, found[0]) is not None:
+            ours[found[0]] = target
+    for name, target in ours.items():
+        value, channels = getattr(source, name), len(target)
+        complaint = f"has a {name} of shape {tuple(value.shape)} for {channels} channels"
+        if value.shape[-1:] != target.shape:
+            raise _error(place, source, complaint)
+        if value.numel() != channels:
+            complaint += (
+                ": one statistic per position, so two parents cannot share a node; reduce over all axes but the last, "
+                f"(0, 1) for three axes, so that the shape is (1, 1, {channels}), and train again"
+            )
+            raise _error(place, source, complaint)
+        target.copy_(value.reshape(channels))
     norm.eps = source.eps
     if getattr(source, "momentum", None) is not None:
         norm.momentum = source.momentum

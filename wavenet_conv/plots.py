@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import OutputError, ShapeError, UsageError
+from .errors import OutputError, UsageError
 from .files import write_whole
 from .vocabulary import END
 
@@ -29,9 +29,8 @@ Points = Sequence[tuple[int, float]]
 
 def check_plot(path: str | Path) -> None:
     """Raises `UsageError` where no plot can be written to `path`; for a command to call before its work."""
-    path = Path(path)
     _format(path)
-    if path.is_dir() or not path.parent.is_dir():
+    if Path(path).is_dir() or not Path(path).parent.is_dir():
         raise UsageError(f"--plot {path}: not a file in an existing folder; give another path")
     _figure(1)
 
@@ -39,24 +38,19 @@ def check_plot(path: str | Path) -> None:
 def plot_losses(
     path: str | Path, losses: Losses, validations: Points, embedding: Tensor | None = None, characters: str = ""
 ) -> None:
-    """Plots the losses of one training, and its embedding if that is two wide.
+    """Plots the losses of one training and, as in the lecture, an embedding that is two wide.
 
     Args:
         path: A .png, .svg or .pdf file.
         losses: Of each step, in nats; drawn as means of groups of steps.
         validations: `(step, loss)` of each validation, in nats.
-        embedding: `(vocab, n_embd)`; with n_embd 2 it is drawn as a scatter of the characters.
+        embedding: `(vocab, 2)`, drawn as a scatter of the characters.
         characters: The vocabulary's, without `.`.
 
     Raises:
         UsageError: matplotlib is missing, or `path` has another suffix.
-        ShapeError: The embedding and the characters do not match.
         OutputError: The file cannot be written.
     """
-    if embedding is not None and embedding.shape[1] != 2:
-        embedding = None
-    if embedding is not None and len(embedding) != len(characters) + 1:
-        raise ShapeError(f"an embedding of {len(embedding)} tokens for {END!r} and the characters {characters!r}")
     figure, (axes, *other) = _figure(1 if embedding is None else 2)
     curve = _curve(losses)
     size = min(LONGEST_MEAN, max(1, len(curve) // POINTS))
@@ -67,18 +61,19 @@ def plot_losses(
     axes.set(xlabel="step", ylabel="loss (nats)")
     axes.legend()
     if embedding is not None:
-        _scatter(other[0], embedding.detach().cpu().float(), END + characters)
+        points: list[tuple[float, float]] = embedding.tolist()
+        other[0].scatter([x for x, _ in points], [y for _, y in points], s=200)
+        for (x, y), character in zip(points, END + characters):
+            other[0].text(x, y, character, ha="center", va="center", color="white", parse_math=False)
+        other[0].set(title="embedding")
+        other[0].grid(True, which="both", linewidth=0.3)
     _write(figure, path)
 
 
 def plot_rates(path: str | Path, rates: Sequence[float], losses: Losses, suggestion: float) -> None:
-    """Plots the losses of a `find-lr` against its learning rates, on a logarithmic axis.
+    """Plots the losses of a `find-lr` against its learning rates, one per step, and marks the suggested rate.
 
-    Args:
-        path: As for `plot_losses`, which raises the same errors.
-        rates: The learning rate of each step.
-        losses: Of each step, in nats.
-        suggestion: The rate to mark.
+    Path, losses and errors are those of `plot_losses`.
     """
     figure, (axes,) = _figure(1)
     curve, size = _curve(losses), max(1, len(losses) // (POINTS // 2))
@@ -96,14 +91,13 @@ def plot_rates(path: str | Path, rates: Sequence[float], losses: Losses, suggest
 def plot_trials(path: str | Path, trials: Sequence[tuple[str, Points, Points]]) -> None:
     """Plots the losses of the trials of a sweep, with the best on top: the one with the lowest validation loss.
 
-    Args:
-        path: As for `plot_losses`, which raises the same errors.
-        trials: Of each trial a name, its training losses and its validation losses, both as `(step, loss)` in nats.
+    A trial is its name, its training losses and its validation losses, both as `(step, loss)` in nats. Path and errors
+    are those of `plot_losses`.
     """
     figure, panels = _figure(2)
     ranked = sorted(trials, key=lambda trial: -min((loss for _, loss in trial[2]), default=float("inf")))
-    for place, (name, *curves) in enumerate(ranked, start=1):
-        best = place == len(ranked)
+    for name, *curves in ranked:
+        best = name == ranked[-1][0]
         style: dict[str, Any] = {"color": "C0" if best else "0.75", "linewidth": 2 if best else 0.8}
         for axes, points in zip(panels, curves):
             if points:
@@ -121,18 +115,7 @@ def means(values: Tensor, size: int) -> Tensor:
 
 
 def _curve(losses: Losses) -> Tensor:
-    if not isinstance(losses, Tensor):
-        losses = torch.stack([torch.as_tensor(loss) for loss in losses]) if len(losses) else torch.zeros(0)
-    return losses.detach().cpu().double()
-
-
-def _scatter(axes: Axes, points: Tensor, characters: str) -> None:
-    """Draws each character at its point, as the lecture does."""
-    axes.scatter(points[:, 0], points[:, 1], s=200)
-    for (x, y), character in zip(points.tolist(), characters):
-        axes.text(x, y, character, ha="center", va="center", color="white", parse_math=False)
-    axes.set(title="embedding")
-    axes.grid(True, which="both", linewidth=0.3)
+    return torch.tensor([float(loss) for loss in losses], dtype=torch.float64)
 
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:

@@ -26,11 +26,8 @@ def exact_float32() -> Iterator[None]:
             write(exact)
         yield
     finally:
-        for (read, write, _), value in zip(switches, found):
-            if isinstance(value, str) and value != "none" and read() == "ieee":
-                write("none")  # a switch that inherited `torch.backends.fp32_precision` inherits it again
-            if read() != value:
-                write(value)
+        for (_, write, _), value in zip(switches, found):
+            write(value)
 
 
 def _switches() -> list[tuple[Callable[[], Any], Callable[[Any], None], Any]]:

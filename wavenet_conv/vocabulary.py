@@ -132,25 +132,19 @@ class Vocabulary:
     def decode(self, tokens: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> str | list[str]:
         """The name in a sequence, or the names in a batch of them.
 
-        Leading zeros are padding; the first zero after a character ends the name, and the rest is not read.
-
         Args:
-            tokens: Integers `(time,)` or `(batch, time)`.
-
-        Returns:
-            A name for `(time,)`, a list of names for `(batch, time)`.
+            tokens: Integers `(time,)` or `(batch, time)`. Leading zeros are padding; the first zero after a character
+                ends the name, and the rest is not read.
 
         Raises:
             TokenError: A token is outside the vocabulary.
             ShapeError: The tokens have another shape, or are not integers.
         """
         tokens = torch.as_tensor(tokens)
-        if tokens.numel() == 0:
-            tokens = tokens.long()
+        tokens = tokens if tokens.numel() else tokens.long()
         if tokens.ndim not in (1, 2) or tokens.is_floating_point():
-            raise ShapeError(
-                f"decode takes integers (time,) or (batch, time), not {tokens.dtype} of shape {tuple(tokens.shape)}"
-            )
+            found = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
+            raise ShapeError(f"decode takes integers (time,) or (batch, time), not {found}")
         check_tokens(tokens, len(self))
         alphabet = END + self.characters
         rows = tokens if tokens.ndim == 2 else tokens[None]
@@ -164,10 +158,9 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
         return
     low, high = torch.stack(tokens.aminmax()).tolist()  # one kernel and one wait for the device
     if low < 0 or high >= vocab_size:
-        outside = (tokens < 0) | (tokens >= vocab_size)
-        place = tuple(outside.nonzero()[0].tolist())
+        place = ((tokens < 0) | (tokens >= vocab_size)).nonzero()[0].tolist()
         raise TokenError(
-            f"token {int(tokens[place])} at {list(place)} is outside the vocabulary of {vocab_size} tokens "
+            f"token {int(tokens[tuple(place)])} at {place} is outside the vocabulary of {vocab_size} tokens "
             f"(0 to {vocab_size - 1}); encode names with the model's own vocabulary"
         )
 
@@ -196,14 +189,11 @@ def check_sequences(
 
 def checked_names(names: Iterable[str]) -> list[str]:
     """`names` as a list; raises `NamesError` for one string instead of a list, and for items that are no strings."""
-    if isinstance(names, str):
-        raise NamesError(f"names is one string, {names[:20]!r}; pass a list of names, such as [{names[:20]!r}]")
-    if not isinstance(names, Iterable):
-        raise NamesError(f"names is {names!r}; pass a list of strings (read_names reads one from a file)")
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        kind = "one string, " if isinstance(names, str) else ""
+        raise NamesError(f"names is {kind}{names!r:.40}; pass a list of strings, such as ['emma', 'olivia']")
     names = list(names)
-    if set(map(type, names)) == {str}:
-        return names
-    for index, name in enumerate(names):
+    for index, name in enumerate(names if set(map(type, names)) != {str} else ()):
         if not isinstance(name, str):
             raise NamesError(f"name {index} is {name!r}, of type {type(name).__name__}; names are strings", index=index)
     return names
@@ -211,20 +201,18 @@ def checked_names(names: Iterable[str]) -> list[str]:
 
 def lengths_of(names: Sequence[str]) -> Tensor:
     """Characters per name, int64 `(names,)`; raises `NamesError` for an item without a length."""
-    try:
-        return torch.from_numpy(
-            np.fromiter(map(len, names), np.int64, len(names))
-        )  # five times as fast as torch.tensor
+    try:  # numpy is five times as fast as torch.tensor
+        return torch.from_numpy(np.fromiter(map(len, names), np.int64, len(names)))
     except TypeError:
         checked_names(names)  # raises
         raise
 
 
 def _joined(names: Sequence[str], context: int) -> str:
-    padding = END * context
-    try:
-        return f"{padding}{padding.join(names)}{padding}" if names else padding
-    except TypeError:  # checking each name's type first would take longer than joining them
+    """All names, with `context` zeros before each and after the last."""
+    try:  # checking each name's type first would take longer than joining them
+        return (END * context).join(["", *names, ""])
+    except TypeError:
         checked_names(names)  # raises
         raise
 

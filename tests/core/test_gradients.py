@@ -14,25 +14,21 @@ VOCAB = Vocabulary(ALPHABET)
 NAMES = ["", "a", "emma", "olivia", "maximiliano", "xzqjkwvxzqjkwvxzqjkwv"]
 
 
-def losses(tree, conv, names):
+def assert_same_loss_and_gradients(tree, conv, names):
     """Mean cross-entropy of the next token over all outputs, through the windows and through the convolutions."""
     context, device = conv.context, conv.head.weight.device
     tokens, lengths = (t.to(device) for t in VOCAB.encode(names, context=context))
     inside = torch.arange(tokens.shape[1] - context + 1, device=device) <= lengths[:, None]
     targets = F.pad(tokens[:, context:], (0, 1))[inside]
-    windows = reference.windows(tokens, context)[inside]
-    return F.cross_entropy(tree(windows), targets), F.cross_entropy(conv(tokens, lengths)[inside], targets)
-
-
-def assert_same_loss_and_gradients(tree, conv, names):
-    expected, found = losses(tree, conv, names)
+    expected = F.cross_entropy(tree(reference.windows(tokens, context)[inside]), targets)
+    found = F.cross_entropy(conv(tokens, lengths)[inside], targets)
     assert abs(expected - found) < 1e-10
     expected.backward()
     found.backward()
     assert_same_gradients(tree, conv)
 
 
-@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (8,), (3,), (3, 1, 2)], ids=str)
+@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (3, 1, 2)], ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_gradients_in_evaluation_mode_are_the_trees(device, kernel_sizes, kind):
     tree = random_tree(kernel_sizes, n_embd=6, n_hidden=10, **kind, device=device)

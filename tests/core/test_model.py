@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from helpers import convolutions_of, needs_cuda
+from helpers import convolutions_of
 from torch import nn
 
 from wavenet_conv import ConvWaveNet, WaveNetConfig, WaveNetConvError
-from wavenet_conv.model import GatedLayer
 
 TOKENS = torch.randint(27, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -21,25 +20,15 @@ def test_model_is_a_stack_of_dilated_convolutions():
     assert (conv.context, conv.dilations) == (8, (1, 2, 4))
     assert sum(p.numel() for p in conv.parameters()) == 76_579
     for layer, dilation, c_in in zip(conv.layers, (1, 2, 4), (24, 128, 128), strict=True):
-        assert type(layer.conv) is nn.Conv1d and layer.conv.bias is None
-        assert layer.conv.kernel_size == (2,) and layer.conv.dilation == (dilation,) and layer.conv.padding == (0,)
-        assert layer.conv.weight.shape == (128, c_in, 2)
+        assert type(layer.conv) is nn.Conv1d and layer.conv.weight.shape == (128, c_in, 2)
+        assert layer.conv.dilation == (dilation,) and layer.conv.padding == (0,) and layer.conv.bias is None
         assert (layer.kernel_size, layer.dilation) == (2, dilation)
-    assert type(conv.head) is nn.Conv1d and conv.head.kernel_size == (1,) and conv.hidden is None
+    assert conv.head.kernel_size == (1,) and conv.hidden is None
     mixed = small(kernel_sizes=(3, 1, 4, 2))
     assert (mixed.context, mixed.dilations) == (24, (1, 3, 3, 12))
-
-
-def test_gated_model_is_the_papers_stack():
-    conv = ConvWaveNet(WaveNetConfig(kernel_sizes=(2, 2, 2, 2), n_embd=96, n_hidden=96, gated=True))
-    assert conv.config.batch_norm is False and conv.config.bias is True
-    assert sum(p.numel() for p in conv.parameters()) == 227_931
-    for layer, dilation in zip(conv.layers, (1, 2, 4, 8), strict=True):
-        assert isinstance(layer, GatedLayer) and (layer.kernel_size, layer.dilation) == (2, dilation)
-        assert layer.conv.kernel_size == (2,) and layer.conv.dilation == (dilation,)
-        assert layer.conv.weight.shape == (192, 96, 2) and layer.skip.weight.shape == (96, 96, 1)
-        assert (layer.residual is None) == (dilation == 8)
-    assert conv.hidden.weight.shape == (96, 96, 1) and conv.head.weight.shape == (27, 96, 1)
+    assert torch.equal(mixed(TOKENS.repeat(1, 2).int()), mixed(TOKENS.repeat(1, 2)))
+    gated = ConvWaveNet(WaveNetConfig(kernel_sizes=(2, 2, 2, 2), n_embd=96, n_hidden=96, gated=True))
+    assert sum(p.numel() for p in gated.parameters()) == 227_931
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -79,26 +68,14 @@ def test_gated_output_is_the_papers_formula():
         assert torch.allclose(conv(TOKENS[:1, :6])[0, 0], logits, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (1,), (2, 1, 5)], ids=str)
-def test_logits_have_one_row_per_window(device, kernel_sizes, gated):
-    conv = small(kernel_sizes=kernel_sizes, gated=gated).to(device)
-    for batch, time in ((0, 20), (1, 20), (3, 20), (3, conv.context)):
-        logits = conv(TOKENS[:batch, :time].to(device))
-        assert logits.shape == (batch, time - conv.context + 1, 27) and logits.is_contiguous()
-        assert logits.requires_grad
-    assert torch.equal(conv(TOKENS.int().to(device)), conv(TOKENS.to(device)))
-
-
 @pytest.mark.parametrize(("token", "place"), [(27, [1, 4]), (-1, [2, 0]), (10**12, [0, 19])])
 def test_token_outside_the_vocabulary_is_named(device, token, place):
     tokens = TOKENS.clone()
     tokens[tuple(place)] = token
-    with pytest.raises(IndexError) as raised:
+    with pytest.raises(
+        IndexError, match=rf"token {token} at \[{place[0]}, {place[1]}\] is outside .* 27 tokens.*encode"
+    ):
         small().to(device)(tokens.to(device))
-    assert isinstance(raised.value, WaveNetConvError)
-    assert f"token {token} at {place} is outside the vocabulary of 27 tokens" in str(raised.value)
-    assert "encode" in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +84,7 @@ def test_token_outside_the_vocabulary_is_named(device, token, place):
         (TOKENS[:, :7], "7 tokens is shorter than the context of 8; put 8 zeros before"),
         ([[1, 2]], "tokens are a list; pass an int64 tensor"),
         (TOKENS[0], r"tokens must be int64 \(batch, time\), not torch.int64 of shape \(20,\)"),
-        (TOKENS[None], r"tokens must be int64 \(batch, time\), not torch"),
+        (TOKENS.to("meta"), "tokens are on meta and the model on cpu; move them"),
         (TOKENS.float(), r"tokens must be int64 \(batch, time\), not torch.float32"),
     ],
 )
@@ -116,24 +93,15 @@ def test_tokens_that_are_no_sequences_are_rejected(tokens, message):
         small()(tokens)
 
 
-@needs_cuda
-def test_tokens_on_another_device_are_rejected():
-    with pytest.raises(WaveNetConvError, match="tokens are on cpu and the model on cuda:0; move them"):
-        small().cuda()(TOKENS)
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (dict(kernel_sizes=(2, 0, 2)), r"kernel_sizes\[1\] is 0"),
-        (dict(kernel_sizes=(2, -1)), r"kernel_sizes\[1\] is -1"),
         (dict(kernel_sizes=(2.0,)), r"kernel_sizes\[0\] is 2.0"),
         (dict(kernel_sizes=(True, 2)), r"kernel_sizes\[0\] is True"),
-        (dict(kernel_sizes=()), "at least one"),
         (dict(kernel_sizes=8), "at least one"),
         (dict(n_hidden=(4, 5)), "2 widths.* 3 layers"),
         (dict(n_hidden=0), r"n_hidden\[0\] is 0"),
-        (dict(n_embd=0), "n_embd is 0"),
         (dict(vocab_size="27"), "vocab_size is '27'"),
         (dict(gated=True, batch_norm=True), "gated.*leave"),
         (dict(gated=True, bias=False), "gated.*leave"),

@@ -6,25 +6,13 @@ import types
 
 import pytest
 import torch
-from helpers import needs_cuda, random_tree, run_python
+from helpers import needs_cuda, random_tree
 
 import reference
 from wavenet_conv import exact_float32, from_tree, precision
 
 NEW = hasattr(torch.backends, "fp32_precision")  # PyTorch 2.9 or later
 SWITCHES = ("cuda.matmul", "cudnn.conv", "mkldnn.matmul", "mkldnn.conv")
-READ = """
-import operator, torch
-from wavenet_conv import exact_float32
-def read():
-    return [operator.attrgetter(name)(torch.backends).fp32_precision for name in {switches}]
-torch.backends.fp32_precision = "tf32"
-with exact_float32():
-    print(*read())
-print(*read())
-torch.backends.fp32_precision = "ieee"
-print(*read())
-"""
 
 
 def switches():
@@ -34,55 +22,35 @@ def switches():
     return [torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()]
 
 
-def state():
-    """Those and the older ones, which cannot be read while the newer ones differ from them."""
-    older = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
-    return [*switches(), *older, torch.get_float32_matmul_precision()]
-
-
-@pytest.fixture(params=["highest", "high", "medium"])
-def found(request):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(request.param)
-    yield state()
-    torch.set_float32_matmul_precision(before)
-
-
-def test_it_is_exact_inside_nests_and_is_restored_even_after_an_error(found):
-    inside = []
-    with contextlib.suppress(KeyError), exact_float32():
-        inside.append(switches())
-        with exact_float32():
-            pass
-        inside.append(switches())
-        raise KeyError
-    assert inside == [["ieee"] * 4 if NEW else [False, "highest"]] * 2 and state() == found
-
-
-@pytest.mark.skipif(not NEW, reason="needs PyTorch 2.9 or later")
-def test_inherited_switches_inherit_again():
-    """In another process: a switch that was ever set itself no longer inherits."""
-    printed = run_python(READ.format(switches=SWITCHES)).stdout.splitlines()
-    assert printed == [" ".join([value] * 4) for value in ("ieee", "tf32", "ieee")]
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_it_is_exact_inside_nests_and_is_restored_even_after_an_error(precision):
+    before, inside = torch.get_float32_matmul_precision(), []
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = switches()
+        with contextlib.suppress(KeyError), exact_float32():
+            inside.append(switches())
+            with exact_float32():
+                pass
+            inside.append(switches())
+            raise KeyError
+        assert inside == [["ieee"] * 4 if NEW else [False, "highest"]] * 2 and switches() == found
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_it_works_with_the_older_switch_alone(monkeypatch):
     """2.6 to 2.8 have `allow_tf32` and no `fp32_precision`; a stand-in replaces their `torch.backends`."""
     old = types.SimpleNamespace(cudnn=types.SimpleNamespace(allow_tf32=True))
     monkeypatch.setattr(precision.torch, "backends", old)
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with exact_float32():
-            assert old.cudnn.allow_tf32 is False and torch.get_float32_matmul_precision() == "highest"
-        assert old.cudnn.allow_tf32 is True and torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    with exact_float32():
+        assert old.cudnn.allow_tf32 is False
+    assert old.cudnn.allow_tf32 is True
 
 
-@needs_cuda
+@needs_cuda  # of compute capability 8.0 or later
 def test_tf32_differs_and_exact_float32_agrees(names, vocab):
-    if torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("needs a GPU with TF32: compute capability 8.0 or later")
     tree = random_tree(dtype=torch.float32, device="cuda")
     conv = from_tree(tree)
     tokens = vocab.encode(names[:2000], context=8)[0].cuda()

@@ -1,8 +1,6 @@
 """The reference is the lecture's: layers, parameter counts, batch norm and its bug, recipe, split and examples."""
 
-import copy
 import random
-from math import log
 
 import pytest
 import torch
@@ -10,27 +8,18 @@ import torch.nn.functional as F
 from helpers import KINDS, norms_of, random_tree
 
 import reference
-from reference import NETWORKS, BatchNorm1d, FlattenConsecutive, GatedBlock
+from reference import NETWORKS, BatchNorm1d, FlattenConsecutive
 
-COUNTS = (3_481, 10_281, 11_897, 12_097, 22_097, 170_897, 22_397, 76_579, 227_931)
 NAMES = [a + b + c for a in "abcde" for b in "aeiou" for c in ("n", "lla", "mo")]
 CHARACTERS = "".join(sorted(set("".join(NAMES))))
 
 
-@pytest.mark.parametrize(("name", "count"), list(zip(NETWORKS, COUNTS, strict=True)))
+@pytest.mark.parametrize(("name", "count"), [(name, count) for name, (_, count) in NETWORKS.items()])
 def test_network_has_the_lectures_parameters(name, count):
     tree = reference.lecture_network(name)
-    assert sum(p.numel() for p in tree.parameters()) == NETWORKS[name][1] == count
-    assert all(p.requires_grad for p in tree.parameters())
-    assert reference.context_of(tree) == {"mlp": 3, "gated": 16}.get(name.partition("-")[0], 8)
-
-
-def test_layers_keep_their_output():
-    tree = reference.lecture_network("wide")
-    logits = tree(torch.randint(27, (4, 8)))
-    shapes = [(4, 8, 24), (4, 4, 48), (4, 4, 128), (4, 4, 128), (4, 4, 128), (4, 2, 256)]
-    assert [tuple(layer.out.shape) for layer in tree.layers[:6]] == shapes
-    assert tree.out is logits and logits.shape == (4, 27)
+    assert sum(p.numel() for p in tree.parameters() if p.requires_grad) == count
+    logits = tree(torch.randint(27, (4, reference.context_of(tree))))
+    assert tree.layers[-1].out is logits and logits.shape == (4, 27)
 
 
 def test_flatten_consecutive_puts_neighbours_side_by_side():
@@ -54,61 +43,38 @@ def test_batch_norm_uses_the_unbiased_variance_and_keeps_statistics(shape):
     assert torch.equal(norm.running_mean, mean) and torch.equal(norm.running_var, var) and mean.numel() == 5
 
 
-@pytest.mark.parametrize(("per_position", "positions"), [(True, [4, 2, None]), (False, [1, 1, None])])
-def test_lectures_bug_keeps_statistics_per_position(per_position, positions):
-    tree = reference.lecture_network("tree-68", per_position=per_position)
-    tree(torch.randint(27, (32, 8)))
-    shapes = [(1, 68) if n is None else (1, n, 68) for n in positions]
-    assert [tuple(norm.running_mean.shape) for norm in norms_of(tree)] == shapes
-
-
-@pytest.mark.parametrize(
-    ("per_position", "shape"), [(False, (1, 5)), (False, (1, 1, 5)), (True, (1, 4, 5)), (True, (1, 5))]
-)
-def test_variance_of_one_value_is_an_error(per_position, shape):
-    norm = BatchNorm1d(5, per_position=per_position)
-    with pytest.raises(ValueError, match="one value per channel has no variance; give it more than one example"):
-        norm(torch.randn(shape))
-    assert torch.equal(norm.running_mean, torch.zeros(5))
-    norm.training = False
-    assert norm(torch.randn(shape)).isfinite().all()
+def test_variance_of_one_value_is_an_error():
+    for norm, shape in ((BatchNorm1d(5), (1, 1, 5)), (BatchNorm1d(5, per_position=True), (1, 4, 5))):
+        with pytest.raises(ValueError, match="one value per channel has no variance; give it more than one example"):
+            norm(torch.randn(shape))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-def test_folded_tree_is_equal_and_has_no_batch_norm(kind, bias):
+def test_folded_tree_is_equal_and_has_no_batch_norm(kind):
     tree = random_tree((3, 2), n_embd=4, n_hidden=(5, 6), **kind)
-    if bias and norms_of(tree):
+    if norms_of(tree):
         tree.layers[2].bias = torch.randn(5, dtype=torch.float64)
     tokens = torch.randint(27, (3, 11))
-    before = copy.deepcopy(tree)
-    expected = reference.window_logits(tree, tokens)  # leaves outputs in the layers
+    expected = reference.window_logits(tree, tokens)
     folded = reference.fold_batch_norm(tree)
     assert not norms_of(folded) and all(p.requires_grad and p.is_leaf for p in folded.parameters())
     assert (reference.window_logits(folded, tokens) - expected).abs().max() < 1e-12
     for parameter in folded.parameters():
         parameter.data.zero_()
-    assert all(torch.equal(p, q) for p, q in zip(tree.parameters(), before.parameters(), strict=True))
+    assert torch.equal(reference.window_logits(tree, tokens), expected)  # shares no memory
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: reference.build((2, 0)), "a kernel size of 0; it must be an integer of at least 1"),
-        (lambda: reference.build(()), r"kernel_sizes is \(\); give at least one"),
+        (lambda: reference.build((2, 0)), "a kernel size, width or vocabulary of 0; it must be an integer"),
         (lambda: reference.build(8), "kernel_sizes is 8; give at least one"),
-        (lambda: reference.build((2.0,)), "a kernel size of 2.0"),
         (lambda: reference.build((2, 2), n_hidden=[3]), "2 kernel sizes and 1 widths; give one width, or one per"),
-        (lambda: reference.build(n_hidden=0), "at least 1"),
         (lambda: reference.build(gated=True, batch_norm=True), "a gated tree has no batch norm, leave"),
-        (lambda: reference.build(gated=True, per_position=True), "a gated tree has no batch norm"),
         (lambda: reference.lecture_network("huge"), "'huge'.*choose one of .*wide"),
         (lambda: FlattenConsecutive(3)(torch.ones(2, 4, 3)), r"FlattenConsecutive\(3\) got 4 nodes"),
-        (lambda: GatedBlock(2, 1, 1)(torch.ones(1, 3, 1)), r"FlattenConsecutive\(2\) got 3 nodes"),
         (lambda: reference.windows(torch.ones(1, 5), 6), "5 tokens have no window of 6; put 6 zeros before"),
         (lambda: reference.from_conv(random_tree()), "takes a ConvWaveNet, not a Sequential; from_tree maps a tree"),
-        (lambda: reference.lecture_network("wide")(torch.zeros(1, 8).long()), "one value per channel"),
-        (lambda: reference.evaluate(None, "", ""), "0 examples and 0 targets; give at least one example and one"),
         (lambda: reference.train(None, "abc", "ab", generator=None), "3 examples and 2 targets"),
         (lambda: reference.examples(["ab", "axb"], "ab", 3), "name 'axb' has 'x', which is not among the .*'ab'"),
     ],
@@ -118,35 +84,23 @@ def test_impossible_arguments_are_rejected(call, message):
         call()
 
 
-@pytest.mark.parametrize("context", [3, 8])
-def test_lectures_split_has_the_lectures_examples(lecture_list, context):
-    characters = "".join(sorted(set("".join(lecture_list))))
+def test_lectures_split_has_the_lectures_examples(lecture_list):
+    state = random.getstate()
     parts = reference.split_names(lecture_list)
-    sizes = [[len(tensor) for tensor in reference.examples(part, characters, context)] for part in parts]
-    assert sizes == [[182_625] * 2, [22_655] * 2, [22_866] * 2]
-
-
-def test_split_is_the_global_shuffles_and_changes_nothing_else():
-    names, before = list(NAMES), random.getstate()
-    parts = reference.split_names(names)
-    assert names == NAMES and random.getstate() == before
-    random.seed(42)
-    random.shuffle(names)
-    random.setstate(before)
-    assert parts == (names[:60], names[60:67], names[67:])
-    assert reference.split_names(NAMES, seed=1) != parts
+    assert random.getstate() == state
+    characters = "".join(sorted(set("".join(lecture_list))))
+    examples = [reference.examples(part, characters, 3) for part in parts]
+    assert [len(X) for X, _ in examples] == [len(Y) for _, Y in examples] == [182_625, 22_655, 22_866]
 
 
 def test_examples_are_windows_and_the_next_token():
     X, Y = reference.examples(["ab", "", "b"], "ab", 3)
     assert X.tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 2], [0, 0, 0], [0, 0, 0], [0, 0, 2]]
     assert Y.tolist() == [1, 2, 0, 0, 2, 0]
-    X, Y = reference.examples([], "ab", 3)
-    assert X.shape == (0, 3) and Y.shape == (0,) and X.dtype == Y.dtype == torch.int64
 
 
-def small_tree(seed=0, **options):
-    generator = torch.Generator().manual_seed(seed)
+def small_tree(**options):
+    generator = torch.Generator().manual_seed(0)
     sizes = dict(vocab_size=len(CHARACTERS) + 1, n_embd=4, n_hidden=8)
     return reference.build((2, 2), **sizes, **options, generator=generator), generator
 
@@ -174,29 +128,11 @@ def test_three_steps_are_those_written_by_hand_to_the_bit(options):
                 assert torch.equal(getattr(layer, name), value), (type(layer).__name__, name)
 
 
-def test_training_lowers_the_loss_and_depends_on_the_seed_alone():
-    X, Y = reference.examples(NAMES, CHARACTERS, 4)
-    trees = [small_tree(seed) for seed in (1, 1, 2)]
-    before = reference.evaluate(trees[0][0], X, Y)
-    assert before == pytest.approx(log(len(CHARACTERS) + 1), abs=0.1)  # a small head: nearly uniform
-    for tree, generator in trees:
-        reference.train(tree, X, Y, steps=300, drop_at=200, generator=generator)
-    first, again, other = (tree.parameters() for tree, _ in trees)
-    assert all(torch.equal(a, b) for a, b in zip(first, again)) and not torch.equal(first[-2], other[-2])
-    assert reference.evaluate(trees[0][0], X, Y) < before - 0.5
-
-
 def test_evaluate_runs_in_evaluation_mode_and_restores_every_mode():
-    tree, generator = small_tree()
-    X, Y = reference.examples(NAMES, CHARACTERS, 4)
-    reference.train(tree.eval(), X, Y, steps=3, generator=generator)
+    (tree, generator), (X, Y) = small_tree(), reference.examples(NAMES, CHARACTERS, 4)
+    reference.train(tree, X, Y, steps=3, generator=generator)
     norms = norms_of(tree)
-    assert all(norm.training and norm.running_mean.abs().sum() > 0 for norm in norms)
     norms[0].training = False
-    statistics = [norm.running_mean.clone() for norm in norms]
     loss = reference.evaluate(tree, X, Y, batch_size=7)
     assert [norm.training for norm in norms] == [False, True]
-    assert all(torch.equal(norm.running_mean, before) for norm, before in zip(norms, statistics))
-    with torch.no_grad():
-        expected = F.cross_entropy(tree.eval()(X), Y).item()
-    assert type(loss) is float and loss == pytest.approx(expected, abs=1e-5)
+    assert loss == pytest.approx(F.cross_entropy(tree.eval()(X), Y).item(), abs=1e-5)

@@ -18,11 +18,9 @@ def test_end_is_0_and_characters_are_sorted_from_1():
     vocab = Vocabulary.from_names(["emma", "ava"])
     assert len(vocab) == 5 and vocab.characters == "aemv"
     tokens, lengths = vocab.encode(["ava", "", "m"], context=2)
-    assert tokens.dtype == lengths.dtype == torch.int64
+    assert tokens.dtype == lengths.dtype == torch.int64 and lengths.tolist() == [3, 0, 1]
     assert tokens.tolist() == [[0, 0, 1, 4, 1], [0, 0, 0, 0, 0], [0, 0, 3, 0, 0]]
-    assert lengths.tolist() == [3, 0, 1]
-    tokens, lengths = vocab.encode([], context=8)
-    assert tokens.shape == (0, 8) and lengths.shape == (0,)
+    assert vocab.encode([], context=8)[0].shape == (0, 8)
 
 
 characters = st.characters(exclude_characters=".", exclude_categories=[])
@@ -34,11 +32,8 @@ def test_decode_is_the_inverse_of_encode(names, context):
         names = [*names, "a"]
     vocab = Vocabulary.from_names(names)
     tokens, lengths = vocab.encode(iter(names), context=context)
-    assert tokens.shape == (len(names), context + max(map(len, names)))
+    assert tokens.shape == (len(names), context + max(map(len, names))) and not tokens[:, :context].any()
     assert lengths.tolist() == [len(name) for name in names]
-    expected = [[0] * context + [1 + vocab.characters.index(c) for c in name] for name in names]
-    assert [row[: len(e)] for row, e in zip(tokens.tolist(), expected)] == expected
-    assert int(tokens.count_nonzero()) == sum(map(len, names))
     assert vocab.decode(tokens) == names
     assert [vocab.decode(row) for row in tokens] == names
 
@@ -75,18 +70,12 @@ def test_unknown_character_error_says_where(names, index, position, character, s
         )
 
 
-def test_end_inside_a_name_is_rejected():
-    with pytest.raises(NamesError, match=r"name 1 \('a.b'\): character '.' at position 1 marks the end") as raised:
-        Vocabulary.from_names(["ab", "a.b"])
-    assert (raised.value.index, raised.value.position, raised.value.character) == (1, 1, ".")
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: Vocabulary("ab."), "cannot be one of its characters"),
+        (lambda: Vocabulary.from_names(["ab", "a.b"]), r"name 1 \('a.b'\): character '.' at position 1 marks the end"),
         (lambda: Vocabulary.from_names([]), "at least one character"),
-        (lambda: Vocabulary.from_names([""]), "at least one character"),
         (lambda: ABC.encode("emma", context=8), "names is one string, 'emma'; pass a list"),
         (lambda: ABC.encode(["emma", 3], context=8), "name 1 is 3, of type int"),
         (lambda: ABC.encode(None, context=8), "names is None; pass a list of strings"),
@@ -97,9 +86,8 @@ def test_end_inside_a_name_is_rejected():
     ],
 )
 def test_other_arguments_are_rejected(call, message):
-    with pytest.raises((WaveNetConvError, ValueError), match=message) as raised:
+    with pytest.raises((WaveNetConvError, ValueError), match=message):
         call()
-    assert getattr(raised.value, "position", None) is None
 
 
 def test_vocabularies_with_equal_characters_are_equal():
