@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..engine.ids import crossing_starts, node_ids, node_starts, tap_views
 from ..errors import NamesError
 from ..model import ConvWaveNet
-from ..engine.ids import crossing_starts, node_ids, node_starts, tap_views
 from ..vocabulary import Vocabulary, checked_names
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..model import ConvWaveNet, WaveNetConfig
+from ..recipe import PRESETS, Recipe, teachers_of
 from ..vocabulary import Vocabulary
-from .recipe import PRESETS, Recipe, teachers_of
 from .trainer import Trainer
 
 OnValidation = Callable[[Trainer], bool | None]

@@ -13,11 +13,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..errors import ModeError, TrainingError
 from ..model import BatchNorm, ConvWaveNet
+from ..recipe import Recipe
 from ..vocabulary import Vocabulary
 from .corpus import Corpus
 from .loss import Normalize, evaluate, predictions, total_loss
 from .ranks import batch_norm_over_ranks, rank_and_count, sum_over_ranks
-from .recipe import Recipe
 
 
 class Trainer:
