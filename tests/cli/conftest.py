@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from contextlib import ExitStack
 from math import inf
 
 import pytest
 import torch
+from helpers import ALPHABET
 
 from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, save_checkpoint
 from wavenet_conv.cli import main, progress
-
-ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
 @pytest.fixture
@@ -47,17 +43,3 @@ def save_random():
         return str(path)
 
     return save
-
-
-@pytest.fixture
-def close_pipe(monkeypatch):
-    """Makes standard output a pipe whose reader has closed it; to be called in a test, after pytest's own captures."""
-    with ExitStack() as stack:
-
-        def close():
-            read, write = os.pipe()
-            os.close(read)
-            monkeypatch.setattr(sys, "stdout", stack.enter_context(open(write, "w")))
-
-        yield close
-        monkeypatch.undo()

@@ -9,13 +9,9 @@ QUIET_SECONDS = 2.0  # a shorter job prints no progress where there is no termin
 
 
 class Progress:
-    """Shows a bar on a terminal, else a line after 2, 4, 8, ... seconds; used in a `with` statement.
+    """Shows a bar on a terminal, else a line after 2, 4, 8, ... seconds or `every_update`; used in a `with` statement.
 
-    Args:
-        total: The value of `completed` at the end; None if this is not known.
-        rows: Whether standard output gets rows meanwhile; there is no bar where they are on a terminal themselves.
-        every_update: Whether each update is a line where there is no bar.
-        quiet: Whether nothing is shown.
+    `total` is the value of `completed` at the end, if known. There is no bar on a terminal that shows `rows` meanwhile.
     """
 
     def __init__(
@@ -30,8 +26,8 @@ class Progress:
         columns = (text, progress.BarColumn(), progress.TimeRemainingColumn())
         self._bar = progress.Progress(*columns, console=self._console, disable=not self._live)
         self._task = self._bar.add_task("", total=total)
-        self._total, self._every_update, self._begun, self._wait = total, every_update, monotonic(), QUIET_SECONDS
-        self._text = self._printed = ""
+        self._total, self._every_update, self._begun = total, every_update, monotonic()
+        self._printed_at, self._unprinted = 0.0, ""
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -39,12 +35,12 @@ class Progress:
 
     def update(self, completed: float | None, text: str) -> None:
         """Show how far the job is, in units of `total`, and a text."""
-        self._text = text
+        seconds, self._unprinted = monotonic() - self._begun, text
         if self._live:
             self._bar.update(self._task, completed=completed, description=text)
-        elif self._every_update or monotonic() - self._begun >= self._wait:
-            self._wait *= 2
-            self._print()
+        elif self._every_update or seconds >= max(QUIET_SECONDS, 2 * self._printed_at):
+            self.say(text)
+            self._printed_at, self._unprinted = seconds, ""
 
     def update_lines(self, lines: int, completed: float) -> None:
         """Show a number of lines, the share of `total` that is completed, and lines per second."""
@@ -58,9 +54,5 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
-        if self._printed not in ("", self._text):
-            self._print()
-
-    def _print(self) -> None:
-        self._console.print(self._text)
-        self._printed = self._text
+        if self._printed_at and self._unprinted:
+            self.say(self._unprinted)
