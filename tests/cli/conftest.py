@@ -30,7 +30,7 @@ def run(capsysbinary, monkeypatch):
 
 @pytest.fixture(scope="session")
 def save_random():
-    """Writes a random checkpoint; with a high `end` it draws short names, with a very low one it never ends one."""
+    """Writes a random checkpoint; it draws shorter names with a higher `end`."""
 
     def save(path, characters=ALPHABET, *, notes=None, end=0.0, dtype=torch.float32) -> str:
         generator = torch.Generator().manual_seed(0)

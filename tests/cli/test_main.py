@@ -12,6 +12,7 @@ from functools import partial
 from math import inf
 
 import pytest
+import torch
 from helpers import ROOT
 
 import wavenet_conv
@@ -112,6 +113,40 @@ def test_standard_output_that_takes_no_rows(run, monkeypatch, arguments, opened,
     with opened() as stdout, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)
         assert run(*arguments) == (code, b"", message and f"wavenet-conv: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("score missing.txt", "missing.txt: No such file or directory; give a text file"),
+        ("score list.txt --model missing", "--model missing: No such file or directory; give"),
+        ("score list.txt --limit 0", "is not an integer of at least 1"),
+        ("score list.txt --limit=-1", "is not an integer of at least 1"),
+        ("score list.txt --output list.txt", "is being read; give another one"),
+        ("score list.txt --model model --output model", "is being read; give another one"),
+        ("score list.txt --output .", "not a regular file in an existing folder"),
+        ("score list.txt --output missing/out", "not a regular file in an existing folder"),
+        ("score list.txt --device cuda", "--device cuda: PyTorch finds no CUDA device"),
+        ("sample --count 0", "is not an integer of at least 1"),
+        ("sample --temperature nan", "temperature is nan"),
+        ("sample --top-k 0", "top_k is 0"),
+        ("sample --top-p 1.5", "top_p is 1.5"),
+        ("sample --batch-size 0", "is 0; it must be an integer of at least 1"),
+        ("sample --prefix abé", "--prefix: name 0 ('abé'): character 'é' at position 2 is not in the vocabulary"),
+        ("sample --prefix abc --max-length 2", "prefix 'abc' has 3 characters and max_length is 2"),
+        ("sample --seed -1", "seed is -1"),
+        ("sample --list list.txt", "--list list.txt: it is read only with --novel"),
+        ("sample --format csv", "invalid choice: 'csv'"),
+    ],
+)
+def test_wrong_usage_is_rejected_before_anything_is_written(run, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for file in ("list.txt", "model"):
+        (tmp_path / file).write_text("emma\n")
+    code, out, err = run(*arguments.split())
+    assert (code, out) == (2, b"") and message in err and "Traceback" not in err
+    assert (tmp_path / "list.txt").read_text() == (tmp_path / "model").read_text() == "emma\n"
 
 
 @COMMANDS_OF_ROWS

@@ -86,15 +86,6 @@ def test_likelihoods_have_the_scorers_bits(sample, save_random, tmp_path, charac
     assert code == 0 and [json.loads(text) for text in texts(out)] == expected
 
 
-def test_models_that_never_end_a_name_and_that_end_it_at_once(sample, save_random, tmp_path):
-    endless = save_random(tmp_path / "endless.safetensors", "abc", end=-1e4)
-    code, out, _ = sample("--max-length", 30, "--format", "tsv", model=endless)
-    rows = [text.split("\t") for text in texts(out)[1:]]
-    assert code == 0 and all(len(name) == 30 and float(score) < -9e3 for name, score, _ in rows)
-    empty = save_random(tmp_path / "empty.safetensors", "abc", end=1e4)
-    assert sample("--count", 3, model=empty) == (0, b"\n\n\n", "")
-
-
 def test_novel_and_unique_names(sample, trained):
     path, file, listed, drawn = trained
     novel, unique = [name for name in drawn if name not in listed], list(dict.fromkeys(drawn))
@@ -165,25 +156,3 @@ def test_names_are_written_as_they_are_drawn(sample, monkeypatch, error, code):
         "wavenet-conv: interrupted\n",
         f"wavenet-conv: {error}\n",
     )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--count", 0], "'0' is not an integer of at least 1"),
-        (["--temperature", "nan"], "temperature is nan"),
-        (["--top-k", 0], "top_k is 0"),
-        (["--top-p", 1.5], "top_p is 1.5"),
-        (["--batch-size", 0], "is 0; it must be an integer of at least 1"),
-        (["--prefix", "abd"], "--prefix: name 0 ('abd'): character 'd' at position 2 is not in the vocabulary 'abcé'"),
-        (["--prefix", "abc", "--max-length", 2], "prefix 'abc' has 3 characters and max_length is 2"),
-        (["--seed", -1], "seed is -1"),
-        (["--format", "csv"], "invalid choice: 'csv'"),
-        (["--list", "names.txt"], "--list names.txt: it is read only with --novel"),
-        (["--model", "missing"], "--model missing: No such file or directory"),
-    ],
-    ids=str,
-)
-def test_wrong_usage_is_rejected(sample, arguments, message):
-    code, out, err = sample("--format", "tsv", *arguments)
-    assert (code, out) == (2, b"") and message in err and "Traceback" not in err

@@ -43,9 +43,10 @@ def add_device(command: argparse.ArgumentParser) -> None:
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    """Add `--model`, whose value `load_model` takes."""
+    """Add `--model`, whose value `load_model` takes, and `--device`."""
     help = "a checkpoint; 'default' is the one in the package"
     command.add_argument("--model", default="default", metavar="PATH", help=help)
+    add_device(command)
 
 
 def positive(text: str) -> int:

@@ -8,7 +8,7 @@ from time import monotonic
 from typing import Any
 
 from ..errors import ConfigError, NamesError, UsageError, WaveNetConvError
-from .options import add_command, add_device, add_model, device_of, load_model, positive, usage_errors
+from .options import add_command, add_model, device_of, load_model, positive, usage_errors
 from .progress import Progress
 from .rows import Rows, bits_per_character, write_output
 
@@ -32,7 +32,6 @@ def add_parser(commands: Any) -> None:
     command = add_command(commands, sample, "draw names from a trained model", DESCRIPTION)
     add = command.add_argument
     add_model(command)
-    add_device(command)
     add("--count", type=positive, default=20, metavar="N", help="names to write (20)")
     add("--prefix", default="", metavar="TEXT", help="what each name begins with, of any length up to --max-length")
     add("--temperature", type=float, default=1.0, metavar="T", help="what logits are divided by (1); 0 is the argmax")

@@ -9,7 +9,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NamesError
-from .options import add_command, add_device, add_model, check_output, device_of, load_model, positive
+from .options import add_command, add_model, check_output, device_of, load_model, positive
 from .progress import Progress
 from .rows import Rows, bits_per_character, open_output
 
@@ -38,7 +38,6 @@ def add_parser(commands: Any) -> None:
     add = command.add_argument
     add("file", nargs="?", default="-", metavar="FILE", help="one name per line; - or nothing is standard input")
     add_model(command)
-    add_device(command)
     add("--output", metavar="FILE", help="write the rows to a file instead of standard output")
     add("--format", choices=("tsv", "jsonl"), default="tsv", help="tab-separated with a header, or JSON lines")
     help = "add the log-probability of each character and of the end"
