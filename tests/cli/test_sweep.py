@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT
 
 from wavenet_conv import load_checkpoint
-from wavenet_conv.cli.space import Space
+from wavenet_conv.cli.study import Space
 from wavenet_conv.names import read_names
 from wavenet_conv.training import Corpus, evaluate, split_names
 
@@ -231,5 +231,6 @@ def test_what_is_missing(sweep, monkeypatch):
     code, _, err = sweep(space="none.toml")
     assert code == 2 and "none.toml: No such file or directory; give a TOML file, or 'default'" in err
     monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.delitem(sys.modules, "wavenet_conv.cli.study")
     code, _, err = sweep()
     assert code == 2 and "a sweep needs optuna: pip install optuna" in err
