@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from math import inf
-
 import pytest
 import torch
 from helpers import ALPHABET
 
 from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, save_checkpoint
-from wavenet_conv.cli import main, progress
+from wavenet_conv.cli import main
 
 
 @pytest.fixture
-def run(capsysbinary, monkeypatch):
-    """Runs `wavenet-conv` in this process: exit code, standard output, and standard error without progress."""
-    monkeypatch.setattr(progress, "QUIET_SECONDS", inf)
+def run(capsysbinary):
+    """Runs `wavenet-conv` in this process: exit code, standard output and standard error."""
 
     def call(*arguments) -> tuple[int, bytes, str]:
         try:

@@ -1,15 +1,13 @@
-"""The progress of a job on standard error: a bar on a terminal, lines elsewhere."""
+"""The progress of a job on standard error."""
 
 from __future__ import annotations
 
 import sys
 from time import monotonic
 
-QUIET_SECONDS = 2.0  # a shorter job prints no progress where there is no terminal
-
 
 class Progress:
-    """Shows a bar on a terminal, else a line after 2, 4, 8, ... seconds or `every_update`; used in a `with` statement.
+    """Shows a bar on a terminal, in a `with` statement; elsewhere a line per update if `every_update`, else nothing.
 
     `total` is the value of `completed` at the end, if known. There is no bar on a terminal that shows `rows` meanwhile.
     """
@@ -25,9 +23,7 @@ class Progress:
         text = progress.TextColumn("{task.description}", markup=False)
         columns = (text, progress.BarColumn(), progress.TimeRemainingColumn())
         self._bar = progress.Progress(*columns, console=self._console, disable=not self._live)
-        self._task = self._bar.add_task("", total=total)
-        self._total, self._every_update, self._begun = total, every_update, monotonic()
-        self._printed_at, self._unprinted = 0.0, ""
+        self._task, self._every_update, self._begun = self._bar.add_task("", total=total), every_update, monotonic()
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -35,18 +31,14 @@ class Progress:
 
     def update(self, completed: float | None, text: str) -> None:
         """Show how far the job is, in units of `total`, and a text."""
-        seconds, self._unprinted = monotonic() - self._begun, text
         if self._live:
             self._bar.update(self._task, completed=completed, description=text)
-        elif self._every_update or seconds >= max(QUIET_SECONDS, 2 * self._printed_at):
+        elif self._every_update:
             self.say(text)
-            self._printed_at, self._unprinted = seconds, ""
 
     def update_lines(self, lines: int, completed: float) -> None:
-        """Show a number of lines, the share of `total` that is completed, and lines per second."""
-        share = f" ({completed / self._total:.0%})" if self._total else ""
-        rate = lines / max(monotonic() - self._begun, 1e-3)
-        self.update(completed, f"{lines:,} lines{share}, {rate:,.0f} lines/s")
+        """Show a number of lines, and lines per second."""
+        self.update(completed, f"{lines:,} lines, {lines / max(monotonic() - self._begun, 1e-3):,.0f} lines/s")
 
     def say(self, text: str) -> None:
         """Print a line, above the bar."""
@@ -54,5 +46,3 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
-        if self._printed_at and self._unprinted:
-            self.say(self._unprinted)
