@@ -92,14 +92,7 @@ def test_no_finite_loss_is_a_failure(find_lr, monkeypatch):
     assert code == 1 and "no learning rate gave a finite loss; try another --preset or --batch-size" in err
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--steps", "0"], "steps is 0; it must be at least 1"),
-        (["--batch-size", "-3"], "batch_size is -3; it must be at least 1"),
-        (["--preset", "none"], "invalid choice: 'none'"),
-    ],
-)
-def test_wrong_usage(find_lr, arguments, message):
-    code, out, err = find_lr(*arguments)
-    assert (code, out) == (2, "") and message in err
+@pytest.mark.parametrize("option, value", [("steps", 0), ("batch_size", -3)])
+def test_wrong_usage(find_lr, option, value):
+    code, out, err = find_lr(f"--{option.replace('_', '-')}", value)
+    assert (code, out) == (2, "") and f"{option} is {value}; it must be at least 1" in err

@@ -59,14 +59,6 @@ def sweep(folder, run):
     return call
 
 
-def start(*arguments):
-    """Starts the command in a process of its own."""
-    command = [sys.executable, "-m", "wavenet_conv.cli", "sweep", "small.toml", "list.txt", "--device", "cpu"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *arguments], env=environment, **pipes)
-
-
 def rows(out):
     """The trials by number, without what differs from run to run."""
     trials = sorted(json.loads(out)["trials"], key=lambda trial: trial["trial"])
@@ -117,38 +109,24 @@ def test_the_best_trial_is_written_with_its_own_bits(sweep, folder):
 
 @pytest.mark.slow
 def test_two_processes_share_a_storage(sweep, folder):
-    both = [start("--trials", "8", "--json") for _ in range(2)]
-    printed = [process.communicate() for process in both]
+    command = [sys.executable, "-m", "wavenet_conv.cli", "sweep", "small.toml", "list.txt", "--trials", "8"]
+    options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([*command, "--device", "cpu"], **options) for _ in range(2)]
+    printed = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
-    assert all(err.count(" of 8 trials") >= 1 for _, err in printed)
+    assert all(" of 8 trials" in err for err in printed)
     found = rows(sweep("--trials", 8, "--json")[1])
     assert 8 <= len(found) <= 9 and [row["trial"] for row in found] == list(range(len(found)))
     assert len({json.dumps(row["settings"]) for row in found}) == len(found)
     assert set(states(folder)) <= {"COMPLETE", "PRUNED"}
 
 
-@pytest.mark.slow
-def test_a_killed_sweep_is_resumed(sweep, folder):
-    with start("--trials", "1000") as process:
-        lines = [process.stderr.readline() for _ in range(3)]
-        process.kill()
-    assert all(" of 1,000 trials" in line for line in lines), lines
-    done = sum(state in ("COMPLETE", "PRUNED") for state in states(folder))
-    code, out, err = sweep("--trials", done + 2, "--json")
-    assert code == 0 and err.count(" trials, best ") == 2 and len(rows(out)) == done + 2 >= 5
+FULL = optuna.exceptions.StorageInternalError("the disk is full")
 
 
 @pytest.mark.parametrize(
     "error, code, message",
-    [
-        (KeyboardInterrupt, 130, "wavenet-conv: interrupted; start again with the same arguments to continue\n"),
-        (
-            optuna.exceptions.StorageInternalError("the disk is full"),
-            1,
-            "wavenet-conv: sqlite:///sweep.db: the disk is full; fix that and start again to continue\n",
-        ),
-    ],
-    ids=["interrupted", "full disk"],
+    [(KeyboardInterrupt, 130, "interrupted; start again"), (FULL, 1, "sweep.db: the disk is full; fix that and start")],
 )
 def test_trials_that_failed_or_were_killed_do_not_count(sweep, folder, monkeypatch, error, code, message):
     def report(*_):
@@ -156,7 +134,8 @@ def test_trials_that_failed_or_were_killed_do_not_count(sweep, folder, monkeypat
 
     with monkeypatch.context() as patched:
         patched.setattr(optuna.Trial, "report", report)
-        assert sweep("--trials", 2) == (code, "", message)
+        found, out, err = sweep("--trials", 2)
+    assert (found, out) == (code, "") and message in err
     optuna.load_study(study_name="sweep", storage=f"sqlite:///{folder}/sweep.db").ask()
     assert [row["trial"] for row in rows(sweep("--trials", 2, "--json")[1])] == [2, 3]
     assert states(folder)[:2] == ["FAIL", "RUNNING"]
@@ -194,13 +173,10 @@ def test_the_space_in_the_package():
         ('preset = "none"', "preset is 'none'; it must be one of "),
         ("rate = 1", "rate is not a setting; the settings are steps, batch_size, "),
         ("batch_size = 2.5", "batch_size is 2.5; give a value of type int, {low = ..., high = ...} or "),
-        ("dropout = 1", "dropout is 1; it must be at least 0 and below 1"),
         ("dropout = {low = 0.0, high = 1.5}", "dropout is 1.5; it must be at least 0 and below 1"),
         ("batch_size = {low = 8, high = 16.0}", "batch_size is {'low': 8, 'high': 16.0}; give a value of type int"),
         ("lr = {low = 2, high = 1}", "lr is {'low': 2, 'high': 1}; give low <= high"),
-        ("lr = {low = 0, high = 1, log = true}", "with log = true low above 0"),
         ("lr = {low = 0.1}", "lr is {'low': 0.1}; give a value of type float, {low = ..., high = ...}"),
-        ("batch_size = {choices = []}", "or {choices = [...]} with such values"),
         ("n_hidden = [4, 5]\nkernel_sizes = {choices = [[2, 2], [8]]}", "n_hidden has 2 widths for 1 layers"),
     ],
 )
@@ -216,10 +192,8 @@ def test_spaces_that_are_rejected(sweep, folder, text, message):
     [
         (["--trials", 0], "argument --trials: '0' is not an integer of at least 1"),
         (["--output", "list.txt"], "--output list.txt: this file is being read; give another one"),
-        (["--output", "none/best.safetensors"], "in an existing folder; give another path"),
         (["--storage", "list.txt"], "--storage list.txt: Could not parse"),
         (["--storage", "sqlite:///none/sweep.db"], "unable to open database file; give another one, such as"),
-        (["--storage", "sqlite:///list.txt"], "file is not a database"),
     ],
 )
 def test_wrong_usage(sweep, arguments, message):

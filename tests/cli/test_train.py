@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -80,20 +79,13 @@ def test_a_training_from_list_to_scores(train, tmp_path, listed, out, names):
     assert not torch.equal(weights(other)["head.weight"], weights(out)["head.weight"])
 
 
-def test_gated_layers_and_epochs(train, out):
-    options = ["--gated", "--kernel-sizes", "2,3", "--epochs", 2, "--n-embd", 6, "--n-hidden", 8, "--batch-size", 64]
-    code, text, _ = train(*options, "--json")
+def test_gated_layers_epochs_and_a_plot(train, tmp_path, out):
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
+    options = ["--gated", "--kernel-sizes", "2,3", "--epochs", 2, "--n-embd", 2, "--n-hidden", 8, "--batch-size", 64]
+    code, text, _ = train(*options, "--json", "--plot", tmp_path / "loss.png")
     assert code == 0 and json.loads(text)["steps_taken"] == 10
     assert load_checkpoint(out).model.config.kernel_sizes == (2, 3) and load_checkpoint(out).model.config.gated
-
-
-def test_a_plot_of_losses_and_of_an_embedding_in_the_plane(train, tmp_path, out):
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
-    code, _, err = train(*SMALL, "--n-embd", 2, "--plot", tmp_path / "loss.odd")
-    assert code == 2 and "loss.odd" in err and not out.exists()
-    picture = tmp_path / "loss.png"
-    assert train(*SMALL, "--n-embd", 2, "--plot", picture)[0] == 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
@@ -121,21 +113,16 @@ def interrupt(monkeypatch):
     advance = Trainer.advance
 
     def at(step):
-        steps = []
+        steps = iter(range(1, 10**6))
+        monkeypatch.setattr(Trainer, "advance", lambda self: press() if next(steps) == step else advance(self))
 
-        def interrupted(trainer):
-            steps.append(trainer.step)
-            if len(steps) == step:
-                raise KeyboardInterrupt
-            advance(trainer)
-
-        monkeypatch.setattr(Trainer, "advance", interrupted)
+    def press():
+        raise KeyboardInterrupt
 
     return at
 
 
-def test_interrupted_and_resumed_it_ends_with_the_same_bits(train, tmp_path, listed, out, interrupt):
-    """Not with other arguments, another list or a damaged state, and not without --resume."""
+def test_interrupted_and_resumed_it_ends_with_the_same_bits(train, tmp_path, out, interrupt):
     arguments, state = [*SMALL, "--dropout", "0.1", "--ema-decay", "0.9"], out.with_name(f"{out.name}.training")
     assert train(*arguments, output=tmp_path / "whole")[0] == 0
     interrupt(11)
@@ -145,10 +132,7 @@ def test_interrupted_and_resumed_it_ends_with_the_same_bits(train, tmp_path, lis
     assert "this training was interrupted; add --resume, or delete this file" in train(*arguments)[2]
     code, _, err = train(*arguments, "--lr", "0.5", "--resume")
     assert code == 2 and "of another run: lr was 0.01 and is 0.5; use the same arguments, or delete it" in err
-    data, names = state.read_bytes(), listed.read_text()
-    listed.write_text(names + "zoe\n")
-    assert "of another run: names_sha256 was " in train(*arguments, "--resume")[2]
-    listed.write_text(names)
+    data = state.read_bytes()
     state.write_bytes(data[: len(data) // 2])
     code, _, err = train(*arguments, "--resume")
     assert code == 2 and "not the state of a training" in err and "delete it to start again" in err
@@ -186,28 +170,14 @@ def test_a_preset_with_teachers_is_interrupted_and_resumed(train, tmp_path, list
     assert code == 2 and "its characters are" in err
 
 
-RANK = """
-import sys
-from pathlib import Path
-from wavenet_conv.cli import main
-
-code = main(sys.argv[1:])
-running = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-sys.exit(code or any("gloo" in name for name in running))  # a thread of the process group may abort the exit
-"""
-
-
 @pytest.mark.slow
 def test_two_ranks_train_as_one(train, tmp_path, listed, out):
     """torchrun with two gloo ranks, float64: a batch spread over ranks gives the same weights and losses."""
     two = tmp_path / "two.safetensors"
     arguments = [*SMALL, "--dtype", "float64", "--json"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    command = [*torchrun, script, "train", listed, "-o", two, "--device", "cpu", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ranks = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    command = [*torchrun, "-m", "wavenet_conv.cli", "train", listed, "-o", two, "--device", "cpu", *arguments]
+    ranks = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ranks.returncode == 0, ranks.stderr
     code, text, _ = train(*arguments)
     found, expected = json.loads(ranks.stdout), json.loads(text)
@@ -232,24 +202,19 @@ def test_a_full_disk_leaves_the_previous_checkpoint(train, out, monkeypatch, fun
     assert train(*SMALL, "--seed", "7", "--resume")[0] == 0 and out.read_bytes() != before
 
 
-def test_two_trainings_with_one_output(train, tmp_path, out):
+def test_two_trainings_with_one_output(train, out):
     with FileLock(f"{out}.lock"):
         code, _, err = train(*SMALL)
     assert code == 1 and "model.safetensors.lock: another process is writing there" in err and not out.exists()
-    assert train(*SMALL)[0] == 0 and files(tmp_path) == {out.name, "names.txt"}
 
 
-def test_a_breakdown_keeps_the_last_good_checkpoint(train, tmp_path, out):
+def test_a_breakdown_keeps_the_last_good_checkpoint(train, out):
     assert train(*SMALL)[0] == 0
     before = out.read_bytes()
-    wild = ["--optimizer", "sgd", "--schedule", "constant", "--lr", "1e4"]
-    code, text, err = train(*SMALL, *wild)
+    code, text, err = train(*SMALL, "--optimizer", "sgd", "--schedule", "constant", "--lr", "1e4")
     assert (code, text) == (1, "") and "training broke down at step " in err
-    assert "with a learning rate up to 10000" in err and "try a lower one, such as --lr 3e+03" in err
+    assert "with a learning rate up to 10000; try a lower one, such as --lr 3e+03" in err
     assert out.read_bytes() == before
-    late = ["--steps", "400", "--eval-every", "1", "--schedule", "onecycle", "--optimizer", "sgd", "--lr", "1e4"]
-    code, _, err = train(*SMALL, *late)
-    assert code == 1 and f"; delete {out}.training first" in err and f"{out.name}.training" in files(tmp_path)
 
 
 def test_lists_that_are_too_short_or_repeat_names(train, listed):
@@ -266,9 +231,7 @@ def test_lists_that_are_too_short_or_repeat_names(train, listed):
     [
         (["--lr", "0"], "lr is 0.0; it must be a positive number"),
         (["--kernel-sizes", "2,0"], "kernel_sizes[1] is 0; it must be an integer of at least 1"),
-        (["--preset", "slow"], "invalid choice: 'slow'"),
         (["--kernel-sizes", "2;2"], "'2;2' is not a list of integers such as 2,2,2"),
-        (["--seed", "20000000000000"], "seed is 20000000000000; it must be at least 0 and below 2**30"),
         (["--n-embd", "1000000000000"], "this model cannot be built here"),
         (["--steps", "3", "--epochs", "1"], "not allowed with argument"),
     ],
