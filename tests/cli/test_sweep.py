@@ -169,7 +169,7 @@ def test_the_space_in_the_package():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("lr = ", "not TOML in UTF-8 (Invalid value (at"),
+        ("lr = ", "; give a TOML file in UTF-8, or 'default'"),
         ('preset = "none"', "preset is 'none'; it must be one of "),
         ("rate = 1", "rate is not a setting; the settings are steps, batch_size, "),
         ("batch_size = 2.5", "batch_size is 2.5; give a value of type int, {low = ..., high = ...} or "),
@@ -203,7 +203,7 @@ def test_wrong_usage(sweep, arguments, message):
 
 def test_what_is_missing(sweep, monkeypatch):
     code, _, err = sweep(space="none.toml")
-    assert code == 2 and "none.toml: No such file or directory; give a TOML file, or 'default'" in err
+    assert code == 2 and "No such file or directory: 'none.toml'; give a TOML file" in err
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.delitem(sys.modules, "wavenet_conv.cli.study")
     code, _, err = sweep()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..checkpoint import save_checkpoint
-from ..errors import OutputError, TrainingError, UsageError
+from ..errors import OutputError, UsageError
 from ..files import write_whole
 from ..model import ConvWaveNet, WaveNetConfig
 from ..recipe import Recipe
@@ -95,11 +95,7 @@ class Run:
                     trainer.step, f"step {trainer.step:,} of {steps:,}: {losses}, best {trainer.best_loss:.4f}"
                 )
 
-            try:
-                run(trainer, seconds=seconds, on_validation=record)
-            except TrainingError as error:
-                fix = f"; delete {self.state_path} first" if self.state_path.exists() else ""
-                raise TrainingError(f"{self.output}: {error}{fix}") from error
+            run(trainer, seconds=seconds, on_validation=record)
         return trainer
 
     def save(self, results: dict[str, Any]) -> None:

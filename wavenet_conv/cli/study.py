@@ -61,10 +61,8 @@ class Space:
         """The space in a TOML file, or "default"; raises `UsageError` naming the file, the key and the fix."""
         try:
             found = tomllib.loads((DEFAULT if path == "default" else Path(path)).read_bytes().decode())
-        except OSError as error:
-            raise UsageError(f"{path}: {error.strerror or error}; give a TOML file, or 'default'") from error
-        except ValueError as error:
-            raise UsageError(f"{path}: not TOML in UTF-8 ({error}); fix it there") from error
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path}: {error}; give a TOML file in UTF-8, or 'default'") from error
         preset = found.pop("preset", "fast")
         if preset not in list(PRESETS):
             raise UsageError(f"{path}: preset is {preset!r}; it must be one of {', '.join(PRESETS)}")

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from .resumable import Run, Setup
 
 DESCRIPTION = """\
-Trains a model on a list of names, one per line, and writes a checkpoint for `wavenet-conv score --model` and
-Scorer.load. The list is split as in the lecture: shuffled with seed 42, then 80% to train on, 10% to validate on and
-10% to test on (read only with --test, once, at the end). The weights with the lowest validation loss are kept.
+Trains a model on a list of names, one per line, and writes a checkpoint for `wavenet-conv score --model`. The list is
+split as in the lecture: shuffled with seed 42, then 80% to train on, 10% to validate on and 10% to test on (read only
+with --test, once, at the end). The weights with the lowest validation loss are kept.
 
 The state of the run is saved in OUTPUT.training after each validation. --resume continues from there, to the same bits
-as an uninterrupted run (on the CPU, with the same number of threads); without such a file it starts from the beginning.
+as an uninterrupted run (on the CPU, with the same number of threads), or starts from the beginning without such a file.
 Under torchrun each rank takes its share of each batch; without dropout N ranks train as one.
 """
 
@@ -126,10 +126,6 @@ def train(
         say = Progress(quiet=not is_first_rank()).say
         sizes = " / ".join(f"{len(part):,}" for part in parts)
         say(f"{file}: {len(names):,} names, split {sizes} to train, validate and test on")
-        if repeated := len(names) - len(set(names)):
-            seen = set(parts[0])
-            shared = sum(name in seen for name in parts[1] + parts[2])
-            say(f"{repeated:,} names are repetitions; {shared:,} validation and test names are also trained on")
         setup = Setup(sha256_of(names), vocab, parts, place, dtype, resume)
         identities = [digest(model) for model in given] + [f"{name}, seed {own.seed}" for name, _, own in presets]
         run = Run(setup, output, config, recipe, identities)
@@ -158,10 +154,8 @@ def _loaded(path: str, vocab: Vocabulary) -> ConvWaveNet:
     """The model of a `--teacher`."""
     checkpoint = load_model(path, "--teacher")
     if checkpoint.vocab != vocab:
-        raise UsageError(
-            f"--teacher {path}: its characters are {checkpoint.vocab.characters!r} and the list's are "
-            f"{vocab.characters!r}; give a teacher that was trained on names with the same characters"
-        )
+        characters = f"{checkpoint.vocab.characters!r} and not {vocab.characters!r} as in the list"
+        raise UsageError(f"--teacher {path}: its characters are {characters}; give one with the same characters")
     return checkpoint.model
 
 
