@@ -71,7 +71,9 @@ def test_a_training_from_list_to_scores(train, tmp_path, listed, out, names):
     assert 0 <= float(Scorer.load(out).percentile(["emma"])) <= 100
     again, other = tmp_path / "again", tmp_path / "other"
     code, text, _ = train(*SMALL, output=again)
-    assert code == 0 and text.startswith("train_loss ") and "test_loss" not in text
+    assert (
+        code == 0 and text.startswith("preset fast, seconds ") and ", train_loss " in text and "test_loss" not in text
+    )
     assert_same(out, again)
     code, text, _ = train(*SMALL, "--seconds", 0, "--json", output=other)
     assert code == 0 and json.loads(text)["steps_taken"] == 4

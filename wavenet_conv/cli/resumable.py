@@ -90,10 +90,10 @@ class Run:
                 if is_first_rank():
                     self._save_state(*trainer.state())
                 recent = float(torch.stack(trainer.losses[-self.recipe.eval_every :]).mean())
-                losses = f"train {recent:.4f}, validation {trainer.validations[-1][1]:.4f}"
-                progress.update(
-                    trainer.step, f"step {trainer.step:,} of {steps:,}: {losses}, best {trainer.best_loss:.4f}"
+                losses = (
+                    f"train {recent:.4f}, validation {trainer.validations[-1][1]:.4f}, best {trainer.best_loss:.4f}"
                 )
+                progress.update(trainer.step, f"step {trainer.step:,} of {steps:,}: {losses}")
 
             run(trainer, seconds=seconds, on_validation=record)
         return trainer

@@ -129,14 +129,14 @@ def train(
         setup = Setup(sha256_of(names), vocab, parts, place, dtype, resume)
         identities = [digest(model) for model in given] + [f"{name}, seed {own.seed}" for name, _, own in presets]
         run = Run(setup, output, config, recipe, identities)
-        trained = [
-            _teacher(setup, f"{output}.teacher-{own.seed}", name, shape, own, say) for name, shape, own in presets
-        ]
+        paths = [Path(f"{output}.teacher-{own.seed}") for _, _, own in presets]
+        trained = [_teacher(setup, str(path), *own, say) for path, own in zip(paths, presets)]
         trainer = run.train(given + [model for model, _ in trained], seconds)
         if is_first_rank():
-            _finish(run, trainer, preset, sum(spent for _, spent in trained), test, plot, as_json)
-            for _, _, own in presets:
-                Path(f"{output}.teacher-{own.seed}").unlink(missing_ok=True)
+            results = {"preset": preset, "seconds": round(trainer.seconds + sum(spent for _, spent in trained), 1)}
+            _finish(run, trainer, results, test, plot, as_json)
+            for path in paths:
+                path.unlink(missing_ok=True)
 
 
 def configured(preset: str, vocab_size: int, settings: dict[str, Any]) -> tuple[WaveNetConfig, Recipe]:
@@ -179,34 +179,23 @@ def _teacher(
     return trainer.model, trainer.seconds
 
 
-def _finish(
-    run: Run, trainer: Trainer, preset: str, teacher_seconds: float, test: bool, plot: str | None, as_json: bool
-) -> None:
+def _finish(run: Run, trainer: Trainer, results: dict[str, Any], test: bool, plot: str | None, as_json: bool) -> None:
     """Measures the best weights, writes the checkpoint and the plot, and prints the results."""
-    import torch
-
+    from ..plots import plot_losses
     from ..training import Corpus, evaluate
 
     vocab, model = run.setup.vocab, trainer.model
-    results: dict[str, Any] = {
+    results |= {
         "train_loss": evaluate(model, trainer.train_corpus),
         "validation_loss": trainer.best_loss,
         "best_step": trainer.best_step,
         "steps_taken": trainer.step,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "seconds": round(teacher_seconds + trainer.seconds, 1),
     }
     if test:
         results["test_loss"] = evaluate(model, Corpus(run.setup.parts[2], vocab, model))
-    run.save({"preset": preset} | results)
-    if as_json:
-        print(json.dumps(results))
-    else:
-        print(
-            ", ".join(f"{name} {value:.4f}" if "loss" in name else f"{name} {value}" for name, value in results.items())
-        )
+    run.save(results)
+    text = ", ".join(f"{name} {value:.4f}" if "loss" in name else f"{name} {value}" for name, value in results.items())
+    print(json.dumps(results) if as_json else text)
     if plot:
-        from ..plots import plot_losses
-
-        losses = torch.stack(trainer.losses).cpu()
-        plot_losses(plot, losses, trainer.validations, model.embedding.weight.detach(), vocab.characters)
+        plot_losses(plot, trainer.losses, trainer.validations, model.embedding.weight, vocab.characters)
