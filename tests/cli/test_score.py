@@ -126,12 +126,12 @@ def test_bad_lines_are_named_and_leave_the_output(score, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("format", "row"),
     [
-        ("tsv", "o.k\tnan\tnan\tnan"),
-        ("jsonl", '{"name": "o.k", "score": null, "bits_per_character": null, "positions": [null]}'),
+        ("tsv", "zoë\tnan\tnan\tnan"),
+        ("jsonl", '{"name": "zoë", "score": null, "bits_per_character": null, "positions": [null]}'),
     ],
 )
 def test_unknown_names_are_nan(score, listed, format, row):
-    listed.write_text("ava\no.k\nmia\n")
+    listed.write_text("ava\nzoë\nmia\n", encoding="utf-8")
     code, out, _ = score(listed, "--unknown", "nan", "--per-position", "--format", format)
     assert code == 0 and out.decode().split("\n")[-3] == row
 
@@ -149,7 +149,10 @@ def test_sorted_rows_have_the_least_plausible_first(score, tmp_path, monkeypatch
         assert code == 0 and repr(parse(out)) == repr(worst)  # NaN does not equal itself
     assert named(out)[-2:] == ["o.k", "zoë"]
     assert score(file, *options, "--sort", "--limit", 10)[1] == b"".join(out.splitlines(keepends=True)[:11])
-    with open(file) as stdin:
+    reader, writer = os.pipe()
+    os.write(writer, file.read_bytes())
+    os.close(writer)
+    with open(reader) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         assert score(*options, "--sort")[1] == out
 
