@@ -89,7 +89,6 @@ def train(
     *,
     preset: str = "fast",
     teacher: Sequence[str] = (),
-    epochs: int | None = None,
     seconds: float | None = None,
     dtype: str = "float32",
     device: str = "auto",
@@ -101,8 +100,8 @@ def train(
 ) -> None:
     """Run `wavenet-conv train`; the arguments are its options.
 
-    `settings` are fields of `Recipe` and of `WaveNetConfig`; None leaves the preset's. Raises `UsageError` for what
-    cannot be started, and other `WaveNetConvError`s after that.
+    `settings` are as in `configured`. Raises `UsageError` for what cannot be started, and other `WaveNetConvError`s
+    after that.
     """
     from ..plots import check_plot
     from ..vocabulary import Vocabulary
@@ -111,10 +110,7 @@ def train(
 
     names = training_names(file)
     parts, vocab = split_names(names), Vocabulary.from_names(names)
-    config, recipe = configured(preset, len(vocab), settings)
-    if epochs is not None:
-        with usage_errors(ConfigError):
-            recipe = replace(recipe, steps=epochs * -(-len(parts[0]) // recipe.batch_size))
+    config, recipe = configured(preset, len(vocab), settings, len(parts[0]))
     check_output(output, file, *teacher)
     if plot:
         check_plot(plot)
@@ -139,15 +135,21 @@ def train(
                 path.unlink(missing_ok=True)
 
 
-def configured(preset: str, vocab_size: int, settings: dict[str, Any]) -> tuple[WaveNetConfig, Recipe]:
-    """The preset with the settings that are not None."""
+def configured(
+    preset: str, vocab_size: int, settings: dict[str, Any], train_names: int = 0
+) -> tuple[WaveNetConfig, Recipe]:
+    """The preset with settings that are not None: fields of `Recipe` and of `WaveNetConfig`, and `epochs`."""
     from ..model import WaveNetConfig
 
     shape, recipe = PRESETS[preset]
     given = {name: value for name, value in settings.items() if value is not None}
     changes = {field.name: given.pop(field.name) for field in fields(Recipe) if field.name in given}
+    epochs = given.pop("epochs", None)
     with usage_errors(ConfigError):
-        return WaveNetConfig(vocab_size=vocab_size, **{**shape, **given}), replace(recipe, **changes)
+        recipe = replace(recipe, **changes)
+        if epochs is not None:
+            recipe = replace(recipe, steps=epochs * -(-train_names // recipe.batch_size))
+        return WaveNetConfig(vocab_size=vocab_size, **{**shape, **given}), recipe
 
 
 def _loaded(path: str, vocab: Vocabulary) -> ConvWaveNet:
