@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from contextlib import ExitStack
-from math import inf
-
 import pytest
 import torch
+from helpers import ALPHABET
 
 from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, save_checkpoint
-from wavenet_conv.cli import main, progress
-
-ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+from wavenet_conv.cli import main
 
 
 @pytest.fixture
-def run(capsysbinary, monkeypatch):
-    """Runs `wavenet-conv` in this process: exit code, standard output, and standard error without progress."""
-    monkeypatch.setattr(progress, "QUIET_SECONDS", inf)
+def run(capsysbinary):
+    """Runs `wavenet-conv` in this process: exit code, standard output and standard error."""
 
     def call(*arguments) -> tuple[int, bytes, str]:
         try:
@@ -34,7 +27,7 @@ def run(capsysbinary, monkeypatch):
 
 @pytest.fixture(scope="session")
 def save_random():
-    """Writes a random checkpoint; with a high `end` it draws short names, with a very low one it never ends one."""
+    """Writes a random checkpoint; it draws shorter names with a higher `end`."""
 
     def save(path, characters=ALPHABET, *, notes=None, end=0.0, dtype=torch.float32) -> str:
         generator = torch.Generator().manual_seed(0)
@@ -47,17 +40,3 @@ def save_random():
         return str(path)
 
     return save
-
-
-@pytest.fixture
-def close_pipe(monkeypatch):
-    """Makes standard output a pipe whose reader has closed it; to be called in a test, after pytest's own captures."""
-    with ExitStack() as stack:
-
-        def close():
-            read, write = os.pipe()
-            os.close(read)
-            monkeypatch.setattr(sys, "stdout", stack.enter_context(open(write, "w")))
-
-        yield close
-        monkeypatch.undo()

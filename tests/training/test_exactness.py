@@ -94,9 +94,9 @@ def test_logits_are_the_models(kernel_sizes, names, gated):
 
 
 @settings(max_examples=40)
-@given(kernel_size_lists, name_lists, st.integers(0, 99))
-def test_loss_gradients_and_statistics_are_the_trees(kernel_sizes, names, seed):
-    tree = random_tree(kernel_sizes, n_embd=5, n_hidden=7, vocab_size=len(VOCAB), seed=seed).train()
+@given(kernel_size_lists, name_lists, st.booleans(), st.integers(0, 99))
+def test_loss_gradients_and_statistics_are_the_trees(kernel_sizes, names, gated, seed):
+    tree = random_tree(kernel_sizes, n_embd=5, n_hidden=7, vocab_size=len(VOCAB), gated=gated, seed=seed).train()
     conv = from_tree(tree).train()
     names = [*names, "abcxyz"]  # one name with a variance of its own
     expected, found = tree_loss(tree, names), shared_loss(conv, names)
@@ -104,18 +104,9 @@ def test_loss_gradients_and_statistics_are_the_trees(kernel_sizes, names, seed):
     expected.backward()
     found.backward()
     assert_close(conv.state_dict(), from_tree(tree).state_dict())  # running statistics among them
-    assert_close(((name, p.grad) for name, p in conv.named_parameters()), gradients_of(tree).named_parameters())
-
-
-def test_gradients_of_gated_models_are_the_trees():
-    tree = random_tree((2, 3, 2), n_embd=6, n_hidden=8, vocab_size=len(VOCAB), gated=True).train()
-    conv = from_tree(tree).train()
-    expected, found = tree_loss(tree, NAMES), shared_loss(conv, NAMES)
-    expected.backward()
-    found.backward()
     gradients = dict(gradients_of(tree).named_parameters())
     assert_close(((name, p.grad) for name, p in conv.named_parameters()), gradients)
-    assert all(gradient.abs().max() > 1e-5 for gradient in gradients.values())
+    assert gradients["embedding.weight"].abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
@@ -154,7 +145,7 @@ def test_teachers_give_their_share_of_the_targets(small):
         mixed = 0.25 * F.one_hot(Y, len(VOCAB)) + 0.75 * sum(parts) / 2
         for window, row in zip(map(tuple, X.tolist()), mixed):
             expected[window] = expected.get(window, 0) + row
-    batch = corpus.batch(torch.arange(len(NAMES)), 0.75)
+    batch = corpus.batch(torch.arange(len(NAMES)).flip(0), 0.75)
     for window, row in zip(map(tuple, tokens_of_windows(batch).tolist()), batch.targets):
         assert (row - expected.pop(window)).abs().max() < 1e-12
     assert not expected

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from wavenet_conv import Vocabulary, WaveNetConvError
-from wavenet_conv.training import (
-    PRESETS,
-    TEACHERS,
-    Corpus,
-    Recipe,
-    Trainer,
-    evaluate,
-    fit,
-    fit_preset,
-    new_model,
-    run,
-    split_names,
-    teachers_of,
-)
+from wavenet_conv import WaveNetConvError
+from wavenet_conv.recipe import PRESETS, TEACHERS, Recipe, split_names, teachers_of
+from wavenet_conv.training import Corpus, Trainer, evaluate, fit, fit_preset, new_model, run
 
 
 @pytest.fixture
@@ -50,12 +36,11 @@ def test_it_learns_and_ends_with_the_best_weights(small, parts):
 
 
 def test_the_best_weights_are_kept_where_the_loss_rises_again(small, parts, monkeypatch):
-    losses, weights = iter((3.0, 2.0, 2.5)), []
+    losses, weights, model = iter((3.0, 2.0, 2.5)), [], small()
     monkeypatch.setattr("wavenet_conv.training.trainer.evaluate", lambda *_: next(losses))
-    model = small()
     recipe = Recipe(steps=6, eval_every=2)
     trainer = fit(model, *parts, recipe, on_validation=lambda trainer: weights.append(copied(model.state_dict())))
-    assert (trainer.best_step, trainer.best_loss) == (4, 2.0) and len(weights) == 3
+    assert (trainer.best_step, trainer.best_loss, len(weights)) == (4, 2.0, 3)
     assert_same(model.state_dict(), weights[1])
     assert not torch.equal(model.head.weight, weights[2]["head.weight"])
 
@@ -78,11 +63,11 @@ def test_the_moving_average_is_what_is_validated_and_kept(small, parts):
 
 
 def test_the_same_seed_gives_the_same_bits(small, parts):
-    recipe = Recipe(steps=8, batch_size=32, dropout=0.2, seed=3)
-    one, same, other = (fit(small(), *parts, r) for r in (recipe, recipe, Recipe(steps=8, batch_size=32, dropout=0.2)))
+    one, same, other = (
+        fit(small(), *parts, Recipe(steps=8, batch_size=32, dropout=0.2, seed=seed)) for seed in (3, 3, 42)
+    )
     assert one.validations == same.validations != other.validations
     assert_same(one.model.state_dict(), same.model.state_dict())
-    assert_same(new_model(one.model.config, 3).state_dict(), new_model(one.model.config, 3).state_dict())
 
 
 @pytest.mark.parametrize(
@@ -108,18 +93,15 @@ def saved(trainer):
     return {name: tensor.clone().contiguous() for name, tensor in tensors.items()}, numbers
 
 
-def test_patience_ends_a_training(small, parts, monkeypatch):
-    losses = iter((3.0, 2.5, 2.6, 2.5))
-    monkeypatch.setattr("wavenet_conv.training.trainer.evaluate", lambda *_: next(losses))
-    trainer = fit(small(), *parts, Recipe(steps=100, eval_every=1, patience=2))
-    assert (trainer.step, trainer.best_step, trainer.best_loss) == (4, 2, 2.5)
-
-
-def test_a_time_limit_and_a_callback_end_a_training_after_a_validation(small, parts):
+def test_ways_to_end_a_training(small, parts, monkeypatch):
     recipe = Recipe(steps=9, eval_every=3)
     assert fit(small(), *parts, recipe, seconds=0).validations[-1][0] == 3
     assert fit(small(), *parts, recipe, on_validation=lambda trainer: trainer.step == 6).step == 6
     assert fit(small(), *parts, recipe, seconds=1e9, on_validation=lambda trainer: None).step == 9
+    losses = iter((3.0, 2.5, 2.6, 2.5))
+    monkeypatch.setattr("wavenet_conv.training.trainer.evaluate", lambda *_: next(losses))
+    trainer = fit(small(), *parts, Recipe(steps=100, eval_every=1, patience=2))
+    assert (trainer.step, trainer.best_step, trainer.best_loss) == (4, 2, 2.5)
 
 
 @pytest.mark.parametrize("steps, warmup", [(1, 0.5), (3, 0.25), (9, 0.1), (2, 0.0), (1, 0.25)])
@@ -135,13 +117,12 @@ def test_a_breakdown_names_the_step_the_rate_and_the_fix(small, parts):
         trainer.model.head.bias[0] = math.inf
     trainer.advance()
     trainer.advance()
-    message = "at step 2: its loss is nan nats.*up to 0.03.*of step 1; .*--lr 0.01.*find-lr"
-    with pytest.raises(WaveNetConvError, match=message):
+    with pytest.raises(WaveNetConvError, match="at step 2: a loss is NaN or .*up to 0.03; .*--lr 0.01.*find-lr"):
+        trainer.validate()
+    trainer.losses[-2:] = [torch.tensor(2.0), torch.tensor(2.0)]
+    with pytest.raises(WaveNetConvError, match="at step 3: a loss is NaN"):
         trainer.validate()
     assert trainer.best_step == 1 and all(tensor.isfinite().all() for tensor in trainer.best_weights.values())
-    trainer.losses[-2:] = [torch.tensor(2.0), torch.tensor(2.0)]
-    with pytest.raises(WaveNetConvError, match="at step 3: the validation loss is nan nats"):
-        trainer.validate()
 
 
 def test_teachers_of_another_dtype_and_in_another_mode(small, parts):
@@ -181,7 +162,6 @@ def test_the_lectures_split(lecture_list):
         ({"steps": 0}, "steps is 0; it must be at least 1 and below"),
         ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
         ({"lr": 0.0}, "lr is 0.0; it must be a positive number"),
-        ({"lr": math.nan}, "lr is nan; it must be a positive number"),
         ({"optimizer": "adam"}, "optimizer is 'adam'; it must be 'adamw' or 'sgd'"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0; it must be at least 0"),
     ],
@@ -196,18 +176,3 @@ def test_lists_that_are_rejected(small, vocab):
         Corpus([], vocab, small())
     with pytest.raises(WaveNetConvError, match=r"name 1 \('b7'\): character '7' at position 1"):
         Corpus(["a", "b7"], vocab, small())
-
-
-def test_recipes_are_there_without_pytorch():
-    code = "import sys, wavenet_conv.training.recipe as r; r.PRESETS; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_the_example_of_fit_runs(names):
-    lines = [line.split(">>> ")[1] for line in fit.__doc__.splitlines() if ">>>" in line]
-    assert len(lines) == 3
-    from wavenet_conv import WaveNetConfig
-
-    scope = {"names": names[:300], "Vocabulary": Vocabulary, "WaveNetConfig": WaveNetConfig, "Recipe": Recipe}
-    scope |= {"fit": fit, "new_model": new_model, "split_names": split_names}
-    exec("\n".join(lines).replace("steps=1500", "steps=2"), scope)

@@ -15,23 +15,20 @@ from ..errors import UsageError, WaveNetConvError
 from .rows import write_output
 
 COMMANDS = ("score", "sample", "train", "sweep", "find_lr", "lecture_names")
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run the command with these arguments, by default those of the process, and return its exit code.
 
-    Args:
-        arguments: What follows `wavenet-conv` on the command line; `sys.argv[1:]` by default.
-
-    Returns:
-        The exit code: 0 when done or when the reader closed the pipe, 1 for a failed job, 2 for wrong usage, 130 for
-        Ctrl-C.
-
-    Raises:
-        SystemExit: With code 2 for options that cannot be parsed, with code 0 after `--help` and `--version`.
+    0 is done, or that the reader closed the pipe; 1 a failed job, 2 wrong usage, 130 Ctrl-C. Options that cannot be
+    parsed, `--help` and `--version` raise `SystemExit` instead.
     """
-    options = vars(_parser().parse_args(arguments))
+    parser = argparse.ArgumentParser(prog="wavenet-conv", description="The lecture's WaveNet, slid over whole names.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        import_module(f".{name}", __name__).add_parser(commands)
+    options = vars(parser.parse_args(arguments))
     run, hint = options.pop("run"), options.pop("hint", "")
     try:
         run(**options)
@@ -43,14 +40,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print(f"wavenet-conv: interrupted{hint}", file=sys.stderr)
-        return INTERRUPTED
+        return 130  # what a shell reports for Ctrl-C
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="wavenet-conv", description="The lecture's WaveNet, slid over whole names.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name in COMMANDS:
-        import_module(f".{name}", __name__).add_parser(commands)
-    return parser

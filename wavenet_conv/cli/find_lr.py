@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, TrainingError
-from ..training.recipe import PRESETS, split_names
-from .options import add_command, add_device, device_of, training_names, usage_errors
+from ..errors import TrainingError
+from ..recipe import PRESETS, split_names
+from .options import add_command, add_device, device_of, training_names
+from .train import configured
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +23,8 @@ EXPLODED = 4  # times the lowest loss
 
 DESCRIPTION = """\
 Trains a new model with a learning rate that grows from 0.001 to 1, one step at each rate, as the lecture does, and
-prints the mean loss of every twentieth of the steps. The suggestion is the rate of the row with the lowest loss, the
-valley before the loss rises. For the one-cycle schedule it is the peak (`wavenet-conv train --lr`). The run ends early
-where the loss is NaN or explodes, which is normal at high rates.
+prints the mean loss of every twentieth of the steps. The suggestion is the rate of the row with the lowest loss; for
+the one-cycle schedule it is the peak (`wavenet-conv train --lr`). It is normal that the loss explodes at high rates.
 """
 
 
@@ -45,45 +44,42 @@ def add_parser(commands: Any) -> None:
 
 
 def find_lr(
-    file: str,
-    *,
-    preset: str = "fast",
-    device: str = "auto",
-    plot: str | None = None,
-    as_json: bool = False,
-    **settings: Any,
+    file: str, *, preset: str, device: str, plot: str | None = None, as_json: bool = False, **settings: Any
 ) -> None:
     """Run `wavenet-conv find-lr`; `settings` are fields of `Recipe`, of which None leaves the preset's.
 
     Raises `UsageError` for what cannot be started, `TrainingError` where no loss is finite.
     """
-    if plot:
-        from ..plots import check_plot
+    from ..plots import check_plot, plot_rates
+    from ..training import Trainer, new_model
+    from ..vocabulary import Vocabulary
 
+    if plot:
         check_plot(plot)
-    trainer = _trainer(training_names(file), preset, device, settings)
-    if not as_json:
-        print(f"{'learning rate':>13}  {'loss (nats)':>11}")
+    names = training_names(file)
+    parts, vocab = split_names(names), Vocabulary.from_names(names)
+    settings |= {"schedule": "constant", "ema_decay": 0.0, "patience": 0}
+    config, recipe = configured(preset, len(vocab), settings)
+    trainer = Trainer(new_model(config, recipe.seed, device_of(device)), vocab, *parts[:2], recipe)
     rows = []
+    if not as_json:
+        print("learning rate  loss (nats)")
     for rate, loss in try_rates(trainer):
         rows.append((rate, loss))
         if not as_json:
             print(f"{rate:13.2e}  {loss:11.4f}", flush=True)
-    rate, loss = min(rows, key=lambda row: row[1] if isfinite(row[1]) else inf)
-    if not isfinite(loss):
+    finite = [row for row in rows if isfinite(row[1])]
+    if not finite:
         raise TrainingError(f"{file}: no learning rate gave a finite loss; try another --preset or --batch-size")
+    rate, loss = min(finite, key=lambda row: row[1])
     if plot:
-        from ..plots import plot_rates
-
-        plot_rates(plot, rates(trainer.recipe.steps)[: trainer.step].tolist(), trainer.losses, rate)
+        plot_rates(plot, rates(recipe.steps)[: trainer.step].tolist(), trainer.losses, rate)
     if as_json:
-        _print_json(trainer, preset, rows, rate)
+        print(json.dumps({"suggestion": rate, "rows": finite, "steps_taken": trainer.step, "steps": recipe.steps}))
         return
-    if trainer.step < trainer.recipe.steps:
-        print(f"ended after {trainer.step:,} of {trainer.recipe.steps:,} steps: the loss exploded")
+    if trainer.step < recipe.steps:
+        print(f"ended after {trainer.step:,} of {recipe.steps:,} steps: the loss exploded")
     print(f"suggestion: --lr {rate:.2g}, where the loss is lowest ({loss:.4f} nats); with one-cycle it is the peak")
-    if rate == rows[-1][0]:
-        print("the loss has not risen yet at the highest rate, so a higher one may do too")
 
 
 def rates(steps: int) -> torch.Tensor:
@@ -111,30 +107,3 @@ def try_rates(trainer: Trainer) -> Iterator[tuple[float, float]]:
         lowest = min(lowest, loss)
         if not loss < EXPLODED * lowest:
             return
-
-
-def _trainer(names: list[str], preset: str, device: str, settings: dict[str, Any]) -> Trainer:
-    from ..model import WaveNetConfig
-    from ..training import Trainer, new_model
-    from ..vocabulary import Vocabulary
-
-    shape, recipe = PRESETS[preset]
-    given = {name: value for name, value in settings.items() if value is not None}
-    with usage_errors(ConfigError):
-        recipe = replace(recipe, schedule="constant", ema_decay=0.0, patience=0, **given)
-    vocab = Vocabulary.from_names(names)
-    model = new_model(WaveNetConfig(vocab_size=len(vocab), **shape), recipe.seed, device_of(device))
-    return Trainer(model, vocab, *split_names(names)[:2], recipe)
-
-
-def _print_json(trainer: Trainer, preset: str, rows: list[tuple[float, float]], suggestion: float) -> None:
-    recipe = trainer.recipe
-    results = {
-        "suggestion": suggestion,
-        "rates": [rate for rate, _ in rows],
-        "losses": [loss if isfinite(loss) else None for _, loss in rows],
-        "steps_taken": trainer.step,
-        **{name: getattr(recipe, name) for name in ("steps", "optimizer", "batch_size", "seed")},
-        "preset": preset,
-    }
-    print(json.dumps(results))

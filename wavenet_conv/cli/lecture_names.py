@@ -7,18 +7,16 @@ from typing import Any
 
 from .options import add_command
 
-CONNECTION_TIMEOUT = 30.0  # seconds without a byte
-DESCRIPTION = "Downloads makemore's names.txt to the user's cache folder, checks its SHA-256, and prints its path."
-
 
 def add_parser(commands: Any) -> None:
     """Add `wavenet-conv lecture-names`."""
-    add_command(commands, lecture_names, "download the lecture's list of names", DESCRIPTION)
+    description = "Downloads makemore's names.txt to the user's cache folder, checks its SHA-256, and prints its path."
+    add_command(commands, lecture_names, "download the lecture's list of names", description)
 
 
 def lecture_names() -> None:
     """Download the lecture's list to the cache folder if it is not there, and print its path."""
     from ..names import LECTURE_URL, download_lecture_names
 
-    socket.setdefaulttimeout(CONNECTION_TIMEOUT)
+    socket.setdefaulttimeout(30.0)  # seconds without a byte
     print(download_lecture_names(LECTURE_URL))

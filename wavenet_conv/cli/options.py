@@ -21,10 +21,8 @@ MIN_NAMES = 10  # with fewer, a part of the split is empty
 
 def add_command(commands: Any, run: Callable[..., None], help: str, description: str) -> argparse.ArgumentParser:
     """Add a command, named as the function that runs it; its options become the function's keyword arguments."""
-    name, formatter = run.__name__.replace("_", "-"), argparse.RawDescriptionHelpFormatter
-    command: argparse.ArgumentParser = commands.add_parser(
-        name, help=help, description=description, formatter_class=formatter
-    )
+    texts = {"help": help, "description": description, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    command: argparse.ArgumentParser = commands.add_parser(run.__name__.replace("_", "-"), **texts)
     command.set_defaults(run=run)
     return command
 
@@ -45,17 +43,17 @@ def add_device(command: argparse.ArgumentParser) -> None:
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    """Add `--model`, whose value `load_model` takes."""
+    """Add `--model`, whose value `load_model` takes, and `--device`."""
     help = "a checkpoint; 'default' is the one in the package"
     command.add_argument("--model", default="default", metavar="PATH", help=help)
+    add_device(command)
 
 
 def positive(text: str) -> int:
     """Parse an integer of at least 1, as the `type` of an option."""
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
-    return number
+    return int(text)
 
 
 def device_of(choice: str) -> torch.device:

@@ -1,21 +1,15 @@
-"""The progress of a job on standard error: a bar on a terminal, lines elsewhere."""
+"""The progress of a job on standard error."""
 
 from __future__ import annotations
 
 import sys
 from time import monotonic
 
-QUIET_SECONDS = 2.0  # a shorter job prints no progress where there is no terminal
-
 
 class Progress:
-    """Shows a bar on a terminal, else a line after 2, 4, 8, ... seconds; used in a `with` statement.
+    """Shows a bar on a terminal, in a `with` statement; elsewhere a line per update if `every_update`, else nothing.
 
-    Args:
-        total: The value of `completed` at the end; None if this is not known.
-        rows: Whether standard output gets rows meanwhile; there is no bar where they are on a terminal themselves.
-        every_update: Whether each update is a line where there is no bar.
-        quiet: Whether nothing is shown.
+    `total` is the value of `completed` at the end, if known. There is no bar on a terminal that shows `rows` meanwhile.
     """
 
     def __init__(
@@ -29,9 +23,7 @@ class Progress:
         text = progress.TextColumn("{task.description}", markup=False)
         columns = (text, progress.BarColumn(), progress.TimeRemainingColumn())
         self._bar = progress.Progress(*columns, console=self._console, disable=not self._live)
-        self._task = self._bar.add_task("", total=total)
-        self._total, self._every_update, self._begun, self._wait = total, every_update, monotonic(), QUIET_SECONDS
-        self._text = self._printed = ""
+        self._task, self._every_update, self._begun = self._bar.add_task("", total=total), every_update, monotonic()
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -39,18 +31,14 @@ class Progress:
 
     def update(self, completed: float | None, text: str) -> None:
         """Show how far the job is, in units of `total`, and a text."""
-        self._text = text
         if self._live:
             self._bar.update(self._task, completed=completed, description=text)
-        elif self._every_update or monotonic() - self._begun >= self._wait:
-            self._wait *= 2
-            self._print()
+        elif self._every_update:
+            self.say(text)
 
     def update_lines(self, lines: int, completed: float) -> None:
-        """Show a number of lines, the share of `total` that is completed, and lines per second."""
-        share = f" ({completed / self._total:.0%})" if self._total else ""
-        rate = lines / max(monotonic() - self._begun, 1e-3)
-        self.update(completed, f"{lines:,} lines{share}, {rate:,.0f} lines/s")
+        """Show a number of lines, and lines per second."""
+        self.update(completed, f"{lines:,} lines, {lines / max(monotonic() - self._begun, 1e-3):,.0f} lines/s")
 
     def say(self, text: str) -> None:
         """Print a line, above the bar."""
@@ -58,9 +46,3 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
-        if self._printed not in ("", self._text):
-            self._print()
-
-    def _print(self) -> None:
-        self._console.print(self._text)
-        self._printed = self._text

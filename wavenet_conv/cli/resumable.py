@@ -15,15 +15,18 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor
 
+from .. import __version__
 from ..checkpoint import save_checkpoint
-from ..errors import OutputError, TrainingError, UsageError
+from ..errors import OutputError, UsageError
 from ..files import write_whole
 from ..model import ConvWaveNet, WaveNetConfig
+from ..recipe import Recipe
 from ..scoring import Scorer
-from ..training import Recipe, Trainer, new_model, run
+from ..training import Trainer, new_model, run
+from ..training.ranks import rank_and_count
 from ..vocabulary import Vocabulary
 from .options import device_of
 from .progress import Progress
@@ -42,32 +45,71 @@ class Setup:
     dtype: str
     resume: bool
 
-    def identity(self, config: WaveNetConfig, recipe: Recipe, teachers: Sequence[ConvWaveNet] = ()) -> dict[str, Any]:
-        """All that decides about the bits of a training, as JSON has it; a run resumes only one with the same."""
-        found = {
-            "names_sha256": self.names_sha256,
+
+class Run:
+    """One training, whose state is in OUTPUT.training after each validation; `teachers` says which ones it has.
+
+    Raises:
+        UsageError: The model is too large for this machine, or there is a state that cannot be resumed.
+    """
+
+    def __init__(self, setup: Setup, output: str, config: WaveNetConfig, recipe: Recipe, teachers: Sequence[str] = ()):
+        self.setup, self.output, self.state_path, self.recipe = setup, output, Path(f"{output}.training"), recipe
+        # All that decides about the bits of a training; a run resumes only one with the same.
+        identity = {
+            "names_sha256": setup.names_sha256,
             **asdict(config),
             **asdict(recipe),
-            "teachers": [_digest(teacher) for teacher in teachers],
-            "dtype": self.dtype,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "teachers": teachers,
+            "dtype": setup.dtype,
+            "device": torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
-            "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+            "ranks": rank_and_count()[1],
             "torch": torch.__version__,
+            "wavenet_conv": __version__,
         }
-        return json.loads(json.dumps(found))
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self.interrupted = self._interrupted()
+        try:
+            self.model = new_model(config, recipe.seed, setup.device, getattr(torch, setup.dtype))
+        except (RuntimeError, TypeError, MemoryError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"this model cannot be built here ({reason}); use a smaller one: {config}") from error
 
-    def check_interrupted(self, output: str, config: WaveNetConfig, recipe: Recipe) -> None:
-        """Raises `UsageError` where there is a state that cannot be resumed; teachers are not compared."""
-        identity = self.identity(config, recipe)
-        self.interrupted(output, {name: identity[name] for name in identity if name != "teachers"})
+    def train(self, teachers: Sequence[ConvWaveNet] = (), seconds: float | None = None) -> Trainer:
+        """Trains to the end or for some seconds, from an interrupted run's state where there is one."""
+        teachers = [teacher.to(self.model.embedding.weight) for teacher in teachers]
+        trainer = Trainer(self.model, self.setup.vocab, *self.setup.parts[:2], self.recipe, teachers)
+        steps = self.recipe.steps
+        with Progress(steps, every_update=True, quiet=not is_first_rank()) as progress:
+            if self.interrupted is not None:
+                trainer.restore(*self.interrupted)
+                progress.say(f"resuming after step {trainer.step:,}")
 
-    def interrupted(self, output: str, identity: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The state that an interrupted run left, if any; raises `UsageError` where it cannot be resumed."""
-        path = Path(f"{output}.training")
+            def record(trainer: Trainer) -> None:
+                if is_first_rank():
+                    self._save_state(*trainer.state())
+                recent = float(torch.stack(trainer.losses[-self.recipe.eval_every :]).mean())
+                losses = (
+                    f"train {recent:.4f}, validation {trainer.validations[-1][1]:.4f}, best {trainer.best_loss:.4f}"
+                )
+                progress.update(trainer.step, f"step {trainer.step:,} of {steps:,}: {losses}")
+
+            run(trainer, seconds=seconds, on_validation=record)
+        return trainer
+
+    def save(self, results: dict[str, Any]) -> None:
+        """Writes the checkpoint with what identifies the run and its results as notes, and deletes the state."""
+        names = {"names": sum(map(len, self.setup.parts)), "split": "80/10/10, shuffled with seed 42"}
+        save_trained(self.output, self.model, self.setup.vocab, self.setup.parts[0], names | self.identity | results)
+        self.state_path.unlink(missing_ok=True)
+
+    def _interrupted(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The state that an interrupted run left, if any."""
+        path, identity = self.state_path, self.identity
         if not path.exists():
             return None
-        if not self.resume:
+        if not self.setup.resume:
             raise UsageError(f"{path}: this training was interrupted; add --resume, or delete this file")
         try:
             with safetensors.safe_open(path, framework="pt") as file:
@@ -75,81 +117,18 @@ class Setup:
             before, numbers = json.loads(metadata["run"]), json.loads(metadata["numbers"])
         except Exception as error:  # safetensors raises its own error, and many others for a damaged file
             raise UsageError(f"{path}: not the state of a training ({error}); delete it to start again") from error
-        changed = [name for name in identity if identity[name] != before.get(name)]
-        if changed:
-            listed = ", ".join(f"{name} was {before.get(name)!r} and is {identity[name]!r}" for name in changed)
-            raise UsageError(f"{path}: of another run: {listed}; use the same arguments, or delete it to start again")
+        if changed := differences(before, identity):
+            raise UsageError(f"{path}: of another run: {changed}; use the same arguments, or delete it to start again")
         return tensors, numbers
 
-
-class Run:
-    """One training, whose state is in OUTPUT.training after each validation.
-
-    Raises:
-        UsageError: where the model is too large for this machine.
-    """
-
-    def __init__(
-        self, setup: Setup, output: str, config: WaveNetConfig, recipe: Recipe, teachers: Sequence[ConvWaveNet] = ()
-    ):
-        self.setup, self.output, self.state_path = setup, output, Path(f"{output}.training")
-        self.identity = setup.identity(config, recipe, teachers)
-        try:
-            model = new_model(config, recipe.seed, setup.device, getattr(torch, setup.dtype))
-        except (RuntimeError, TypeError, MemoryError) as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"this model cannot be built here ({reason}); use a smaller one: {config}") from error
-        teachers = [teacher.to(model.embedding.weight) for teacher in teachers]
-        self.trainer = Trainer(model, setup.vocab, *setup.parts[:2], recipe, teachers)
-
-    def train(self, seconds: float | None = None) -> None:
-        """Trains to the end or for some seconds, from an interrupted run's state where there is one."""
-        trainer, steps = self.trainer, self.trainer.recipe.steps
-        with Progress(steps, every_update=True, quiet=not is_first_rank()) as progress:
-            found = self.setup.interrupted(self.output, self.identity)
-            if found is not None:
-                self._restore(*found)
-                progress.say(f"resuming after step {trainer.step:,}")
-
-            def record(trainer: Trainer) -> None:
-                self._save_state()
-                recent = float(torch.stack(trainer.losses[-trainer.recipe.eval_every :]).mean())
-                losses = (
-                    f"train {recent:.4f}, validation {trainer.validations[-1][1]:.4f}, best {trainer.best_loss:.4f}"
-                )
-                progress.update(trainer.step, f"step {trainer.step:,} of {steps:,}: {losses}")
-
-            try:
-                run(trainer, seconds=seconds, on_validation=record)
-            except TrainingError as error:
-                fix = f"; delete {self.state_path} first" if self.state_path.exists() else ""
-                raise TrainingError(f"{self.output}: {error}{fix}") from error
-
-    def save(self, results: dict[str, Any]) -> None:
-        """Writes the checkpoint with what identifies the run and its results as notes, and deletes the state."""
-        names = {"names": sum(map(len, self.setup.parts)), "split": "80/10/10, shuffled with seed 42"}
-        notes = names | self.identity | results
-        save_trained(self.output, self.trainer.model, self.setup.vocab, self.setup.parts[0], notes)
-        with suppress(FileNotFoundError):
-            self.state_path.unlink()
-
-    def _restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        try:
-            self.trainer.restore(tensors, numbers)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UsageError(f"{self.state_path}: not of this training ({error}); delete it to start again") from error
-
-    def _save_state(self) -> None:
-        if not is_first_rank():
-            return
-        tensors, numbers = self.trainer.state()
+    def _save_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         metadata = {"run": json.dumps(self.identity), "numbers": json.dumps(numbers)}
         data = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
         try:
             write_whole(self.state_path, data)
         except OSError as error:
-            reason = f"{self.state_path}: {error.strerror or error}"
-            raise OutputError(f"{reason}; fix that and start again with --resume to continue") from error
+            reason = error.strerror or error
+            raise OutputError(f"{self.state_path}: {reason}; fix that and start again with --resume") from error
 
 
 def save_trained(path: str, model: ConvWaveNet, vocab: Vocabulary, names: list[str], notes: dict[str, Any]) -> None:
@@ -167,24 +146,31 @@ def sha256_of(names: Sequence[str]) -> str:
     return sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def digest(model: ConvWaveNet) -> str:
+    """What identifies a teacher."""
+    return sha256(b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())).hexdigest()
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs in two identities, for messages."""
+    changed = [name for name in before | now if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
+
+
 def is_first_rank() -> bool:
     """Whether this process is the one that writes: the only one, or rank 0."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank_and_count()[0] == 0
 
 
 @contextmanager
 def locked(output: str) -> Iterator[None]:
     """Keeps a second run from writing to OUTPUT; raises `OutputError` where one is there already."""
-    if not is_first_rank():
-        yield
-        return
     lock = FileLock(f"{output}.lock", timeout=0)
     try:
         lock.acquire()
-    except Timeout as error:
-        raise OutputError(f"{output}.lock: another process is writing there; wait until it ends") from error
-    except OSError as error:
-        raise OutputError(f"{output}.lock: {error.strerror or error}; give another --output") from error
+    except OSError as error:  # a Timeout is one without a reason
+        reason = error.strerror or "another process is writing there; wait until it ends"
+        raise OutputError(f"{output}.lock: {reason}") from error
     try:
         yield
     finally:
@@ -212,7 +198,3 @@ def distributed(device: str) -> Iterator[torch.device]:
         yield place
     finally:
         dist.destroy_process_group()
-
-
-def _digest(model: ConvWaveNet) -> str:
-    return sha256(b"".join(t.cpu().contiguous().numpy().tobytes() for t in model.state_dict().values())).hexdigest()

@@ -12,7 +12,7 @@ from itertools import pairwise
 from math import inf, log
 from typing import TYPE_CHECKING
 
-from ..errors import OutputError, WaveNetConvError
+from ..errors import OutputError
 from ..files import whole_file
 
 if TYPE_CHECKING:
@@ -30,31 +30,26 @@ class Rows:
     """
 
     def __init__(self, format: str, *columns: str):
-        self._tsv = format == "tsv"
-        self.header = ("\t".join(columns) + "\n").encode() if self._tsv else b""
+        self._json = format == "jsonl"
+        self.header = ("\t".join(columns) + "\n").encode() if format == "tsv" else b""
         fields = ", ".join(f'"{column}": {{}}' for column in columns)
-        self._row = "\t".join("{}" for _ in columns) + "\n" if self._tsv else f"{{{{{fields}}}}}\n"
+        self._row = f"{{{{{fields}}}}}\n" if self._json else "\t".join("{}" for _ in columns) + "\n"
 
     def __call__(self, names: Sequence[str], *columns: Tensor | tuple[Tensor, Tensor]) -> bytes:
-        """Return the rows of n names as UTF-8.
-
-        Args:
-            names: The first column.
-            columns: A number per name `(n,)`, or several, as values and offsets `(n + 1,)`.
-        """
-        quoted = (_quoted(name)[1:-1] for name in names) if self._tsv else map(_quoted, names)
+        """Rows of n names, in UTF-8; a column is numbers `(n,)`, or lists of them as values and offsets `(n + 1,)`."""
+        quoted = map(_quoted, names) if self._json else (_quoted(name)[1:-1] for name in names)
         others = (self._lists(*c) if isinstance(c, tuple) else self._numbers(c) for c in columns)
         return "".join(map(self._row.format, quoted, *others)).encode()
 
     def _lists(self, values: Tensor, offsets: Tensor) -> Iterator[str]:
         numbers = list(self._numbers(values))
         for start, end in pairwise(offsets.tolist()):
-            yield ",".join(numbers[start:end]) if self._tsv else f"[{', '.join(numbers[start:end])}]"
+            yield f"[{', '.join(numbers[start:end])}]" if self._json else ",".join(numbers[start:end])
 
     def _numbers(self, values: Tensor) -> Iterator[str]:
-        digits, tsv = ".17g" if values.dtype.itemsize > 4 else ".9g", self._tsv
+        digits = ".17g" if values.dtype.itemsize > 4 else ".9g"
         for value in values.tolist():  # JSON has no NaN and no infinity
-            yield format(value, digits) if tsv or -inf < value < inf else "null"
+            yield "null" if self._json and not -inf < value < inf else format(value, digits)
 
 
 def bits_per_character(names: Sequence[str], scores: Tensor) -> Tensor:
@@ -68,9 +63,7 @@ def bits_per_character(names: Sequence[str], scores: Tensor) -> Tensor:
 def open_output(path: str | None) -> Iterator[Callable[[bytes], object]]:
     """Give a function that writes bytes to standard output, or to a file that is replaced when all is written.
 
-    Raises:
-        OutputError: If the bytes cannot be written; a file is then as it was.
-        BrokenPipeError: If the reader of standard output closed the pipe.
+    Raises `OutputError` if they cannot be written, `BrokenPipeError` if the reader of standard output closed the pipe.
     """
     if path is None:
         yield write_output
@@ -79,8 +72,6 @@ def open_output(path: str | None) -> Iterator[Callable[[bytes], object]]:
         with whole_file(os.path.realpath(path)) as file:
             yield file.write
     except OSError as error:
-        if isinstance(error, WaveNetConvError):
-            raise
         raise OutputError(f"{path}: {error.strerror}; the file is as it was before") from error
 
 
@@ -96,9 +87,8 @@ def write_output(data: bytes = b"") -> None:
         sys.stdout.buffer.flush()
     except OSError as error:
         # What is still buffered goes nowhere, so that the interpreter does not complain about it when it exits.
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError) or (os.name == "nt" and error.errno == errno.EINVAL):
             raise BrokenPipeError from error
         raise OutputError(f"standard output: {error.strerror}; the rows are not complete") from error

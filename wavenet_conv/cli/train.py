@@ -6,30 +6,29 @@ import json
 import os
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, UsageError, WaveNetConvError
-from ..training.recipe import PRESETS, Recipe, split_names, teachers_of
+from ..recipe import PRESETS, Recipe, split_names, teachers_of
 from .options import add_command, add_device, check_output, load_model, training_names, usage_errors
 
 if TYPE_CHECKING:
     from ..model import ConvWaveNet, WaveNetConfig
+    from ..training import Trainer
     from ..vocabulary import Vocabulary
     from .resumable import Run, Setup
 
 DESCRIPTION = """\
-Trains a model on a list of names, one per line, and writes a checkpoint for `wavenet-conv score --model` and
-Scorer.load. The list is split as in the lecture: shuffled with seed 42, then 80% to train on, 10% to validate on and
-10% to test on (read only with --test, once, at the end). The weights with the lowest validation loss are kept.
+Trains a model on a list of names, one per line, and writes a checkpoint for `wavenet-conv score --model`. The list is
+split as in the lecture: shuffled with seed 42, then 80% to train on, 10% to validate on and 10% to test on (read only
+with --test, once, at the end). The weights with the lowest validation loss are kept.
 
 The state of the run is saved in OUTPUT.training after each validation. --resume continues from there, to the same bits
-as an uninterrupted run (on the CPU, with the same number of threads); without such a file it starts from the beginning.
-
+as an uninterrupted run (on the CPU, with the same number of threads), or starts from the beginning without such a file.
 Under torchrun each rank takes its share of each batch; without dropout N ranks train as one.
-
-Exit code 0 when done, 1 for a failed job (a training that broke down, a full disk), 2 for wrong usage, 130 for Ctrl-C.
 """
 
 RECIPE_HELP = {
@@ -90,7 +89,6 @@ def train(
     *,
     preset: str = "fast",
     teacher: Sequence[str] = (),
-    epochs: int | None = None,
     seconds: float | None = None,
     dtype: str = "float32",
     device: str = "auto",
@@ -102,47 +100,51 @@ def train(
 ) -> None:
     """Run `wavenet-conv train`; the arguments are its options.
 
-    `settings` are fields of `Recipe` and of `WaveNetConfig`; None leaves the preset's. Raises `UsageError` for what
-    cannot be started, and other `WaveNetConvError`s after that.
+    `settings` are as in `configured`. Raises `UsageError` for what cannot be started, and other `WaveNetConvError`s
+    after that.
     """
+    from ..plots import check_plot
     from ..vocabulary import Vocabulary
     from .progress import Progress
-    from .resumable import Run, Setup, distributed, is_first_rank, locked, sha256_of
+    from .resumable import Run, Setup, digest, distributed, is_first_rank, locked, sha256_of
 
     names = training_names(file)
     parts, vocab = split_names(names), Vocabulary.from_names(names)
-    config, recipe = _configured(preset, len(vocab), len(parts[0]), epochs, settings)
+    config, recipe = configured(preset, len(vocab), settings, len(parts[0]))
     check_output(output, file, *teacher)
-    _check_options(output, seconds, plot)
+    if plot:
+        check_plot(plot)
+    if seconds is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("--seconds: ranks do not stop at the same step; give --steps under torchrun")
     given = [_loaded(path, vocab) for path in teacher]
     presets = teachers_of(preset, recipe.seed) if recipe.distill_weight and not given else []
-    with distributed(device) as place, locked(output):
+    with distributed(device) as place, locked(output) if is_first_rank() else nullcontext():
         say = Progress(quiet=not is_first_rank()).say
-        _report_list(say, file, names, parts)
+        sizes = " / ".join(f"{len(part):,}" for part in parts)
+        say(f"{file}: {len(names):,} names, split {sizes} to train, validate and test on")
         setup = Setup(sha256_of(names), vocab, parts, place, dtype, resume)
-        setup.check_interrupted(output, config, recipe)  # before teachers are trained
-        trained = [
-            _teacher(setup, f"{output}.teacher-{own.seed}", name, shape, own, say) for name, shape, own in presets
-        ]
-        teachers = given + [model for model, _ in trained]
-        run = Run(setup, output, config, recipe, teachers)
-        run.train(seconds)
+        identities = [digest(model) for model in given] + [f"{name}, seed {own.seed}" for name, _, own in presets]
+        run = Run(setup, output, config, recipe, identities)
+        paths = [Path(f"{output}.teacher-{own.seed}") for _, _, own in presets]
+        trained = [_teacher(setup, str(path), *own, say) for path, own in zip(paths, presets)]
+        trainer = run.train(given + [model for model, _ in trained], seconds)
         if is_first_rank():
-            _finish(run, preset, sum(spent for _, spent in trained), test, plot, as_json)
-            for _, _, own in presets:
-                with suppress(OSError):
-                    os.unlink(f"{output}.teacher-{own.seed}")
+            results = {"preset": preset, "seconds": round(trainer.seconds + sum(spent for _, spent in trained), 1)}
+            _finish(run, trainer, results, test, plot, as_json)
+            for path in paths:
+                path.unlink(missing_ok=True)
 
 
-def _configured(
-    preset: str, vocab_size: int, train_names: int, epochs: int | None, settings: dict[str, Any]
+def configured(
+    preset: str, vocab_size: int, settings: dict[str, Any], train_names: int = 0
 ) -> tuple[WaveNetConfig, Recipe]:
-    """The preset with the settings that are not None."""
+    """The preset with settings that are not None: fields of `Recipe` and of `WaveNetConfig`, and `epochs`."""
     from ..model import WaveNetConfig
 
     shape, recipe = PRESETS[preset]
     given = {name: value for name, value in settings.items() if value is not None}
     changes = {field.name: given.pop(field.name) for field in fields(Recipe) if field.name in given}
+    epochs = given.pop("epochs", None)
     with usage_errors(ConfigError):
         recipe = replace(recipe, **changes)
         if epochs is not None:
@@ -150,27 +152,12 @@ def _configured(
         return WaveNetConfig(vocab_size=vocab_size, **{**shape, **given}), recipe
 
 
-def _check_options(output: str, seconds: float | None, plot: str | None) -> None:
-    if seconds is not None and not seconds >= 0:
-        raise UsageError(f"--seconds is {seconds}; it must be a number of at least 0")
-    if seconds is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("--seconds: ranks do not stop at the same step; give --steps under torchrun")
-    if plot:
-        from ..plots import check_plot
-
-        check_plot(plot)
-        if os.path.realpath(plot) == os.path.realpath(output):
-            raise UsageError(f"--plot {plot}: this is --output; give another file")
-
-
 def _loaded(path: str, vocab: Vocabulary) -> ConvWaveNet:
     """The model of a `--teacher`."""
     checkpoint = load_model(path, "--teacher")
     if checkpoint.vocab != vocab:
-        raise UsageError(
-            f"--teacher {path}: its characters are {checkpoint.vocab.characters!r} and the list's are "
-            f"{vocab.characters!r}; give a teacher that was trained on names with the same characters"
-        )
+        characters = f"{checkpoint.vocab.characters!r} and not {vocab.characters!r} as in the list"
+        raise UsageError(f"--teacher {path}: its characters are {characters}; give one with the same characters")
     return checkpoint.model
 
 
@@ -183,58 +170,34 @@ def _teacher(
     from .resumable import Run, is_first_rank
 
     run = Run(setup, output, WaveNetConfig(vocab_size=len(setup.vocab), **shape), recipe)
-    if os.path.exists(output):
-        with suppress(WaveNetConvError):
-            checkpoint = load_checkpoint(output)
-            if all(checkpoint.notes.get(name) == value for name, value in run.identity.items()):
-                return checkpoint.model, checkpoint.notes["seconds"]
+    with suppress(WaveNetConvError):
+        checkpoint = load_checkpoint(output)
+        if checkpoint.notes.items() >= run.identity.items():
+            return checkpoint.model, checkpoint.notes["seconds"]
     say(f"training a teacher, {preset} with seed {recipe.seed}")
-    run.train()
+    trainer = run.train()
     if is_first_rank():
-        run.save({"seconds": run.trainer.seconds})
-    return run.trainer.model, run.trainer.seconds
+        run.save({"seconds": trainer.seconds})
+    return trainer.model, trainer.seconds
 
 
-def _report_list(say: Callable[[str], None], file: str, names: list[str], parts: tuple[list[str], ...]) -> None:
-    sizes = " / ".join(f"{len(part):,}" for part in parts)
-    say(f"{file}: {len(names):,} names, split {sizes} to train, validate and test on")
-    seen, held_out = set(parts[0]), parts[1] + parts[2]
-    repeated = len(names) - len(set(names))
-    if repeated:
-        shared = sum(name in seen for name in held_out)
-        say(f"{repeated:,} names are repetitions; {shared:,} validation and test names are also trained on")
-    unseen = sorted(set("".join(held_out)) - set("".join(parts[0])))
-    if unseen:
-        say(f"characters that are never trained on: {' '.join(unseen)}")
-
-
-def _finish(run: Run, preset: str, teacher_seconds: float, test: bool, plot: str | None, as_json: bool) -> None:
+def _finish(run: Run, trainer: Trainer, results: dict[str, Any], test: bool, plot: str | None, as_json: bool) -> None:
     """Measures the best weights, writes the checkpoint and the plot, and prints the results."""
-    import torch
-
+    from ..plots import plot_losses
     from ..training import Corpus, evaluate
 
-    trainer, vocab, model = run.trainer, run.setup.vocab, run.trainer.model
-    results: dict[str, Any] = {
+    vocab, model = run.setup.vocab, trainer.model
+    results |= {
         "train_loss": evaluate(model, trainer.train_corpus),
         "validation_loss": trainer.best_loss,
         "best_step": trainer.best_step,
         "steps_taken": trainer.step,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "seconds": round(teacher_seconds + trainer.seconds, 1),
     }
     if test:
         results["test_loss"] = evaluate(model, Corpus(run.setup.parts[2], vocab, model))
-    run.save({"preset": preset} | results)
-    if as_json:
-        print(json.dumps(results))
-    else:
-        print(
-            ", ".join(f"{name} {value:.4f}" if "loss" in name else f"{name} {value}" for name, value in results.items())
-        )
+    run.save(results)
+    text = ", ".join(f"{name} {value:.4f}" if "loss" in name else f"{name} {value}" for name, value in results.items())
+    print(json.dumps(results) if as_json else text)
     if plot:
-        from ..plots import plot_losses
-
-        table = model.embedding.weight.detach().cpu()
-        losses = torch.stack(trainer.losses).cpu()
-        plot_losses(plot, losses, trainer.validations, table if table.shape[1] == 2 else None, vocab.characters)
+        plot_losses(plot, trainer.losses, trainer.validations, model.embedding.weight, vocab.characters)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..engine.ids import crossing_starts, node_ids, node_starts, tap_views
 from ..errors import NamesError
 from ..model import ConvWaveNet
-from ..engine.ids import crossing_starts, node_ids, node_starts, tap_views
 from ..vocabulary import Vocabulary, checked_names
 
 
@@ -79,7 +79,9 @@ class Corpus:
 
     def batch(self, rows: Tensor, soft_share: float = 0.0) -> Batch:
         """The windows of the names `rows`, int64 `(names,)`; `soft_share` of the targets are `soft_targets`."""
-        positions = self._positions(rows)
+        outputs = self.outputs[rows]
+        shift = self.first[rows] - (outputs.cumsum(0) - outputs)
+        positions = torch.arange(int(outputs.sum()), device=outputs.device) + shift.repeat_interleave(outputs)
         references = self.windows[positions]
         multiplicity = torch.bincount(references, minlength=len(self.children[-1]))
         renumbered, multiplicities = [], []
@@ -98,13 +100,6 @@ class Corpus:
         counts = torch.bincount(pairs, minlength=len(multiplicities[0]) * self.vocab_size)
         targets = counts.view(-1, self.vocab_size).to(self.dtype)
         if soft_share and self.soft_targets is not None:
-            targets = ((1 - soft_share) * targets).index_add_(
-                0, windows, self.soft_targets[positions], alpha=soft_share
-            )
+            targets *= 1 - soft_share
+            targets.index_add_(0, windows, self.soft_targets[positions], alpha=soft_share)
         return Batch(children[::-1], multiplicities[::-1], targets, len(positions))
-
-    def _positions(self, rows: Tensor) -> Tensor:
-        """The positions of some names, name after name."""
-        outputs = self.outputs[rows]
-        shift = self.first[rows] - (outputs.cumsum(0) - outputs)
-        return torch.arange(int(outputs.sum()), device=outputs.device) + shift.repeat_interleave(outputs)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..model import ConvWaveNet, WaveNetConfig
+from ..recipe import PRESETS, Recipe, teachers_of
 from ..vocabulary import Vocabulary
-from .recipe import PRESETS, Recipe, teachers_of
 from .trainer import Trainer
 
 OnValidation = Callable[[Trainer], bool | None]
@@ -54,11 +54,6 @@ def fit(
 ) -> Trainer:
     """Trains a model in place, and leaves it with the best weights and in evaluation mode.
 
-    Example:
-        >>> vocab, (train, valid, test) = Vocabulary.from_names(names), split_names(names)
-        >>> model = new_model(WaveNetConfig(vocab_size=len(vocab)))
-        >>> fit(model, vocab, train, valid, Recipe(steps=1500)).best_loss
-
     Args:
         model, vocab: the model, on any device, and its vocabulary.
         train, valid: names to train and to validate on.
@@ -96,12 +91,8 @@ def fit_preset(
 ) -> Trainer:
     """Trains a preset on the CPU, after its teachers, as `wavenet-conv train --preset` does; returns its trainer.
 
-    Args:
-        preset: one of `PRESETS`.
-        vocab, train, valid, on_validation: as for `fit`.
-        seed: the teachers have those after it.
-        steps: the share of each recipe's steps to take.
-        trained: teachers by preset and seed; those in it are not trained again, and new ones are added.
+    `steps` is the share of each recipe's steps to take; `seed` is the preset's, and its teachers have those after it.
+    Teachers in `trained`, by preset and seed, are not trained again, and new ones are added.
     """
     trained = {} if trained is None else trained
 

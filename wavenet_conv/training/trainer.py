@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from math import inf, isfinite, log
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..errors import ModeError, TrainingError
 from ..model import BatchNorm, ConvWaveNet
+from ..recipe import Recipe
 from ..vocabulary import Vocabulary
 from .corpus import Corpus
 from .loss import Normalize, evaluate, predictions, total_loss
 from .ranks import batch_norm_over_ranks, rank_and_count, sum_over_ranks
-from .recipe import Recipe
 
 
 class Trainer:
@@ -116,12 +119,14 @@ class Trainer:
         since = self.validations[-1][0] if self.validations else 0
         limit = 10 * log(self.train_corpus.vocab_size + 1)  # ten times the loss of a uniform guess
         recent = torch.stack(self.losses[since:]).tolist() if self.losses[since:] else []
-        broken = [(step, f"its loss is {loss:.4g}") for step, loss in enumerate(recent, since + 1) if not loss < limit]
+        broken = [step for step, value in enumerate(recent, since + 1) if not value < limit]
         loss = evaluate(self.validated_model, self.valid_corpus)
-        if not isfinite(loss):
-            broken.append((self.step, f"the validation loss is {loss}"))
-        if broken:
-            raise _breakdown(*broken[0], self.recipe.lr, self.best_step)
+        if broken or not isfinite(loss):
+            step, lr = (*broken, self.step)[0], self.recipe.lr
+            raise TrainingError(
+                f"training broke down at step {step}: a loss is NaN or above {limit:.0f} nats, with a learning rate up "
+                f"to {lr:g}; try a lower one, such as --lr {lr / 3:.1g}, or `wavenet-conv find-lr`"
+            )
         self.validations.append((self.step, loss))
         if loss < self.best_loss:
             weights = {name: tensor.clone() for name, tensor in self.validated_model.state_dict().items()}
@@ -129,11 +134,7 @@ class Trainer:
         return loss
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that the next step depends on and all that was measured, for `restore`.
-
-        Returns:
-            Tensors by name, and numbers that JSON can hold.
-        """
+        """All that the next step depends on and all that was measured: tensors by name, and numbers for JSON."""
         parts = {"model": self.model.state_dict(), "best": self.best_weights}
         if self._average is not None:
             parts["average"] = self._average.state_dict()
@@ -150,11 +151,17 @@ class Trainer:
         Raises:
             KeyError, RuntimeError: where it is the state of another model.
         """
-
         self.model.load_state_dict(_part(tensors, "model."))
         if self._average is not None:
             self._average.load_state_dict(_part(tensors, "average."))
-        _restore_optimizer(self.optimizer, tensors)
+        slots = {}
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, parameter in enumerate(parameters):
+            slots[index] = _part(tensors, f"optimizer.{index}.")
+            for name, value in slots[index].items():
+                if value.shape == parameter.shape:  # a fused optimizer needs the parameter's own memory layout
+                    slots[index][name] = torch.empty_like(parameter).copy_(value)
+        self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.step, self.best_step, self.seconds = numbers["step"], numbers["best_step"], float(numbers["seconds"])
         self.validations = [(step, loss) for step, loss in numbers["validations"]]
         self.best_loss = dict(self.validations).get(self.best_step, inf)
@@ -166,47 +173,20 @@ class Trainer:
             self._schedule.step()
 
 
-def _breakdown(step: int, complaint: str, lr: float, best_step: int) -> TrainingError:
-    best = f"; the best weights are those of step {best_step}" if best_step else ""
-    return TrainingError(
-        f"training broke down at step {step}: {complaint} nats, with a learning rate up to {lr:g}{best}; "
-        f"try a lower one, such as --lr {lr / 3:.1g}, or `wavenet-conv find-lr`"
-    )
-
-
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with a prefix, without it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    slots = {}
-    for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        slots[index] = _part(tensors, f"optimizer.{index}.")
-        for name, value in slots[index].items():
-            if value.shape == parameter.shape:  # a fused optimizer needs the parameter's own memory layout
-                slots[index][name] = torch.empty_like(parameter).copy_(value)
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _optimizer(
-    model: ConvWaveNet, recipe: Recipe
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def _optimizer(model: ConvWaveNet, recipe: Recipe) -> tuple[torch.optim.Optimizer, LRScheduler]:
     """The optimizer and its schedule; only weight matrices are decayed."""
     matrices = [p for p in model.parameters() if p.ndim == 3]
     others = [p for p in model.parameters() if p.ndim != 3]
     groups: list[Any] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    options: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-    optimizer: torch.optim.Optimizer
-    if recipe.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True, **options)
-    else:
-        optimizer = torch.optim.SGD(groups, **options)
+    make: Any = partial(AdamW, betas=(0.9, 0.99), fused=True) if recipe.optimizer == "adamw" else SGD
+    optimizer = make(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
     if recipe.schedule == "constant":
-        return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        return optimizer, ConstantLR(optimizer, factor=1.0)
     total = recipe.steps + 1
     warmup = recipe.warmup if recipe.warmup * total != 1 else 0.0  # a rise of no steps would divide by zero
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.lr, total_steps=total, pct_start=float(warmup), cycle_momentum=False
-    )
-    return optimizer, schedule
+    return optimizer, OneCycleLR(optimizer, recipe.lr, total, pct_start=float(warmup), cycle_momentum=False)

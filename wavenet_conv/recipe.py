@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
-from ..errors import ConfigError
+from .errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,12 @@ class Recipe:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "eval_every"):
-            if not 1 <= getattr(self, name) < 2**31:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1 and below 2**31")
-        for name in ("weight_decay", "patience", "seed"):
-            if not 0 <= getattr(self, name) < 2**30:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 2**30")
-        for name in ("warmup", "dropout", "ema_decay", "distill_weight"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        limits = dict.fromkeys(("steps", "batch_size", "eval_every"), (1, 2**31))
+        limits |= dict.fromkeys(("weight_decay", "patience", "seed"), (0, 2**30))
+        limits |= dict.fromkeys(("warmup", "dropout", "ema_decay", "distill_weight"), (0, 1))
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) < high:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low} and below {high:,}")
         if not (isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"lr is {self.lr}; it must be a positive number")
         for name, known in (("optimizer", ("adamw", "sgd")), ("schedule", ("onecycle", "constant"))):

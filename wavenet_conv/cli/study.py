@@ -1,0 +1,229 @@
+"""The trials of a sweep: what they train with, read from TOML, and the Optuna study that keeps them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from tempfile import gettempdir
+from time import monotonic
+from typing import Any
+
+import optuna
+import sqlalchemy
+import torch
+from filelock import FileLock
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from ..errors import ConfigError, TrainingError, UsageError, WaveNetConvError
+from ..model import WaveNetConfig
+from ..recipe import PRESETS, Recipe, split_names
+from ..training import Trainer, evaluate, new_model, run
+from ..vocabulary import Vocabulary
+from .options import device_of, training_names, usage_errors
+from .progress import Progress
+from .resumable import differences, save_trained, sha256_of
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+SQLITE_WAIT = 60  # seconds for another process to end its transaction
+DEFAULT = Path(__file__).parent.parent / "sweep.toml"
+
+# name: the types that a setting may have in TOML; a float may be written as an integer
+SETTINGS: dict[str, tuple[type, ...]] = {
+    **{field.name: (type(field.default), int) for field in fields(Recipe)},
+    "n_embd": (int,),
+    "n_hidden": (int, list),
+    "kernel_sizes": (list,),
+    "batch_norm": (bool,),
+    "bias": (bool,),
+    "gated": (bool,),
+}
+
+
+@dataclass(frozen=True)
+class Space:
+    """The settings of a sweep: its path and preset, what is fixed (by the file or the preset), and what is drawn."""
+
+    path: str
+    preset: str
+    fixed: dict[str, Any]
+    ranges: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: str) -> Space:
+        """The space in a TOML file, or "default"; raises `UsageError` naming the file, the key and the fix."""
+        try:
+            found = tomllib.loads((DEFAULT if path == "default" else Path(path)).read_bytes().decode())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path}: {error}; give a TOML file in UTF-8, or 'default'") from error
+        preset = found.pop("preset", "fast")
+        if preset not in list(PRESETS):
+            raise UsageError(f"{path}: preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
+        shape, recipe = PRESETS[preset]
+        ranges = {name: value for name, value in found.items() if isinstance(value, dict)}
+        fixed = {name: value for name, value in found.items() if name not in ranges}
+        space = cls(path, preset, {**asdict(recipe), **shape, **fixed}, ranges)
+        ends = {name: given.get("choices") or [given.get("low"), given.get("high")] for name, given in ranges.items()}
+        for name, values in {**{name: [value] for name, value in fixed.items()}, **ends}.items():
+            space._check(name, values)
+        first = {name: values[0] for name, values in ends.items()}
+        others = (first | {name: value} for name, values in ends.items() for value in values)
+        for drawn in (first, *others):  # where the ends of a range are valid, all values between are
+            space.configured(drawn, 27)
+        return space
+
+    def configured(self, drawn: dict[str, Any], vocab_size: int) -> tuple[WaveNetConfig, Recipe]:
+        """Model and recipe with the settings drawn; raises `UsageError` where they do not fit together."""
+        settings = self.fixed | drawn
+        recipe = {field.name: settings.pop(field.name) for field in fields(Recipe)}
+        with usage_errors(ConfigError, f"{self.path}: "):
+            return WaveNetConfig(vocab_size=vocab_size, **settings), Recipe(**recipe)
+
+    def draw(self, trial: Trial) -> dict[str, Any]:
+        """The settings of a new trial."""
+        for name, given in self.ranges.items():
+            if "choices" in given:  # as JSON, since a storage takes no lists
+                trial.suggest_categorical(name, [json.dumps(choice) for choice in given["choices"]])
+            else:
+                suggest: Any = trial.suggest_float if float in SETTINGS[name] else trial.suggest_int
+                suggest(name, given["low"], given["high"], log=given.get("log", False))
+        return self.drawn(trial)
+
+    def drawn(self, trial: Trial | FrozenTrial) -> dict[str, Any]:
+        """The settings that a trial drew."""
+        return {name: json.loads(v) if "choices" in self.ranges[name] else v for name, v in trial.params.items()}
+
+    def _check(self, name: str, values: list[Any]) -> None:
+        """Rejects an unknown setting, values of a wrong type, and a range without an order."""
+        if name not in SETTINGS:
+            raise UsageError(f"{self.path}: {name} is not a setting; the settings are {', '.join(SETTINGS)}")
+        given = self.ranges.get(name, {})
+        for value in values:
+            if type(value) not in SETTINGS[name]:
+                kind = SETTINGS[name][0].__name__
+                fix = f"a value of type {kind}, {{low = ..., high = ...}} or {{choices = [...]}} with such values"
+                raise UsageError(f"{self.path}: {name} is {given or value!r}; give {fix}")
+        known, positive = given.keys() <= {"low", "high", "log"}, not given.get("log") or values[0] > 0
+        if given and "choices" not in given and not (known and positive and values[0] <= values[1]):
+            raise UsageError(f"{self.path}: {name} is {given}; give low <= high, and with log = true low above 0")
+
+
+class Work:
+    """One process's part of a sweep: the space, the list and the study."""
+
+    def __init__(self, space: str, file: str, storage: str, study: str, device: str):
+        with storage_errors(UsageError, f"--storage {storage}", "give another one, such as sqlite:///sweep.db"):
+            self.space, self.device, self.name = Space.read(space), device_of(device), study
+            names = training_names(file)
+            self.train, self.valid, _ = split_names(names)
+            self.vocab = Vocabulary.from_names(names)
+            identity = {"names_sha256": sha256_of(names), "preset": self.space.preset}
+            self.study = self._study(storage, json.loads(json.dumps(identity | self.space.fixed | self.space.ranges)))
+
+    def _study(self, storage: str, identity: dict[str, Any]) -> optuna.Study:
+        """The study, new or as it is in the storage; its trials must be comparable with this sweep's."""
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        waits = {"connect_args": {"timeout": SQLITE_WAIT}} if storage.startswith("sqlite") else {}
+        # While the learning rate still rises, losses say little.
+        pruner = optuna.pruners.MedianPruner(n_warmup_steps=int(identity["warmup"] * identity["steps"]))
+        # Optuna creates tables without a lock, and fails where another process does so at the same moment.
+        lock = f"wavenet-conv-sweep-{sha256_of([os.getcwd(), storage])[:16]}.lock"
+        with FileLock(Path(gettempdir(), lock)):
+            database = optuna.storages.RDBStorage(storage, engine_kwargs=waits)
+            study = optuna.create_study(storage=database, study_name=self.name, pruner=pruner, load_if_exists=True)
+            before = study.user_attrs.get("sweep", {})
+            if not before and not study.trials:
+                study.set_user_attr("sweep", before := identity)
+        if before != identity:
+            raise UsageError(
+                f"--study {self.name}: {storage} has a sweep of that name with other settings "
+                f"({differences(before, identity)}); give another --study"
+            )
+        return study
+
+    def counted(self) -> list[FrozenTrial]:
+        """The trials that ended, best first, and then those stopped early; not those that run or were killed."""
+        trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        return sorted(trials, key=lambda trial: (trial.state.name, trial.value or 0.0))
+
+    def run(self, trials: int, progress: Progress) -> None:
+        """Run trials until there are enough."""
+
+        def show(study: optuna.Study, _: FrozenTrial) -> None:
+            done = self.counted()
+            ended = done[0].state.name == "COMPLETE"
+            best = f", best {done[0].value:.4f} nats (trial {done[0].number})" if ended else ""
+            progress.update(len(done), f"{len(done):,} of {trials:,} trials{best}")
+            if len(done) >= trials:
+                study.stop()
+
+        if len(self.counted()) < trials:
+            self.study.optimize(self._loss, callbacks=[show])
+
+    def _loss(self, trial: Trial) -> float:
+        """The lowest validation loss of a trial; keeps what it measures in the trial."""
+        # By number, so that neither a resumed sweep nor another process draws the same again.
+        seed = (self.space.fixed["seed"] * 1_000_003 + trial.number) % 2**32
+        self.study.sampler = optuna.samplers.TPESampler(seed=seed)
+        begin, trainer, state = monotonic(), self.trainer(self.space.draw(trial)), "ended"
+
+        def report(trainer: Trainer) -> bool:
+            nonlocal state
+            trial.report(trainer.validations[-1][1], trainer.step)
+            if not trainer.finished and trial.should_prune():
+                state = "stopped early"
+            return state != "ended"
+
+        try:
+            run(trainer, on_validation=report)
+        except (TrainingError, torch.OutOfMemoryError) as error:
+            state = str(error)
+        measured = {
+            "state": state,
+            "train_loss": evaluate(trainer.model, trainer.train_corpus) if state == "ended" else None,
+            "best_step": trainer.best_step,
+            "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+            "seconds": round(monotonic() - begin, 1),
+        }
+        trial.set_user_attr("measured", measured)
+        if state != "ended":
+            raise optuna.TrialPruned
+        return trainer.best_loss
+
+    def trainer(self, drawn: dict[str, Any]) -> Trainer:
+        """A training with the settings drawn, before its first step."""
+        config, recipe = self.space.configured(drawn, len(self.vocab))
+        return Trainer(new_model(config, recipe.seed, self.device), self.vocab, self.train, self.valid, recipe)
+
+    def row(self, trial: FrozenTrial) -> dict[str, Any]:
+        """A trial as --json prints it."""
+        losses = {"validation_loss": trial.value, "validations": sorted(trial.intermediate_values.items())}
+        return {"trial": trial.number, **losses, **trial.user_attrs["measured"], "settings": self.space.drawn(trial)}
+
+    def save(self, trial: FrozenTrial, output: str, progress: Progress) -> None:
+        """Train a trial again, since no process keeps weights, and write its checkpoint."""
+        progress.say(f"training trial {trial.number} again for {output}")
+        trainer = self.trainer(self.space.drawn(trial))
+        run(trainer)
+        if trainer.best_loss != trial.value:
+            progress.say(f"its loss is {trainer.best_loss:.6f} nats, with other bits than in the trial")
+        notes = self.row(trial) | asdict(trainer.model.config) | asdict(trainer.recipe)
+        notes |= {"validation_loss": trainer.best_loss, "preset": self.space.preset, "study": self.name}
+        save_trained(output, trainer.model, self.vocab, self.train, notes)
+
+
+@contextmanager
+def storage_errors(kind: type[WaveNetConvError], where: str, fix: str) -> Iterator[None]:
+    """Raises as `kind` what Optuna and its databases raise."""
+    try:
+        yield
+    except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        complaint = str(error.__cause__ or error).splitlines()[0]
+        raise kind(f"{where}: {complaint}; {fix}") from error
