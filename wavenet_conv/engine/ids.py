@@ -19,26 +19,16 @@ NEARLY_ALL_DISTINCT = 0.8  # share of distinct nodes above which looking for equ
 
 
 class IdTable:
-    """Ids 0, 1, ... of keys, in the order in which the keys were first seen.
-
-    Attributes:
-        count: How many ids have been assigned.
-        table: int32 `(possible keys,)`, -1 for a key that has not been seen; None before the first one.
-    """
+    """Ids 0, 1, ... of keys, in the order in which the keys were first seen."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.table: Tensor | None = None
+        self.count = 0  # ids assigned
+        self.table: Tensor | None = None  # int32 (possible keys,), -1 for a key that has not been seen
 
     def assign(self, keys: Tensor, space: int) -> tuple[Tensor, Tensor]:
-        """Looks up keys and assigns ids to new ones.
+        """Looks up int32 or int64 keys from 0 to `space - 1`, and assigns ids to new ones; `space` may grow.
 
-        Args:
-            keys: int32 or int64 `(positions,)`, from 0 to `space - 1`.
-            space: Number of possible keys; may grow from call to call.
-
-        Returns:
-            The new keys, int64, in the order of their ids, and the id of every key, int32 `(positions,)`.
+        Returns the new keys, int64, in the order of their ids, and the id of every key, int32 `(positions,)`.
         """
         if self.table is None or len(self.table) < space:
             old, self.table = self.table, torch.full((space,), -1, dtype=torch.int32, device=keys.device)
@@ -58,16 +48,12 @@ class IdTable:
 
 
 class IdCache:
-    """Ids that one chunk of a stream leaves to the next.
-
-    Attributes:
-        nodes: Ids of the lowest layer above the tabulated ones.
-        windows: Ids of windows near a name's start, see `window_ids`.
-        distinct: Share of distinct windows among the others, in the chunk where it was last counted.
-    """
+    """Ids that one chunk of a stream leaves to the next."""
 
     def __init__(self) -> None:
-        self.nodes, self.windows, self.distinct = IdTable(), IdTable(), 0.0
+        self.nodes = IdTable()  # of the lowest layer above the tabulated ones
+        self.windows = IdTable()  # of windows near a name's start, see `window_ids`
+        self.distinct = 0.0  # share of distinct windows among the others, in the chunk where it was last counted
 
     def distinct_windows(self, taps: list[Tensor], kinds: int) -> tuple[Tensor, Tensor]:
         """`node_ids` of windows away from a name's start; nearly all of them distinct is taken for all."""
@@ -150,11 +136,11 @@ def ids_of_names(
         vocab_size: Number of tokens.
         tabulated: How many of the lowest layers are tabulated: their ids are keys, and all of them exist.
         cache: Ids of earlier chunks, which are extended.
-        cache_windows: Whether `cache` may also hold windows; a window's id then continues from there.
+        cache_windows: Whether `cache` may also hold windows; their ids then continue from there.
 
     Returns:
-        Per layer the children of its new distinct nodes, int64 `(distinct, kernel_size)`; for each output the id of its
-        window, int64 `(outputs,)`; and where that window starts in `tokens`, int64 `(outputs,)`.
+        Per layer the children of its new distinct nodes, int64 `(distinct, kernel_size)`; and for each output, int64
+        `(outputs,)`, the id of its window and where that starts in `tokens`.
     """
     cache, context = IdCache() if cache is None else cache, prod(kernel_sizes)
     table: IdTable | None = cache.nodes

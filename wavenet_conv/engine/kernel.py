@@ -54,20 +54,8 @@ def last_layer(contributions: Tensor, children: Tensor, targets: Tensor, head: T
 
     The bits of a window's result do not depend on the other windows: block sizes depend on the shapes of the weights
     only, and each row of a block is computed in the same order. Indices are not checked, since that would wait for the
-    device: a child out of range reads other memory.
-
-    Args:
-        contributions: As in `last_layer_ref`; all arguments are contiguous and on one device, weights float32.
-        children: As in `last_layer_ref`.
-        targets: As in `last_layer_ref`.
-        head: As in `last_layer_ref`.
-        head_bias: As in `last_layer_ref`.
-
-    Returns:
-        `(n,)`, in nats.
-
-    Raises:
-        KernelError: `why_not` gives a reason.
+    device: a child out of range reads other memory. Arguments and result are those of `last_layer_ref`, contiguous, on
+    one device, and float32. Raises `KernelError` if `why_not` gives a reason.
     """
     if reason := why_not(contributions.device, contributions.dtype, len(head_bias)):
         raise KernelError(f"last_layer cannot run: {reason}")

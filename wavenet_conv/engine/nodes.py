@@ -55,16 +55,10 @@ class NodeWeights:
         return self.taps[0].shape[1]
 
     def values(self, layer: int, summed: Tensor, rightmost: Tensor | None) -> Tensor:
-        """Computes nodes from their sums.
+        """Nodes of a layer from their sums `(n, c_out)`, which include the bias and are overwritten.
 
-        Args:
-            layer: Which layer the nodes belong to; may be negative.
-            summed: `(n, c_out)`, the bias included; overwritten.
-            rightmost: In a gated model h and s of the rightmost children, `(n, 2 * n_embd)`.
-
-        Returns:
-            `(n, c_out)`. In a gated model h and s side by side, `(n, 2 * n_embd)`; of the last layer what the head
-            reads, `(n, n_embd)`.
+        Of a gated model also from h and s of the rightmost children, `(n, 2 * n_embd)`; the nodes are then h and s side
+        by side, and for the last layer what the head reads, `(n, n_embd)`.
         """
         if rightmost is None or self.hidden is None:
             return tanh_(summed)

@@ -61,20 +61,13 @@ def shared_logits_ref(weights: Weights, windows: Tensor) -> tuple[Tensor, Tensor
 
 
 class NodeCache:
-    """What one chunk of a stream leaves to the next: ids, what nodes contribute, log-probabilities after windows.
-
-    Attributes:
-        ids: Ids of cached nodes and windows.
-        contributions: `(kernel_size, room, c_out)` of the lowest layer above the tables.
-        values: `(room, 2 * n_embd)` beside them in a gated model.
-        log_probs: `(room, columns)` after cached windows, and behind them after the other windows of the chunk.
-    """
+    """What one chunk of a stream leaves to the next: ids, what nodes contribute, log-probabilities after windows."""
 
     def __init__(self) -> None:
         self.ids = IdCache()
-        self.contributions: Tensor | None = None
-        self.values: Tensor | None = None
-        self.log_probs: Tensor | None = None
+        self.contributions: Tensor | None = None  # (kernel_size, room, c_out) of the lowest layer above the tables
+        self.values: Tensor | None = None  # (room, 2 * n_embd) beside them in a gated model
+        self.log_probs: Tensor | None = None  # (room, columns) after cached windows, then the chunk's other windows
 
     def clear(self) -> None:
         """Forgets all nodes and windows, and keeps the memory."""
@@ -163,18 +156,10 @@ class SharedNodes:
 
     @torch.no_grad()
     def log_probs(self, tokens: Tensor, lengths: Tensor, cache: NodeCache | None = None) -> Tensor:
-        """The log-probability, in nats, of the token that follows each output.
+        """The log-probability, in nats, of the token that follows each output: `(sum(lengths + 1),)`, name after name.
 
-        The Triton kernel evaluates the last layer if it can run and the model is not gated. Otherwise this is the
-        log-softmax of the logits, of which one entry per output is picked.
-
-        Args:
-            tokens: As in `logits`.
-            lengths: As in `logits`.
-            cache: Nodes of earlier chunks of the same stream, which is extended. Default: nothing is kept.
-
-        Returns:
-            `(sum(lengths + 1),)`, name after name.
+        Arguments as in `logits`; `cache` has nodes of earlier chunks and is extended. The Triton kernel evaluates the
+        last layer if it can run and the model is not gated.
         """
         head, cache = self.nodes.head, NodeCache() if cache is None else cache
         if head.weight.is_cuda and not self.gated:

@@ -33,7 +33,6 @@ class FoldedWaveNet:
     def __init__(self, weights: Weights):
         self.weights, self.config, self.context = weights, weights.config, weights.config.context
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
-        self.dilations = weights.config.dilations
         self.taps = [layer.taps.unbind() for layer in weights.layers]  # views cost as much as a short name's arithmetic
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FoldedWaveNet:
@@ -57,48 +56,30 @@ class FoldedWaveNet:
         check_sequences(tokens, self.context, vocab_size, self.device, values=self.device.type != "cpu")
         batch, outputs = len(tokens), tokens.shape[1] - self.context + 1
         try:
-            x = F.embedding(tokens.t(), weights.embedding)
+            x = F.embedding(tokens.t(), weights.embedding).flatten(0, 1)
         except IndexError:  # on the CPU the lookup checks every token
             check_tokens(tokens, vocab_size)
             raise
-        if outputs == 1:
-            x, steps = self._windows_in_tap_order(x), self._steps_in_tap_order()
-        else:
-            x, steps = x.flatten(0, 1), self.dilations
         if weights.hidden is not None:
-            skips = self._skip_sums(x, batch, outputs, steps)
+            skips = self._skip_sums(x, batch, outputs)
             x = torch.relu_(torch.addmm(weights.hidden.bias, torch.relu_(skips), weights.hidden.weight))
         else:
-            for taps, layer, step in zip(self.taps, weights.layers, steps):
-                x = torch.tanh_(convolve(x, taps, layer.bias, step * batch))
+            for taps, layer in zip(self.taps, weights.layers):
+                x = torch.tanh_(convolve(x, taps, layer.bias, layer.dilation * batch))
         logits = torch.addmm(weights.head.bias, x, weights.head.weight)
         return logits.view(outputs, batch, vocab_size).transpose(0, 1).contiguous()
 
-    def _skip_sums(self, x: Tensor, batch: int, outputs: int, steps: tuple[int, ...]) -> Tensor:
+    def _skip_sums(self, x: Tensor, batch: int, outputs: int) -> Tensor:
         """The skip sums of a gated model, for outputs only: they are the last nodes of every layer."""
         sums: list[Tensor] = []
-        for taps, layer, step in zip(self.taps, self.weights.layers, steps):
-            f, g = convolve(x, taps, layer.bias, step * batch).chunk(2, 1)
+        for taps, layer in zip(self.taps, self.weights.layers):
+            f, g = convolve(x, taps, layer.bias, layer.dilation * batch).chunk(2, 1)
             z = torch.tanh(f) * torch.sigmoid(g)
             if layer.skip is not None:
                 sums.append(torch.addmm(layer.skip.bias, z[len(z) - outputs * batch :], layer.skip.weight))
             if layer.residual is not None:
                 x = torch.addmm(x[len(x) - len(z) :], z, layer.residual.weight).add_(layer.residual.bias)
         return sum(sums[1:], start=sums[0])
-
-    def _windows_in_tap_order(self, x: Tensor) -> Tensor:
-        """For one window per row: reorders x `(context, batch, n_embd)` so that only nodes of its tree are computed.
-
-        A position's digits, written in the mixed radix of the kernel sizes, are reversed. The first children of all
-        nodes of a layer then lie side by side, behind them the second children, and so on.
-        """
-        sizes = self.config.kernel_sizes
-        digits = range(len(sizes))
-        return x.view(*reversed(sizes), *x.shape[1:]).permute(*reversed(digits), -2, -1).reshape(-1, x.shape[2])
-
-    def _steps_in_tap_order(self) -> tuple[int, ...]:
-        """Per layer, how far apart two taps then are: the number of its nodes in one tree."""
-        return tuple(self.context // span for span in (*self.dilations[1:], self.context))
 
 
 def fold_batch_norm(conv: ConvWaveNet) -> FoldedWaveNet:
