@@ -12,27 +12,13 @@ loops = pytest.importorskip("wavenet_conv.engine.loops", reason="needs Numba: pi
 
 @pytest.mark.parametrize("dtype, tolerance", [(np.float32, 3e-6), (np.float64, 1e-14)])
 def test_tanh_is_accurate_relative_to_its_size(dtype, tolerance):
-    x = np.concatenate([sign * np.logspace(-30, 2, 100_000) for sign in (1, -1)]).astype(dtype)
-    x = np.concatenate([x, np.linspace(-25, 25, 100_000, dtype=dtype), [0, np.inf, -np.inf]]).astype(dtype)
+    x = np.concatenate([sign * np.logspace(-30, 2, 30_000) for sign in (1, -1)] + [[0, np.inf, -np.inf]]).astype(dtype)
     expected, y = np.tanh(x.astype(np.float64)), x.copy()
     loops.tanh(y)
-    assert np.abs(y - expected).max() < tolerance
-    assert (np.abs(y - expected) <= 2 * tolerance * np.abs(expected)).all()
+    assert (np.abs(y - expected) <= tolerance * np.abs(expected)).all()
     y = np.array([np.nan, 1], dtype=dtype)
     loops.tanh(y)
     assert np.isnan(y[0]) and not np.isnan(y[1])
-
-
-@pytest.mark.parametrize("column, value", [("DILATION", 7), ("CHILDREN", 0), ("MATRIX", 0)])
-def test_wrong_numbers_of_a_layer_are_seen(column, value):
-    conv = random_conv((2, 2, 2, 2, 2), n_hidden=6)
-    tokens = torch.randint(27, (1, 80), generator=torch.Generator().manual_seed(0))
-    tokens[:, :32] = 0
-    stream = Stream(conv, compiled=True)
-    assert (streamed(stream, tokens[:, 31:]) - conv(tokens)).abs().max() < 1e-12
-    stream.reset()
-    stream.backend.arrays.layers[-1, getattr(loops, column)] = value
-    assert (streamed(stream, tokens[:, 31:]) - conv(tokens)).abs().max() > 1e-3
 
 
 def test_contributions_computed_ahead_are_forgotten_at_a_reset():
