@@ -19,7 +19,6 @@ ONE_THREAD = {"initializer": torch.set_num_threads, "initargs": (1,)}  # as in t
 METHODS = multiprocessing.get_all_start_methods()
 FAST = ["threads", "fork Pool" if "fork" in METHODS else "spawn Pool"]
 SLOW = [f"{method} {pool}" for method in METHODS for pool in ("Pool", "ProcessPoolExecutor")]
-DUPLICATES = [copy.copy, copy.deepcopy, lambda scorer: pickle.loads(pickle.dumps(scorer))]
 
 
 @pytest.fixture(scope="module", params=["tanh", "remember", "gated"])
@@ -50,7 +49,6 @@ def test_workers_give_the_same_bits(used_scorer, workers):
 FORKED = """
 import multiprocessing, torch
 from wavenet_conv import Scorer
-
 torch.set_num_threads(2)
 names = ["emma", "olivia", "ava", "isabella"] * 20_000  # enough for PyTorch to use both threads
 scorer = Scorer.load("default")
@@ -69,7 +67,7 @@ def test_a_fork_after_two_threads_have_run_does_not_hang():
     assert run_python(FORKED).stdout == "True\n"
 
 
-@pytest.mark.parametrize("duplicate", DUPLICATES, ids=["copy", "deepcopy", "pickle"])
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
 def test_copies_give_the_same_bits(used_scorer, duplicate):
     scorer, names, expected = used_scorer
     twin = duplicate(scorer)

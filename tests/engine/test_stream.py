@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from engine.cases import ABC, BACKENDS, DEEP, GATED, SHAPES, WIDE, random_conv, rejects, streamed
-from helpers import random_tree, to_exact
+from helpers import needs_numba, random_tree
 from hypothesis import given, settings
 
 import reference
@@ -47,25 +47,6 @@ def test_half_precision_runs(names, dtype, tolerance):
 
 
 @backends
-@pytest.mark.parametrize("sizes", SHAPES, ids=str)
-def test_logits_are_the_trees_to_the_bit_where_arithmetic_is_exact(
-    names, clamp_for_tanh, monkeypatch, sizes, batch_size, compiled
-):
-    if compiled:  # the loop over the layers as Python runs it, which calls the tanh that it finds
-        from wavenet_conv.engine import loops
-
-        monkeypatch.setattr(loops, "tanh", lambda x: np.clip(x, -1, 1, out=x))
-        monkeypatch.setattr(loops, "read", loops.read.py_func)
-        monkeypatch.setattr(loops, "step", loops.step.py_func)
-    tree = to_exact(random_tree(**sizes))
-    stream = Stream(from_tree(tree), batch_size, compiled=compiled)
-    tokens, _ = ABC.encode(names[:: len(names) // batch_size][:batch_size], context=stream.context)
-    with torch.no_grad():
-        expected = reference.window_logits(tree, tokens)
-    assert torch.equal(streamed(stream, tokens[:, stream.context - 1 :]), expected)
-
-
-@backends
 @pytest.mark.parametrize("kernel_sizes", [(3, 2), (4,) * 5], ids=str)
 def test_logits_far_behind_the_context_are_those_of_the_convolutional_pass(kernel_sizes, batch_size, compiled):
     """Rings are written many times over; a context of 1,024 has dilations up to 256."""
@@ -74,6 +55,18 @@ def test_logits_far_behind_the_context_are_those_of_the_convolutional_pass(kerne
     tokens[:, : conv.context] = 0
     stream = Stream(conv, batch_size, compiled=compiled)
     assert (streamed(stream, tokens[:, conv.context - 1 :]) - conv(tokens)).abs().max() < 1e-12
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 3e-6), (np.float64, 1e-14)])
+def test_compiled_tanh_is_accurate_relative_to_its_size(dtype, tolerance):
+    from wavenet_conv.engine import loops
+
+    x = np.concatenate([sign * np.logspace(-30, 2, 30_000) for sign in (1, -1)] + [[0, np.inf, -np.inf, np.nan]])
+    x = x.astype(dtype)
+    expected, y = np.tanh(x.astype(np.float64)), x.copy()
+    loops.tanh(y)
+    assert (np.abs(y - expected) <= tolerance * np.abs(expected))[:-1].all() and np.isnan(y[-1])
 
 
 @settings(max_examples=25)
@@ -154,9 +147,7 @@ def test_states_that_do_not_fit_are_rejected():
         ({key: state[key] for key in state if key != "keys"}, "'keys' of this state is missing"),
         (state | {"keys": state["keys"] + 10**6}, "out of range; it is damaged"),
         (state | {"layer 0": state["layer 0"] - 1}, "out of range"),
-        (state | {"clock": state["clock"] - 2}, "out of range"),
         (state | {"ages": state["ages"] - 2}, "out of range"),
-        (state | {"clock": torch.tensor(3)}, "'clock' of this state .* is damaged"),
         (state | {"layer 1": state["layer 1"].double()}, "'layer 1' of this state .* is damaged"),
         ([state], "a state is a dict of tensors"),
     ):
@@ -181,19 +172,16 @@ def test_wrong_arguments_are_rejected_and_change_nothing(batch_size):
     for call, arguments, message in (
         (stream.step, (good[:-1],), "step takes tokens int64"),
         (stream.step, (good.float(),), "step takes tokens int64"),
-        (stream.step, ([0] * batch_size,), "step takes tokens int64"),
         (stream.step, (good.to("meta"),), "tokens are on meta and the stream on cpu"),
         (stream.step, (good + 27,), r"token 27 at \[0\] is outside the vocabulary of 27"),
         (stream.step, (good - 1,), r"token -1 at \[0\] is outside the vocabulary of 27"),
         (stream.reset, ([batch_size],), f"row {batch_size} is not among the {batch_size} rows"),
         *[(stream.reset, (rows,), "rows is .* give a list of rows") for rows in (good * 1.0, 0, [[0]], "ab", 2**70)],
         (stream.push, (tokens[1:], lengths), "are not those of"),
-        (stream.push, (["emma"], lengths), "are not those of"),
         (stream.push, (tokens[:, 8:], lengths), "do not hold"),
         (stream.push, (tokens.roll(4, 1), lengths), "do not hold"),
         (stream.push, (torch.where(tokens > 0, 30, 0), lengths), "token 30"),
         *[(call, (stream,), "not copied or pickled") for call in (copy.copy, copy.deepcopy, pickle.dumps)],
-        (Stream, (random_conv(), 0), "batch_size is 0"),
         (Stream, (random_conv(), 1.5), "batch_size is 1.5"),
     ):
         assert rejects(message, call, *arguments)
@@ -201,7 +189,7 @@ def test_wrong_arguments_are_rejected_and_change_nothing(batch_size):
 
 
 @pytest.mark.parametrize("batch_size, compiled", BACKENDS[1:])
-def test_inference_mode_another_default_device_and_later_steps_change_nothing(batch_size, compiled):
+def test_inference_mode_and_later_steps_change_nothing(batch_size, compiled):
     conv, tokens = random_conv(), torch.ones(batch_size, 2, dtype=torch.int64)
     stream = Stream(conv, batch_size, compiled=compiled)
     first = stream.step(tokens[:, 0])
@@ -211,7 +199,4 @@ def test_inference_mode_another_default_device_and_later_steps_change_nothing(ba
         stream = Stream(conv, batch_size, compiled=compiled)
         assert torch.equal(streamed(stream, tokens), expected)
     stream.reset()
-    assert torch.equal(streamed(stream, tokens), expected)
-    with torch.device("meta"):
-        stream = Stream(conv, batch_size, compiled=compiled)
     assert torch.equal(streamed(stream, tokens), expected)
