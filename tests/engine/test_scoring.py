@@ -114,18 +114,15 @@ def test_no_names_and_empty_names_have_scores():
 
 @gated_or_not
 def test_a_call_that_fails_leaves_nothing_wrong_to_remember(names, monkeypatch, gated):
-    """It leaves no id of a node that has no value; a call that succeeds leaves all nodes."""
+    """It leaves no id of a node that has no value."""
     scorer, fresh, names = small_scorer(remember=True, gated=gated), small_scorer(gated=gated), names[::5]
-    expected, contribute, counts = fresh.score(names), shared.contribute, []
+    expected = fresh.score(names)
     assert torch.equal(scorer.score(names[:3000]), expected[:3000])
     with monkeypatch.context() as patch:
         patch.setattr(shared, "contribute", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             scorer.score(names[3000:6000])
     assert torch.equal(scorer.score(names), expected)
-    monkeypatch.setattr(shared, "contribute", lambda *args: [counts.append(args[3]), contribute(*args)][1])
-    assert torch.equal(scorer.score(names), expected) and torch.equal(fresh.score(names), expected)
-    assert counts[0] == 0 < counts[1]
 
 
 @pytest.mark.parametrize("character", ["7", ".", "\U0001f600", "\ud800"])

@@ -1,14 +1,12 @@
 """Shared nodes: every distinct node is evaluated once, and gives the logits of the convolutional pass."""
 
-import math
 import random
 
 import pytest
 import torch
 from engine.cases import ABC, DTYPES, gated_or_not, outputs_of, random_conv
-from helpers import random_tree, to_exact
 
-from wavenet_conv import Scorer, from_tree
+from wavenet_conv import Scorer
 from wavenet_conv.engine import ids, nodes, shared
 from wavenet_conv.engine.shared import NodeCache, SharedNodes, shared_logits_ref
 from wavenet_conv.engine.weights import fold
@@ -63,20 +61,6 @@ def test_definition_gives_the_logits_of_the_convolutional_pass(device, kernel_si
         assert model.window_logits(windows[:0]).shape == (0, 27)
 
 
-@gated_or_not
-@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (8,), (1, 4, 1, 2)], ids=str)
-def test_logits_are_the_trees_to_the_bit_where_arithmetic_is_exact(names, clamp_for_tanh, kernel_sizes, gated):
-    tree, some = to_exact(random_tree(kernel_sizes, n_embd=6, n_hidden=16, gated=gated)), names[::40]
-    weights = fold(from_tree(tree))
-    model, expected = SharedNodes(weights), outputs_of(tree, some, ABC)[0]
-    tokens, lengths = ABC.encode(some, context=model.context)
-    windows = tokens.unfold(1, model.context, 1)
-    windows = windows[torch.arange(windows.shape[1]) <= lengths[:, None]]
-    logits, rows = shared_logits_ref(weights, windows)
-    for found in (logits_of_names(model, some)[0], logits[rows], model.window_logits(windows)):
-        assert torch.equal(found, expected)
-
-
 @pytest.mark.parametrize("room", [shared.CACHED, 100_000], ids=["kept", "forgotten"])
 def test_chunks_of_a_stream_share_their_nodes(names, monkeypatch, room):
     """With room for all, no 4-gram and no window of up to 5 characters is evaluated for a second chunk."""
@@ -103,19 +87,6 @@ def test_chunks_of_a_stream_share_their_nodes(names, monkeypatch, room):
     assert torch.equal(scorer.score(names), scores) and torch.equal(scorer.score(names[:2000]), scores[:2000])
 
 
-def test_windows_may_be_forgotten_alone(names, monkeypatch):
-    model, cache = SharedNodes(fold(random_conv())), NodeCache()
-    packed, lengths, _ = ABC.pack(names[:5000], context=8)
-    values = model.log_probs(packed, lengths, cache)
-    before = cache.ids.nodes.count
-    monkeypatch.setattr(shared, "CACHED", cache.contributions[:, :before].numel())
-    cache.log_probs = cache.log_probs.repeat(1, 10)  # as of a larger vocabulary
-    cache.trim()
-    assert (cache.ids.nodes.count, cache.ids.windows.count) == (before, 0)
-    cache.log_probs = None
-    assert torch.equal(model.log_probs(packed, lengths, cache), values)
-
-
 @pytest.mark.parametrize("kernel_sizes", [(4, 4), (2, 2, 2), (3, 2, 2), (2, 4, 1), (2, 2, 2, 2)], ids=str)
 @pytest.mark.parametrize("keys", [ids.TABLE_KEYS, 0], ids=["tables", "sorted"])
 def test_nodes_that_other_calls_or_chunks_left_change_no_score(names, monkeypatch, kernel_sizes, keys):
@@ -128,12 +99,6 @@ def test_nodes_that_other_calls_or_chunks_left_change_no_score(names, monkeypatc
     for part in (like, unlike, like[::-1], unlike, names[::20]):
         assert torch.equal(scorer.score(part), expected := fresh.score(part))
         assert torch.equal(torch.cat(list(scorer.stream(part, chunk=500))), expected)
-
-
-def test_fast_tanh_is_tanh():
-    x = torch.cat([torch.linspace(-20, 20, 40_001), torch.tensor([0.0, -0.0, 1e-8, 1e-30, math.inf, -math.inf])])
-    assert (nodes.tanh_(x.clone()) - x.double().tanh()).abs().max() < 2e-6  # 1.8e-7 on the processors tried
-    assert nodes.tanh_(torch.tensor([torch.nan])).isnan().all()
 
 
 @pytest.mark.parametrize("threads", range(1, 9), indirect=True)
