@@ -5,62 +5,67 @@ from math import log
 
 import pytest
 import torch
-from engine.cases import ABC, random_conv, rejects, tree_log_probs
+from engine.cases import ABC, gated_or_not, outputs_of, random_conv, rejects
 from helpers import random_tree
 
 from wavenet_conv import Scorer, Vocabulary, from_tree, scoring
 from wavenet_conv.engine import kernel, shared
 
 NAMES = ["emma", "", "olivia", "a", "xqzvkj", "maximiliano", "emma"]
-gated = pytest.mark.parametrize("gated", [False, True], ids=["tanh", "gated"])
 
 
 def small_scorer(gated=False, **options):
     return Scorer(random_conv(dtype=torch.float32, gated=gated), ABC, **options)
 
 
-@pytest.mark.parametrize(
-    "kernel_sizes, sizes",
-    [((2, 2, 2), {}), ((3,), {}), ((3, 2, 2), {}), ((2, 3), {"gated": True}), ((2, 2, 2), {"gated": True})],
-    ids=str,
-)
-def test_scores_are_the_trees(names, device, kernel_sizes, sizes):
-    tree, names = random_tree(kernel_sizes, **{"n_embd": 24, "n_hidden": 64} | sizes), names[::40]
-    scorer = Scorer(from_tree(tree), ABC, device=device)
-    values, offsets = scorer.position_log_probs(names)
-    expected, sums = tree_log_probs(tree, names, ABC)
+def assert_scores_are_the_trees(tree, names, vocab, device="cpu"):
+    logits, targets = outputs_of(tree, names, vocab)
+    expected = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
     positions = torch.tensor([len(name) + 1 for name in names])
-    assert values.dtype == torch.float64 and offsets[-1] == len(values) == len(expected)
+    sums = torch.stack([part.sum() for part in expected.split(positions.tolist())])
+    scorer = Scorer(from_tree(tree), vocab, device=device)
+    values, offsets = scorer.position_log_probs(names)
+    assert values.dtype == torch.float64 and torch.equal(offsets.diff(), positions) and offsets[-1] == len(values)
     assert (values - expected).abs().max() < 1e-12
-    assert torch.equal(offsets.diff(), positions)
     assert (scorer.score(names) - sums).abs().max() < 1e-11  # up to 20 positions
-    scores = Scorer(from_tree(tree), ABC, dtype=torch.float32, device=device).score(names)
+    scores = Scorer(from_tree(tree), vocab, dtype=torch.float32, device=device).score(names)
     assert scores.dtype == torch.float32 and ((scores - sums).abs() < 1e-5 * positions).all()
+
+
+@pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (3,), (3, 2, 2)], ids=str)
+@gated_or_not
+def test_scores_are_the_trees(names, device, kernel_sizes, gated):
+    tree = random_tree(kernel_sizes, n_embd=24, n_hidden=64, gated=gated)
+    assert_scores_are_the_trees(tree, names[::100], ABC, device)
 
 
 @pytest.mark.slow
 def test_scores_of_the_lectures_list_are_the_trees(lecture_list):
-    vocab, tree = Vocabulary.from_names(lecture_list), random_tree()
-    expected, sums = tree_log_probs(tree, lecture_list, vocab)
-    assert (Scorer(from_tree(tree), vocab).position_log_probs(lecture_list)[0] - expected).abs().max() < 1e-12
-    scores = Scorer(from_tree(tree), vocab, dtype=torch.float32).score(lecture_list)
-    assert ((scores - sums).abs() < 1e-5 * torch.tensor([len(name) + 1 for name in lecture_list])).all()
+    assert_scores_are_the_trees(random_tree(), lecture_list, Vocabulary.from_names(lecture_list))
+
+
+@pytest.mark.parametrize("characters", ["é-ß😀z", "".join(chr(0x4E00 + i) for i in range(300))], ids=len)
+def test_scores_in_other_vocabularies_are_the_trees(characters):
+    names, vocab = ["".join(random.Random(i).choices(characters, k=i % 7)) for i in range(50)], Vocabulary(characters)
+    assert_scores_are_the_trees(random_tree(n_embd=6, n_hidden=16, vocab_size=len(vocab)), names, vocab)
 
 
 @pytest.mark.parametrize("remember", [False, True], ids=["", "remember"])
 @pytest.mark.parametrize(
     "kernel_sizes, widths",
     [
-        *[(kernel_sizes, dict(n_embd=24, n_hidden=128)) for kernel_sizes in ((2, 2, 2), (8,), (3,), (5, 3))],
+        *[(kernel_sizes, dict(n_embd=24, n_hidden=128)) for kernel_sizes in ((2, 2, 2), (8,), (5, 3))],
         ((2, 2, 2), dict(n_embd=9, n_hidden=(9, 10, 11))),
         ((2, 2, 2), dict(n_embd=9, n_hidden=(7, 40, 9), gated=True)),
         ((2, 2, 2), dict(n_embd=48, n_hidden=40, gated=True)),
     ],
     ids=str,
 )
-def test_a_name_has_the_same_bits_alone_and_in_any_batch(names, device, threads, kernel_sizes, widths, remember):
+def test_a_name_has_the_same_bits_alone_and_in_any_batch(
+    names, device, monkeypatch, threads, kernel_sizes, widths, remember
+):
     """Widths of the lecture's size, where a matrix product has other kernels for other shapes, and narrow ones."""
-    names, order = [*names[::8], *NAMES, "", "a" * 50], random.Random(0)
+    names, order = [*names[::16], *NAMES, "", "a" * 50], random.Random(0)
     conv = random_conv(kernel_sizes, dtype=torch.float32, **widths)
     scorer = Scorer(conv, ABC, device=device, remember=remember)
     scores = scorer.score(names)
@@ -69,26 +74,26 @@ def test_a_name_has_the_same_bits_alone_and_in_any_batch(names, device, threads,
         assert torch.equal(scorer.score([names[i] for i in chosen]), scores[chosen]), size
     for chunk, count in ((1, 20), (7, 100), (999, len(names))):
         assert torch.equal(torch.cat(list(scorer.stream(names[-count:], chunk=chunk))), scores[-count:])
+    monkeypatch.setattr(scoring, "CHUNK_TOKENS", 40)  # less than the last name
+    assert torch.equal(scorer.score(names[-30:]), scores[-30:])
 
 
 def test_every_way_to_ask_gives_the_same_scores():
     scorer = small_scorer()
-    scores = scorer.score(NAMES)
+    scores, encoded = scorer.score(NAMES), ABC.encode(NAMES, context=8)
     assert scores.shape == (7,) and scores.dtype == torch.float32 and scores[0] == scores[-1]
-    assert torch.equal(scorer.score(iter(NAMES)), scores)
-    assert torch.equal(scorer.score(ABC.encode(NAMES, context=8)), scores)
-    assert torch.equal(torch.cat(list(scorer.stream(name for name in NAMES))), scores)
+    assert torch.equal(scorer.score(iter(NAMES)), scores) and torch.equal(scorer.score(encoded), scores)
     assert [len(part) for part in scorer.stream(NAMES, chunk=3)] == [3, 3, 1]
     values, offsets = scorer.position_log_probs(NAMES)
     sums = torch.stack([sum(part.double()) for part in values.tensor_split(offsets[1:-1])])
     assert torch.equal(sums.float(), scores)
     logits, same = scorer.logits(NAMES)
-    assert torch.equal(same, offsets)
     targets = torch.cat([torch.tensor([ABC.characters.index(c) + 1 for c in name] + [0]) for name in NAMES])
-    assert torch.allclose(logits.log_softmax(1).gather(1, targets[:, None])[:, 0], values, rtol=0, atol=1e-5)
+    found = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+    assert torch.equal(same, offsets) and torch.allclose(found, values, rtol=0, atol=1e-5)
     bits = scorer.bits_per_character(NAMES)
     assert torch.allclose(bits, -scores / log(2) / torch.tensor([len(name) + 1 for name in NAMES]))
-    assert torch.equal(scorer.bits_per_character(ABC.encode(NAMES, context=8)), bits)
+    assert torch.equal(scorer.bits_per_character(encoded), bits)
 
 
 def test_percentile_counts_quantiles_below():
@@ -101,40 +106,26 @@ def test_percentile_counts_quantiles_below():
 
 def test_no_names_and_empty_names_have_scores():
     scorer = small_scorer()
-    assert scorer.score([]).shape == (0,) and list(scorer.stream([])) == []
+    assert scorer.score([]).shape == scorer.score(ABC.encode([], context=8)).shape == (0,)
     values, offsets = scorer.position_log_probs([])
-    assert values.shape == (0,) and offsets.tolist() == [0]
-    assert scorer.logits([])[0].shape == (0, 27)
-    assert scorer.score(ABC.encode([], context=8)).shape == (0,)
+    assert values.shape == (0,) and offsets.tolist() == [0] and scorer.logits([])[0].shape == (0, 27)
     assert scorer.score(["", ""]).isfinite().all() and scorer.position_log_probs([""])[1].tolist() == [0, 1]
 
 
-@gated
+@gated_or_not
 def test_a_call_that_fails_leaves_nothing_wrong_to_remember(names, monkeypatch, gated):
-    """It leaves no id of a node that has no value; a call that succeeds leaves all nodes."""
+    """It leaves no id of a node that has no value."""
     scorer, fresh, names = small_scorer(remember=True, gated=gated), small_scorer(gated=gated), names[::5]
-    expected, contribute, counts = fresh.score(names), shared.contribute, []
+    expected = fresh.score(names)
     assert torch.equal(scorer.score(names[:3000]), expected[:3000])
     with monkeypatch.context() as patch:
         patch.setattr(shared, "contribute", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             scorer.score(names[3000:6000])
     assert torch.equal(scorer.score(names), expected)
-    monkeypatch.setattr(shared, "contribute", lambda *args: [counts.append(args[3]), contribute(*args)][1])
-    assert torch.equal(scorer.score(names), expected) and torch.equal(fresh.score(names), expected)
-    assert counts[0] == 0 < counts[1]
 
 
-def test_a_name_of_100_000_characters_has_the_same_bits_among_others(monkeypatch):
-    scorer, long_name = small_scorer(), "".join(random.Random(0).choices("abcdefghij", k=100_000))
-    alone = scorer.score([long_name])
-    assert alone.isfinite().all()
-    monkeypatch.setattr(scoring, "CHUNK_TOKENS", 1000)
-    mixed = scorer.score([*NAMES, long_name, *NAMES])
-    assert torch.equal(mixed, torch.cat([scorer.score(NAMES), alone, scorer.score(NAMES)]))
-
-
-@pytest.mark.parametrize("character", ["7", ".", "\n", "\0", "é", "\U0001f600", "\ud800"])
+@pytest.mark.parametrize("character", ["7", ".", "\U0001f600", "\ud800"])
 def test_unknown_characters_are_rejected_or_give_nan(character):
     scorer = small_scorer()
     names = ["emma", f"an{character}a", "ava"]
@@ -143,33 +134,10 @@ def test_unknown_characters_are_rejected_or_give_nan(character):
     assert scores.isnan().tolist() == [False, True, False]
     assert torch.equal(scores[::2], scorer.score(["emma", "ava"]))
     values, offsets = scorer.position_log_probs(names, unknown="nan")
-    assert offsets.tolist() == [0, 5, 6, 10] and values.isnan().sum() == 1 and values[5].isnan()
-    assert rejects("unknown is 'skip'; it is 'error' or 'nan'", scorer.score, names, unknown="skip")
+    assert offsets.tolist() == [0, 5, 6, 10] and values.isnan().nonzero().tolist() == [[5]]
 
 
-def test_an_error_of_the_source_of_names_is_passed_on():
-    def names():
-        yield from ["emma", "ava", "mia"]
-        raise KeyError("the source broke")
-
-    scorer = small_scorer()
-    scores = scorer.stream(names(), chunk=2)
-    assert torch.equal(next(scores), scorer.score(["emma", "ava"]))
-    with pytest.raises(KeyError, match="the source broke"):
-        next(scores)
-    assert scorer.score(["mia"]).isfinite().all()
-
-
-@pytest.mark.parametrize("characters", ["é-ß😀z", "".join(chr(0x4E00 + i) for i in range(300))], ids=["few", "many"])
-def test_scores_in_other_vocabularies_are_the_trees(characters):
-    vocab = Vocabulary(characters)
-    tree = random_tree(n_embd=6, n_hidden=16, vocab_size=len(vocab))
-    strings = ["".join(random.Random(i).choices(characters, k=i % 7)) for i in range(50)]
-    scores = Scorer(from_tree(tree), vocab).score(strings)
-    assert (scores - tree_log_probs(tree, strings, vocab)[1]).abs().max() < 1e-12
-
-
-@gated
+@gated_or_not
 def test_a_model_uses_the_kernel_where_it_runs_unless_it_is_gated(names, monkeypatch, gated):
     """The kernel's last layer is a tanh."""
     expected, calls = small_scorer(gated=gated).score(names[::50]), []
@@ -179,12 +147,12 @@ def test_a_model_uses_the_kernel_where_it_runs_unless_it_is_gated(names, monkeyp
     assert len(calls) == 1 - gated
 
 
-def test_other_arguments_are_rejected():
+def test_wrong_arguments_are_rejected():
     scorer = small_scorer()
     for names, message in (("emma", "names is one string"), (["emma", 3], "name 1 is 3"), (None, "names is None")):
         assert rejects(message, scorer.score, names)
+    assert rejects("unknown is 'skip'; it is 'error' or 'nan'", scorer.score, NAMES, unknown="skip")
     tokens, lengths = ABC.encode(NAMES, context=8)
     assert rejects("are not what vocab.encode.names, context=8. returns", scorer.score, (tokens[:, 4:], lengths))
-    with pytest.raises(IndexError, match=r"token 31 at \[0, 8\]"):
-        scorer.score((tokens + 26, lengths))
+    assert rejects(r"token 31 at \[0, 8\]", scorer.score, (tokens + 26, lengths))
     assert rejects("the vocabulary has 3 tokens and the model 27", Scorer, random_conv(), Vocabulary("ab"))
