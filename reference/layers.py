@@ -13,13 +13,11 @@ class Layer:
     """Base of all layers; one without parameters."""
 
     out: Any
+    forward: Any
 
     def __call__(self, x: Any) -> Any:
         self.out = self.forward(x)
         return self.out
-
-    def forward(self, x: Any) -> Any:
-        raise TypeError(f"{type(self).__name__} has no forward; define it")
 
     def parameters(self) -> list[Tensor]:
         return []
@@ -84,10 +82,7 @@ class BatchNorm1d(Layer):
         if self.training:
             axes = (0,) if self.per_position else tuple(range(x.ndim - 1))
             if prod(x.shape[axis] for axis in axes) < 2:
-                shape = tuple(x.shape)
-                raise ValueError(
-                    f"{shape} in training: one value per channel has no variance; give it more than one example"
-                )
+                raise ValueError("one value per channel has no variance; give it more than one example")
             mean, var = x.mean(axes, keepdim=True), x.var(axes, keepdim=True)  # unbiased
             with torch.no_grad():
                 self.running_mean = (1 - self.momentum) * self.running_mean + self.momentum * mean
