@@ -11,7 +11,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import pytest
 import torch
-from helpers import ROOT, needs_cuda, random_tree  # noqa: F401
+from helpers import ROOT
 from hypothesis import settings
 
 from wavenet_conv import Vocabulary, exact_float32

@@ -131,9 +131,8 @@ class Vocabulary:
         tokens = torch.as_tensor(tokens)
         tokens = tokens if tokens.numel() else tokens.long()
         if tokens.ndim not in (1, 2) or tokens.is_floating_point():
-            raise ShapeError(
-                f"decode takes integers (time,) or (batch, time), not {tokens.dtype} {tuple(tokens.shape)}"
-            )
+            found = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
+            raise ShapeError(f"decode takes integers (time,) or (batch, time), not {found}")
         check_tokens(tokens, len(self))
         alphabet = END + self.characters
         rows = tokens if tokens.ndim == 2 else tokens[None]

@@ -69,10 +69,8 @@ def test_tie_is_no_argmax_difference():
 def test_logits_that_are_not_finite_are_not_equal(side):
     tree = random_tree(**SMALL)
     conv = from_tree(tree)
-    if side != "conv":
-        tree.layers[-1].bias.data[3] = torch.nan
-    if side != "tree":
-        conv.head.bias.data[3] = torch.nan
+    for model in {"tree": [tree.layers[-1]], "conv": [conv.head], "both": [tree.layers[-1], conv.head]}[side]:
+        model.bias.data[3] = torch.nan
     report = verify(tree, conv, NAMES, VOCAB)
     assert not report.equal and report.max_abs_diff == torch.inf
 
