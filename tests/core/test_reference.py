@@ -110,5 +110,4 @@ def test_three_steps_are_those_written_by_hand_to_the_bit(options):
         norm.training = False
     loss = reference.evaluate(tree, X, Y, batch_size=7)
     assert [norm.training for norm in norms_of(tree)] == [False, True][: len(norms_of(tree))]  # restores every mode
-    if "per_position" not in options:  # whose statistics do not fit other batches
-        assert loss == pytest.approx(F.cross_entropy(tree.eval()(X), Y).item(), abs=1e-5)
+    assert loss == pytest.approx(F.cross_entropy(tree.eval()(X), Y).item(), abs=1e-5)
