@@ -19,9 +19,6 @@ from wavenet_conv import Vocabulary, from_tree
 ROOT = Path(__file__).parent.parent
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
-needs_cuda = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device: run pytest on a machine that has one"
-)
 needs_numba = pytest.mark.skipif(
     importlib.util.find_spec("numba") is None, reason="needs Numba: pip install 'wavenet-conv[fast]'"
 )

@@ -69,13 +69,6 @@ def test_any_tree_is_equal_on_any_names(problem):
             assert (together[row, : len(name) + 1] - alone).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("name", reference.NETWORKS)
-def test_every_network_of_the_lecture_is_equal(names, vocab, device, name):
-    generator = torch.Generator().manual_seed(1)
-    tree = reference.lecture_network(name, generator=generator).eval().to(device=device, dtype=torch.float64)
-    assert verify(tree, from_tree(tree), names[::400], vocab).equal
-
-
 @pytest.mark.parametrize("gated", [False, True], ids=["tanh", "gated"])
 @pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (3,), (4, 1, 3)], ids=str)
 def test_receptive_field_is_the_context(device, kernel_sizes, gated):

@@ -50,7 +50,7 @@ def empty_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_whole_download_is_kept_and_verified_every_time(tmp_path, empty_cache):
+def test_whole_list_is_kept_and_verified_every_time(tmp_path, empty_cache, monkeypatch):
     source = tmp_path / "source"
     source.write_bytes(LIST)
     path = download_lecture_names(source.as_uri())
@@ -59,6 +59,10 @@ def test_whole_download_is_kept_and_verified_every_time(tmp_path, empty_cache):
     path.write_bytes(LIST + b"!")
     assert lecture_names() is None
     assert download_lecture_names(source.as_uri()).read_bytes() == LIST
+    for data, found in ((LIST, source), (LIST + b"\n", None)):
+        source.write_bytes(data)
+        monkeypatch.setenv("WAVENET_CONV_LECTURE_NAMES", str(source))
+        assert lecture_names() == found
 
 
 @pytest.mark.parametrize("data", [LIST[:7], None], ids=["broken", "missing"])
@@ -73,11 +77,3 @@ def test_failed_download_leaves_what_was_there(tmp_path, empty_cache, data, befo
     with pytest.raises(DownloadError, match="source: .*try again.*set WAVENET_CONV_LECTURE_NAMES"):
         download_lecture_names(source.as_uri())
     assert [file.read_bytes() for file in empty_cache.rglob("*") if file.is_file()] == before
-
-
-def test_environment_variable_names_the_list_and_is_verified(empty_cache, tmp_path, monkeypatch):
-    mine = tmp_path / "mine.txt"
-    monkeypatch.setenv("WAVENET_CONV_LECTURE_NAMES", str(mine))
-    for data, found in ((LIST, mine), (LIST + b"\n", None)):
-        mine.write_bytes(data)
-        assert lecture_names() == found

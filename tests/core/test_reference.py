@@ -20,12 +20,6 @@ def test_network_has_the_lectures_parameters(name, count):
     assert tree.layers[-1].out is logits and logits.shape == (4, 27)
 
 
-def test_flatten_consecutive_puts_neighbours_side_by_side():
-    x = torch.arange(2 * 4 * 3).view(2, 4, 3)
-    assert torch.equal(FlattenConsecutive(2)(x), torch.cat([x[:, ::2], x[:, 1::2]], dim=2))
-    assert FlattenConsecutive(4)(x).shape == (2, 12) and FlattenConsecutive(1)(x[:, 0]).shape == (2, 3)
-
-
 @pytest.mark.parametrize("shape", [(6, 5), (6, 4, 5)])
 def test_batch_norm_uses_the_unbiased_variance_and_keeps_statistics(shape):
     norm, x = BatchNorm1d(5), torch.randn(shape, dtype=torch.float64) * 3 + 1
