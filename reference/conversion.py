@@ -27,10 +27,7 @@ def from_conv(conv: Any) -> Sequential:
 
 @torch.no_grad()
 def fold_batch_norm(tree: Sequential) -> Sequential:
-    """A new tree with the same logits in evaluation mode, without batch norm.
-
-    The linear layer before a batch norm takes over its scale and shift. Statistics per position have no such fold.
-    """
+    """A new tree with the same logits in evaluation mode: each batch norm becomes part of the linear layer before."""
     layers: list[Any] = []
     for layer in copy.deepcopy(tree.layers):
         if isinstance(layer, BatchNorm1d):

@@ -68,8 +68,7 @@ class Linear(Layer):
 class BatchNorm1d(Layer):
     """Batch norm over all axes but the last, with unbiased variance and running statistics by momentum.
 
-    `per_position=True` is the bug that the lecture finds and fixes: only the first axis is reduced, so that a
-    `(batch, 4, channels)` input has four means per channel.
+    `per_position=True` is the bug that the lecture finds and fixes: only the first axis is reduced.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5, momentum: float = 0.1, per_position: bool = False):
@@ -96,15 +95,11 @@ class BatchNorm1d(Layer):
 
 
 class Tanh(Layer):
-    """tanh of every element."""
-
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x)
 
 
 class ReLU(Layer):
-    """`max(0, x)` of every element."""
-
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x)
 

@@ -23,9 +23,9 @@ def split_names(names: Iterable[str], seed: int = 42) -> tuple[list[str], list[s
 
 
 def examples(names: Iterable[str], characters: str, context: int) -> tuple[Tensor, Tensor]:
-    """Every window of every name and the token that follows it: X int64 `(n, context)`, Y int64 `(n,)`.
+    """Every window of every name and the token that follows it: X int64 `(n, context)`, Y int64 `(n,)`, in order.
 
-    The characters are the tokens 1, 2, ... in the order given; a name of L characters gives L + 1 examples, in order.
+    The characters are the tokens 1, 2, ... in the order given.
     """
     token_of = {character: token for token, character in enumerate(characters, start=1)}
     X: list[list[int]] = []
@@ -51,8 +51,7 @@ def train(
 ) -> None:
     """Trains a tree in place, on examples drawn with replacement, and leaves it in training mode.
 
-    From step `drop_at` on, counted from 0, the rate is `lr / 10`. `on_step` gets the steps so far, this one included,
-    and the minibatch's mean loss in nats, a tensor.
+    From step `drop_at` on, counted from 0, the rate is `lr / 10`. `on_step` gets the steps so far and the mean loss.
     """
     if len(X) != len(Y) or len(X) == 0:
         raise ValueError(f"{len(X)} examples and {len(Y)} targets; give at least one example and one target for each")

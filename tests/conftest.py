@@ -48,9 +48,7 @@ def lecture_list() -> list[str]:
     """The lecture's own list, which is not part of this repository."""
     path = lecture_names()
     if path is None:
-        pytest.skip(
-            "needs the lecture's list: run `wavenet-conv lecture-names`, or set WAVENET_CONV_LECTURE_NAMES to its path"
-        )
+        pytest.skip("needs the lecture's list: run `wavenet-conv lecture-names`")
     return read_names(path)
 
 

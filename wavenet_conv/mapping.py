@@ -56,8 +56,7 @@ def from_tree(tree: Any) -> ConvWaveNet:
         The model in evaluation mode, on the tree's device and in its dtype.
 
     Raises:
-        MappingError: The tree holds something else, or batch-norm statistics per position. The message names the
-            module.
+        MappingError: The tree holds something else, or batch-norm statistics per position; names the module.
     """
     modules = list(_flattened(tree))
     _check_start(modules)

@@ -140,15 +140,13 @@ class Trap:
 
 
 def test_pickle_is_rejected_unread(path):
-    for protocol in (2, 4, 5):
-        path.write_bytes(pickle.dumps([Trap()] * 9, protocol))
-        assert "a pickle, as torch.save writes them; reading one can run any code" in rejection(path)
+    path.write_bytes(pickle.dumps([Trap()] * 9))
+    assert "a pickle, as torch.save writes them; reading one can run any code" in rejection(path)
     torch.save(small().state_dict(), path)
     assert "a pickle" in rejection(path)
 
 
-def test_header_that_starts_as_a_pickle_is_read(tmp_path):
-    """A safetensors file starts with the length of its header, whose first byte may be 0x80."""
+def test_header_whose_length_starts_as_a_pickle_is_read(tmp_path):
     first_bytes = set()
     for spare in range(0, 256, 8):
         save_checkpoint(tmp_path / "m", small(), AB, {"spare": "x" * spare})

@@ -35,12 +35,10 @@ def test_files_of_each_format(tmp_path, recwarn, suffix, start):
 def test_long_curves_are_smoothed_as_in_the_lecture(drawn):
     losses = torch.rand(200_000)
     plots.plot_losses("a.png", losses, [(1000, 0.5), (2000, 0.4)])
-    plots.plot_losses("a.png", losses[:399], [])
     training, validation = drawn[0][0].lines
     assert torch.allclose(torch.tensor(training.get_ydata()), losses.view(-1, 1000).double().mean(1))
     assert training.get_xdata()[0] == 500.5 and len(training.get_xdata()) == 200
     assert list(zip(*validation.get_data())) == [(1000, 0.5), (2000, 0.4)]
-    assert len(drawn[1][0].lines[0].get_xdata()) == 399
 
 
 def test_an_embedding_two_wide_is_drawn_with_its_characters(drawn):
@@ -61,11 +59,10 @@ def test_the_valley_is_visible_beside_the_explosion(drawn):
 def test_plots_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"a.gif: a plot is a .png, .svg, .pdf file"):
         plots.check_plot("a.gif")
-    missing = tmp_path / "none" / "a.png"
     with pytest.raises(UsageError, match="--plot .*: not a file in an existing folder"):
-        plots.check_plot(missing)
+        plots.check_plot(tmp_path / "none" / "a.png")
     with pytest.raises(OutputError, match="a.png: No such file or directory; give another file"):
-        plots.plot_rates(missing, [0.1], [1.0], 0.1)
+        plots.plot_rates(tmp_path / "none" / "a.png", [0.1], [1.0], 0.1)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match="pip install matplotlib"):
         plots.check_plot("a.png")
