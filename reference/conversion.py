@@ -15,10 +15,8 @@ from .layers import BatchNorm1d, Embedding, FlattenConsecutive, GatedBlock, Laye
 def from_conv(conv: Any) -> Sequential:
     """The tree with the weights of a `ConvWaveNet`, copied bit for bit, in the same mode.
 
-    `Conv1d.weight[o, c, j]` is `Linear.weight[j * C + c, o]`. Raises `ValueError` for anything but a `ConvWaveNet`.
+    `Conv1d.weight[o, c, j]` is `Linear.weight[j * C + c, o]`.
     """
-    if not hasattr(conv, "head"):
-        raise ValueError(f"from_conv takes a ConvWaveNet, not a {type(conv).__name__}; from_tree maps a tree to one")
     with torch.random.fork_rng(devices=[]):  # a new layer draws weights, which are replaced
         layers = [_filled(Embedding(*conv.embedding.weight.shape), weight=conv.embedding.weight)]
         for layer in conv.layers:
@@ -29,11 +27,7 @@ def from_conv(conv: Any) -> Sequential:
 
 @torch.no_grad()
 def fold_batch_norm(tree: Sequential) -> Sequential:
-    """A new tree with the same logits in evaluation mode, without batch norm.
-
-    With `scale = gamma / sqrt(var + eps)`, the weight of the linear layer before it becomes `weight * scale` and the
-    bias `beta + (bias - mean) * scale`. Statistics per position have no such fold.
-    """
+    """A new tree with the same logits in evaluation mode: each batch norm becomes part of the linear layer before."""
     layers: list[Any] = []
     for layer in copy.deepcopy(tree.layers):
         if isinstance(layer, BatchNorm1d):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -36,19 +35,19 @@ def build(
 ) -> Sequential:
     """Builds a tree in training mode, initialised as in the lecture; the head's weights are ten times smaller.
 
-    Per kernel size it has FlattenConsecutive, Linear (without a bias before batch norm), BatchNorm1d, Tanh. A gated
-    tree has a GatedBlock per kernel size, n_embd wide, and ReLU, Linear, ReLU before the head.
-
-    Args:
-        kernel_sizes: How many consecutive nodes each layer fuses, lowest first.
-        n_hidden: Width of every layer, or one per layer; of the gates in a gated tree.
-        batch_norm: Default: unless gated.
-        per_position: The lecture's batch-norm bug.
+    Per kernel size, lowest first, it has FlattenConsecutive, Linear (without a bias before batch norm), BatchNorm1d
+    (where wanted; `per_position` is the lecture's bug), Tanh. A gated tree has a GatedBlock per kernel size, n_embd
+    wide, and ReLU, Linear, ReLU before the head. `n_hidden` is one width, or one per layer; of the gates if gated.
     """
     if gated and (batch_norm or per_position):
         raise ValueError("gated with batch_norm or per_position; a gated tree has no batch norm, leave them out")
     batch_norm = not gated if batch_norm is None else batch_norm
-    widths = _checked_widths(kernel_sizes, vocab_size, n_embd, n_hidden)
+    widths = list(n_hidden) if isinstance(n_hidden, Sequence) else [n_hidden] * len(kernel_sizes)
+    sizes = (*kernel_sizes, *widths, n_embd, vocab_size)
+    if not 0 < len(kernel_sizes) == len(widths) or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(
+            f"kernel sizes {kernel_sizes}, widths {widths}: give integers of at least 1, and one per layer"
+        )
     layers: list[Layer] = [Embedding(vocab_size, n_embd, generator=generator)]
     channels = n_embd
     for kernel_size, width in zip(kernel_sizes, widths):
@@ -67,20 +66,6 @@ def build(
     return Sequential([*layers, head]).requires_grad()
 
 
-def _checked_widths(kernel_sizes: Any, vocab_size: Any, n_embd: Any, n_hidden: Any) -> list[int]:
-    if not isinstance(kernel_sizes, Sequence) or not kernel_sizes:
-        raise ValueError(f"kernel_sizes is {kernel_sizes!r}; give at least one, such as (2, 2, 2)")
-    widths = list(n_hidden) if isinstance(n_hidden, Sequence) else [n_hidden] * len(kernel_sizes)
-    if len(widths) != len(kernel_sizes):
-        raise ValueError(f"{len(kernel_sizes)} kernel sizes and {len(widths)} widths; give one width, or one per layer")
-    for size in (*kernel_sizes, *widths, n_embd, vocab_size):
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"a kernel size, width or vocabulary of {size!r}; it must be an integer of at least 1")
-    return widths
-
-
 def lecture_network(name: str, *, per_position: bool = False, generator: torch.Generator | None = None) -> Sequential:
-    """Builds one of `NETWORKS` by name, such as "wide", the lecture's last; raises `ValueError` for other names."""
-    if name not in NETWORKS:
-        raise ValueError(f"no network is called {name!r}; choose one of {', '.join(NETWORKS)}")
+    """Builds one of `NETWORKS` by name, such as "wide", the lecture's last."""
     return build(**NETWORKS[name][0], per_position=per_position, generator=generator)

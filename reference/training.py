@@ -23,18 +23,14 @@ def split_names(names: Iterable[str], seed: int = 42) -> tuple[list[str], list[s
 
 
 def examples(names: Iterable[str], characters: str, context: int) -> tuple[Tensor, Tensor]:
-    """Every window of every name and the token that follows it: X int64 `(n, context)`, Y int64 `(n,)`.
+    """Every window of every name and the token that follows it: X int64 `(n, context)`, Y int64 `(n,)`, in order.
 
-    The characters are the tokens 1, 2, ... in the order given; a name of L characters gives L + 1 examples, in order.
-    Raises `ValueError` for any other character.
+    The characters are the tokens 1, 2, ... in the order given.
     """
     token_of = {character: token for token, character in enumerate(characters, start=1)}
     X: list[list[int]] = []
     Y: list[int] = []
     for name in names:
-        unknown = [character for character in name if character not in token_of]
-        if unknown:
-            raise ValueError(f"name {name!r} has {unknown[0]!r}, which is not among the characters {characters!r}")
         sequence = [END] * context + [token_of[character] for character in name] + [END]
         X += [sequence[t : t + context] for t in range(len(name) + 1)]
         Y += sequence[context:]
@@ -53,16 +49,12 @@ def train(
     generator: torch.Generator,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> None:
-    """Trains a tree in place, in training mode, and leaves it in that mode. Raises `ValueError` without examples.
+    """Trains a tree in place, on examples drawn with replacement, and leaves it in training mode.
 
-    Args:
-        X: Windows, int64 `(n, context)`.
-        Y: The token after each, int64 `(n,)`.
-        batch_size: Examples per step, drawn with replacement.
-        drop_at: The step, counted from 0, from which on the rate is `lr / 10`.
-        on_step: Called before each update with the steps so far and the minibatch's mean loss in nats, a tensor.
+    From step `drop_at` on, counted from 0, the rate is `lr / 10`. `on_step` gets the steps so far and the mean loss.
     """
-    _check(X, Y)
+    if len(X) != len(Y) or len(X) == 0:
+        raise ValueError(f"{len(X)} examples and {len(Y)} targets; give at least one example and one target for each")
     tree.train()
     parameters = tree.parameters()
     for step in range(steps):
@@ -80,18 +72,10 @@ def train(
 @torch.no_grad()
 def evaluate(tree: Sequential, X: Tensor, Y: Tensor, *, batch_size: int = 8192) -> float:
     """The mean cross-entropy in nats over all examples, in evaluation mode; restores the mode of every layer."""
-    _check(X, Y)
     modes = [(layer, layer.training) for layer in tree.layers if hasattr(layer, "training")]
     tree.eval()
-    try:
-        parts = zip(X.split(batch_size), Y.split(batch_size))
-        total = sum(F.cross_entropy(tree(x), y, reduction="sum").item() for x, y in parts)
-    finally:
-        for layer, mode in modes:
-            layer.training = mode
+    parts = zip(X.split(batch_size), Y.split(batch_size))
+    total = sum(F.cross_entropy(tree(x), y, reduction="sum").item() for x, y in parts)
+    for layer, mode in modes:
+        layer.training = mode
     return total / len(X)
-
-
-def _check(X: Tensor, Y: Tensor) -> None:
-    if len(X) != len(Y) or len(X) == 0:
-        raise ValueError(f"{len(X)} examples and {len(Y)} targets; give at least one example and one target for each")

@@ -11,7 +11,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import pytest
 import torch
-from helpers import ROOT, needs_cuda, random_tree  # noqa: F401
+from helpers import ROOT
 from hypothesis import settings
 
 from wavenet_conv import Vocabulary, exact_float32
@@ -48,9 +48,7 @@ def lecture_list() -> list[str]:
     """The lecture's own list, which is not part of this repository."""
     path = lecture_names()
     if path is None:
-        pytest.skip(
-            "needs the lecture's list: run `wavenet-conv lecture-names`, or set WAVENET_CONV_LECTURE_NAMES to its path"
-        )
+        pytest.skip("needs the lecture's list: run `wavenet-conv lecture-names`")
     return read_names(path)
 
 

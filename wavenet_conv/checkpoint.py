@@ -34,19 +34,16 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 _DAMAGED = "the file is damaged; copy it again from an undamaged one"
+_GIVE = "give a file that save_checkpoint wrote, or 'default'"
 _SAVE_AGAIN = "write it again with save_checkpoint"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds.
+    """What a file holds: a model in evaluation mode on the CPU, its vocabulary, notes and quantiles.
 
-    Attributes:
-        model: The model, in evaluation mode and on the CPU.
-        vocab: Its vocabulary.
-        notes: What `save_checkpoint` was given, after a round trip through JSON.
-        quantiles: None, or float32 `(q,)`, ascending: the scores in bits per character, at evenly spaced ranks from the
-            smallest to the largest, of the names that the model was trained on.
+    quantiles: None, or float32 `(q,)`, ascending: the scores in bits per character, at evenly spaced ranks from the
+    smallest to the largest, of the names that the model was trained on.
     """
 
     model: ConvWaveNet
@@ -62,14 +59,9 @@ def save_checkpoint(
     notes: Mapping[str, Any] | None = None,
     quantiles: Tensor | None = None,
 ) -> None:
-    """Writes a model to one file. A previous file at `path` stays until the new one is complete.
+    """Writes a model, in any mode and on any device, to one file; a previous file stays until the new one is complete.
 
-    Args:
-        path: The file to write.
-        model: The model, in any mode and on any device.
-        vocab: Its vocabulary.
-        notes: Anything that JSON can hold.
-        quantiles: See `Checkpoint`.
+    `notes` are anything that JSON can hold; `Checkpoint` says what `quantiles` are.
 
     Raises:
         CheckpointError: `load_checkpoint` would reject the file, for example because a weight is NaN.
@@ -100,13 +92,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads a checkpoint, bit for bit as it was saved; draws no random numbers.
-
-    Args:
-        path: The file, or "default" for the checkpoint that ships with this package.
-
-    Returns:
-        The checkpoint, its model in the dtype that it was saved in.
+    """Reads a checkpoint, bit for bit as it was saved; "default" is the one that ships with this package.
 
     Raises:
         CheckpointError: The file is missing, damaged, a pickle, of another model or of a newer version, its parts do
@@ -116,9 +102,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         with open(DEFAULT if path == "default" else path, "rb") as file:
             return _read(file, path)
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: {error.strerror or error}; give a file that save_checkpoint wrote, or 'default'"
-        ) from error
+        raise CheckpointError(f"{path}: {error.strerror or error}; {_GIVE}") from error
 
 
 def _ordered(data: bytes) -> bytes:
@@ -145,17 +129,14 @@ def _checkpoint(file: BinaryIO) -> Checkpoint:
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"a safetensors file of another model: its format is not {FORMAT!r}")
     if metadata.get("version") not in VERSIONS.values():
-        raise CheckpointError(
-            f"its version is {metadata.get('version')!r:.40} and this library reads "
-            f"{' and '.join(map(repr, VERSIONS.values()))}; install a newer wavenet-conv"
-        )
+        version = metadata.get("version")
+        raise CheckpointError(f"its version is {version!r:.40}, not '1' or '2'; install a newer wavenet-conv")
     config, norms = _config(_object("config", metadata))
     characters = metadata.get("vocabulary")
     vocab = Vocabulary(characters if isinstance(characters, str) else "")
     if vocab.characters != characters or len(vocab) != config.vocab_size:
         raise CheckpointError(
-            f"its vocabulary {characters!r:.80} is not the {config.vocab_size - 1:,} characters of the model in order; "
-            "save the model with the vocabulary that it was made for"
+            f"its vocabulary {characters!r:.80} is not the {config.vocab_size - 1:,} characters of the model in order"
         )
     notes = _object("notes", metadata)
     try:
@@ -192,7 +173,7 @@ def _header(file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
         )
     if head[8:9] in (b"", b"{") and length <= LONGEST_HEADER:
         raise CheckpointError(f"its header ends too early or is not JSON; {_DAMAGED}")
-    raise CheckpointError("not a safetensors file; give one that save_checkpoint wrote, or 'default'")
+    raise CheckpointError(f"not a safetensors file; {_GIVE}")
 
 
 def _json(text: str | bytes) -> Any:
@@ -243,15 +224,13 @@ def _model(config: WaveNetConfig, norms: list[tuple[float, float]], tensors: dic
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in asked | shapes:
         if shapes.get(name) != asked.get(name):
+            found, needed = shapes.get(name, "missing"), asked.get(name, "missing")
             raise CheckpointError(
-                f"tensor {name!r:.80} is {shapes.get(name, 'missing')} in the file and {asked.get(name, 'missing')} in "
-                f"the model that its config asks for; {_SAVE_AGAIN}"
+                f"tensor {name!r:.80} is {found} in the file and {needed} in the model; {_SAVE_AGAIN}"
             )
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise CheckpointError(
-                f"{name} has values that are NaN or infinite; take a checkpoint from before the training broke down"
-            )
+            raise CheckpointError(f"{name} has values that are NaN or infinite; take an earlier checkpoint")
     model = model.to_empty(device="cpu").eval()
     model.load_state_dict(tensors)
     for layer, (eps, momentum) in zip(model.layers, norms):

@@ -23,13 +23,11 @@ class Report:
 
     Attributes:
         equal: Whether every logit differs by at most `tolerance * max(1, |logit|)`.
-        positions: Compared outputs, of one logit per token of the vocabulary each.
-        names: Compared names.
+        positions, names: How many outputs and names were compared.
         max_abs_diff: The largest absolute difference of two logits; infinite if one is NaN or infinite.
         worst: The name and the position of that difference.
         argmax_differences: Positions where the models prefer different tokens and it is no tie within the tolerance.
         tolerance: 1e-12 in float64, 1e-5 in float32.
-        dtype: The dtype of the logits.
     """
 
     equal: bool
@@ -64,8 +62,7 @@ def verify(
 
     Args:
         tree: Tokens `(windows, context)` to logits `(windows, vocab)`; a list of layers is called in order.
-        conv: A `ConvWaveNet` or a `FoldedWaveNet`: tokens `(batch, time)` to logits
-            `(batch, time - context + 1, vocab)`, with `.context`.
+        conv: A `ConvWaveNet` or a `FoldedWaveNet`.
         names: The names, at least one.
         vocab: The vocabulary of both models.
         on_progress: Called with the number of names in each chunk when it is done.
@@ -112,10 +109,8 @@ def _compare(tree: Any, conv: Any, names: list[str], vocab: Vocabulary) -> Repor
             f"{tuple(found.shape)} from the convolutional model for {tuple(inside.shape)} outputs do not match"
         )
     if expected.dtype != found.dtype or expected.dtype not in TOLERANCE:
-        raise ShapeError(
-            f"the tree gives {expected.dtype} and the convolutional model {found.dtype}; use float64 or "
-            "float32 for both"
-        )
+        both = f"the tree gives {expected.dtype} and the convolutional model {found.dtype}"
+        raise ShapeError(f"{both}; use float64 or float32 for both")
     found, tolerance = found[inside], TOLERANCE[expected.dtype]
     difference = (expected - found).abs()
     largest = difference.amax(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -162,11 +157,11 @@ def _device(conv: Any) -> torch.device:
 
 
 def _reject_training(model: Any, role: str) -> None:
-    """Raises `ModeError` for a module or plain layer in training mode, anywhere inside the model."""
+    """Raises `ModeError` for a module or plain layer in training mode, anywhere inside."""
     if getattr(model, "training", False):
         raise ModeError(
-            f"{role} is in training mode ({type(model).__name__}.training is true), where logits depend on the batch; "
-            "call .eval(), or set layer.training = False on every layer"
+            f"{role} is in training mode ({type(model).__name__}.training is true); call .eval(), or set "
+            "layer.training = False on every layer"
         )
     inside = list(model.children()) if isinstance(model, nn.Module) else []
     layers = model if isinstance(model, (list, tuple)) else getattr(model, "layers", ())

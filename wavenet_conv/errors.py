@@ -17,9 +17,8 @@ class ConfigError(WaveNetConvError, ValueError):
 class NamesError(WaveNetConvError, ValueError):
     """A name or a list of names that cannot be read: an unknown character, an empty file.
 
-    Attributes:
-        index, position, character: The index of the name in its list, the position in the name and the character there,
-            each None where there is none. A caller that knows the file builds its own message from them.
+    index, position, character: The index of the name in its list, the position in the name and the character there,
+    None where there is none. A caller that knows the file builds its own message from them.
     """
 
     def __init__(

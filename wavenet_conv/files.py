@@ -14,17 +14,8 @@ from typing import BinaryIO
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a new file beside `path`, which replaces `path` when the `with` block ends without an error.
 
-    A reader of `path` sees the old file or the new one. After an error the old file is as it was, and the new one is
-    removed.
-
-    Args:
-        path: The file to write; its folder must exist.
-
-    Yields:
-        The new file, open for writing bytes.
-
-    Raises:
-        OSError: Whatever fails.
+    A reader of `path` sees the old file or the new one. After an error, such as an `OSError` of the disk, the old file
+    is as it was and the new one is removed.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{token_hex(8)}")

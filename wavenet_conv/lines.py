@@ -20,31 +20,23 @@ BOM = b"\xef\xbb\xbf"
 
 
 class Lines:
-    """The lines of UTF-8 text, without their ends (`\\n` or `\\r\\n`); nothing else is removed.
+    """The lines of a UTF-8 file, or of standard input for "-", without their ends (`\\n` or `\\r\\n`).
 
-    Args:
-        path: A file, or "-" for standard input.
-
-    Attributes:
-        label: The name of the input in messages.
-        size: The file's bytes; None for a pipe.
-        count: How many lines have been read.
-        offset: How many bytes have been read.
-        starts: The offset in bytes of each line of the last chunk.
-
-    Raises:
-        UsageError: If the file cannot be opened.
+    label: The name of the input in messages. size: The file's bytes; None for a pipe. count, offset: How many lines and
+    bytes have been read. starts: The offset in bytes of each line of the last chunk.
     """
 
     def __init__(self, path: str):
         self.label, self.count, self.offset, self.starts = path, 0, 0, list[int]()
+        self._owned = path != "-"
+        if not self._owned:
+            self.label = "standard input"
+            if sys.stdin is None:
+                raise UsageError("standard input is closed; give a file")
         try:
-            self._file: BinaryIO = _standard_input() if path == "-" else open(path, "rb")  # noqa: SIM115
+            self._file: BinaryIO = open(path, "rb") if self._owned else sys.stdin.buffer  # noqa: SIM115
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}; give a text file with one name per line, or -") from error
-        if path == "-":
-            self.label = "standard input"
-        self._owned = path != "-"
         about = os.fstat(self._file.fileno())
         self.size = about.st_size if stat.S_ISREG(about.st_mode) else None
 
@@ -56,12 +48,7 @@ class Lines:
             self._file.close()
 
     def read(self, limit: int = CHUNK_LINES) -> list[str]:
-        """Return the next lines, at most `limit`; none after the last.
-
-        Raises:
-            NamesError: For a line that is too long or is not UTF-8, naming it.
-            WaveNetConvError: If the file cannot be read.
-        """
+        """Return the next lines, at most `limit`; none after the last. An error names the line."""
         try:
             raw = _gather(iter(partial(self._file.readline, CHUNK_BYTES + 1), b""), min(limit, CHUNK_LINES))
         except OSError as error:
@@ -94,7 +81,7 @@ class Lines:
 
     def read_at(self, starts: Iterable[int]) -> Iterator[list[str]]:
         """The lines that start at these offsets in bytes, in chunks."""
-        lines = (self._line_at(start) for start in starts)
+        lines = map(self._line_at, starts)
         while raw := _gather(lines, CHUNK_LINES):
             yield self._decoded(raw, 1)
 
@@ -112,12 +99,6 @@ class Lines:
                 f"{self.label}, line {first + line}: byte 0x{data[error.start]:02x} at byte {error.start - start} "
                 f"of the line is not UTF-8; save the file as UTF-8"
             ) from error
-
-
-def _standard_input() -> BinaryIO:
-    if sys.stdin is None:
-        raise UsageError("standard input is closed; give a file")
-    return sys.stdin.buffer
 
 
 def _gather(lines: Iterator[bytes], count: int) -> list[bytes]:

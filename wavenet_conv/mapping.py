@@ -20,16 +20,16 @@ from .errors import MappingError
 from .model import ConvWaveNet, WaveNetConfig
 
 FLATTEN = ("FlattenConsecutive", "Flatten")
-KNOWN = ("Embedding", *FLATTEN, "Linear", "BatchNorm1d", "Tanh")
 GATED_HEAD = ("ReLU", "Linear", "ReLU", "Linear")
 
 _ORDER = "a tree is Embedding, per layer FlattenConsecutive, Linear, BatchNorm1d or none, Tanh, then one last Linear"
+_BLOCK = "linear, skip and residual are linear layers; the last block's residual, which nothing reads, is None"
 _GATED_ORDER = f"a gated tree is Embedding, one GatedBlock per layer, then {', '.join(GATED_HEAD)}"
 
 
 @dataclass
 class _Parts:
-    """The modules of a tree that become one convolutional layer; `place` is the index of the Linear."""
+    """The modules of one convolutional layer; `place` is the index of the Linear."""
 
     place: int
     linear: Any
@@ -41,9 +41,9 @@ class _Parts:
 def from_tree(tree: Any) -> ConvWaveNet:
     """Maps a tree to the convolutional model that computes the same logits.
 
-    Weights are copied: training one model never changes the other. A module without a flatten before it has kernel
-    size 1, and a head without a bias gets one of zeros. In training mode the model normalises by the unbiased variance,
-    as the lecture does, where `nn.BatchNorm1d` takes the biased one.
+    Weights are copied. A `Linear` without a flatten before it has kernel size 1, and a head without a bias gets one of
+    zeros. In training mode the model normalises by the unbiased variance, as the lecture does, where `nn.BatchNorm1d`
+    takes the biased one.
 
     Args:
         tree: The lecture's `Sequential`, a list of its modules, or a `torch.nn.Sequential`; any of them may be nested.
@@ -56,8 +56,7 @@ def from_tree(tree: Any) -> ConvWaveNet:
         The model in evaluation mode, on the tree's device and in its dtype.
 
     Raises:
-        MappingError: The tree holds something else, or batch-norm statistics per position, which do not allow nodes
-            to be shared. The message names the module.
+        MappingError: The tree holds something else, or batch-norm statistics per position; names the module.
     """
     modules = list(_flattened(tree))
     _check_start(modules)
@@ -94,22 +93,20 @@ def blank(config: WaveNetConfig, like: Tensor) -> ConvWaveNet:
 
 def _flattened(tree: Any) -> Iterator[Any]:
     """The modules of a tree in order. A class of another name, or with its own `forward`, is one module."""
+    if type(tree).__name__ == "Sequential" and not isinstance(tree, nn.Module):
+        tree = tree.layers
     if isinstance(tree, (list, tuple, nn.ModuleList)) or getattr(type(tree), "forward", None) is nn.Sequential.forward:
-        inside = tree
-    elif type(tree).__name__ == "Sequential" and not isinstance(tree, nn.Module):
-        inside = tree.layers
+        for module in tree:
+            yield from _flattened(module)
     else:
         yield tree
-        return
-    for module in inside:
-        yield from _flattened(module)
 
 
 def _check_start(modules: list[Any]) -> None:
-    """What holds for any tree: an embedding comes first, and it and linear modules have weights."""
+    """Any tree has an embedding first, and weights in it and in linear modules."""
     if not modules or _kind(modules[0]) != "Embedding":
-        first = f"it starts with {type(modules[0]).__name__}" if modules else "it has no layers"
-        raise MappingError(f"a tree starts with an Embedding; {first}")
+        first = type(modules[0]).__name__ if modules else "no layer"
+        raise MappingError(f"a tree starts with an Embedding, not with {first}; {_ORDER}")
     for place, module in enumerate(modules):
         if _kind(module) in ("Embedding", "Linear") and not isinstance(getattr(module, "weight", None), Tensor):
             raise _error(place, module, "has no weight tensor")
@@ -138,10 +135,8 @@ def _parse(modules: list[Any]) -> tuple[list[_Parts], Any]:
             unfinished.norm = module
         elif kind == "Tanh" and unfinished is not None:
             unfinished.tanh = True
-        elif kind in KNOWN:
-            raise _error(place, module, f"does not belong after {type(modules[place - 1]).__name__}; {_ORDER}")
         else:
-            raise _error(place, module, f"is not a layer that the mapping knows ({', '.join(KNOWN)})")
+            raise _error(place, module, f"does not belong after {type(modules[place - 1]).__name__}; {_ORDER}")
     if len(layers) < 2 or layers[-1].tanh or layers[-1].norm is not None or layers[-1].kernel_size != 1:
         raise MappingError(f"the tree does not end with a head after at least one layer; {_ORDER}")
     return layers[:-1], layers[-1].linear
@@ -180,13 +175,11 @@ def _checked_gate(place: int, block: Any, channels: int, last: bool) -> int:
     for name in ("linear", "skip", "residual"):
         linear = isinstance(getattr(getattr(block, name, None), "weight", None), Tensor)
         if linear == (last and name == "residual"):
-            complaint = f"has a {name} that is wrong: linear, skip and residual are linear layers with a weight each, "
-            raise _error(place, block, complaint + "and the last block's residual, which nothing reads, is None")
+            raise _error(place, block, f"has a {name} that is wrong: {_BLOCK}")
     gate = _matrix(block.linear).shape[1] // 2
-    for name, shape in (("linear", (block.n * channels, 2 * gate)), ("skip", (gate, channels))):
-        _check_shape(place, getattr(block, name), shape, f"the {name} of this GatedBlock")
-    if not last:
-        _check_shape(place, block.residual, (gate, channels), "the residual of this GatedBlock")
+    shapes = {"linear": (block.n * channels, 2 * gate), "skip": (gate, channels), "residual": (gate, channels)}
+    for name in shapes if not last else ("linear", "skip"):
+        _check_shape(place, getattr(block, name), shapes[name], f"the {name} of this GatedBlock")
     return gate
 
 
@@ -214,8 +207,7 @@ def _copy_linear(target: Any, source: Any) -> None:
 
 def _check_shape(place: int, linear: Any, shape: tuple[int, int], role: str) -> None:
     if (found := tuple(_matrix(linear).shape)) != shape:
-        complaint = "has {} inputs and {} outputs; {} needs {} inputs and {} outputs".format(*found, role, *shape)
-        raise _error(place, linear, complaint)
+        raise _error(place, linear, f"has (inputs, outputs) of {found}; {role} needs {shape}")
 
 
 def _check_dtypes(modules: list[Any]) -> None:
@@ -225,33 +217,29 @@ def _check_dtypes(modules: list[Any]) -> None:
             for name in ("weight", "bias", "gamma", "beta", "running_mean", "running_var"):
                 tensor = getattr(part, name, None)
                 if isinstance(tensor, Tensor) and (tensor.dtype != dtype or not dtype.is_floating_point):
-                    complaint = f"has a {name} of {tensor.dtype} and the embedding one of {dtype}; "
-                    raise _error(place, part, complaint + "convert the whole tree to one floating-point dtype")
+                    complaint = f"has a {name} of {tensor.dtype}; convert the whole tree to one floating-point dtype"
+                    raise _error(place, part, complaint)
 
 
 def _all_or_none(layers: list[_Parts], has: Callable[[_Parts], bool], what: str) -> bool:
     missing = [parts for parts in layers if not has(parts)]
     if missing and len(missing) < len(layers):
-        complaint = f"has no {what} but other layers do; give it to every layer or to none"
-        raise _error(missing[0].place, missing[0].linear, complaint)
+        raise _error(missing[0].place, missing[0].linear, f"has no {what}; give it to every layer or to none")
     return not missing
 
 
 def _copy_batch_norm(norm: Any, source: Any, place: int) -> None:
     """Copies a batch norm of the lecture (gamma, beta) or of torch (weight, bias; None for affine=False)."""
-    for name in ("running_mean", "running_var", "eps"):
-        if getattr(source, name, None) is None:
-            raise _error(place, source, f"has no {name}; without running statistics its output depends on the batch")
-    ours = {"running_mean": norm.running_mean, "running_var": norm.running_var}
-    for target, names, default in ((norm.weight, ("gamma", "weight"), 1.0), (norm.bias, ("beta", "bias"), 0.0)):
-        found = [name for name in names if hasattr(source, name)]
-        if not found:
-            raise _error(place, source, f"has neither {names[0]} nor {names[1]}")
-        target.fill_(default)
-        if getattr(source, found[0]) is not None:
-            ours[found[0]] = target
+    gamma, beta = ("gamma", "beta") if hasattr(source, "gamma") else ("weight", "bias")
+    ours = {"running_mean": norm.running_mean, "running_var": norm.running_var, gamma: norm.weight, beta: norm.bias}
+    for name in ("eps", *ours):
+        affine = name in (gamma, beta) and hasattr(source, name)  # None then stands for 1 and 0
+        if getattr(source, name, None) is None and not affine:
+            raise _error(place, source, f"has no {name}; a batch norm has running statistics, eps, gamma and beta")
     for name, target in ours.items():
         value, channels = getattr(source, name), len(target)
+        if value is None:
+            value = torch.full_like(target, float(name == gamma))
         complaint = f"has a {name} of shape {tuple(value.shape)} for {channels} channels"
         if value.shape[-1:] != target.shape:
             raise _error(place, source, complaint)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -16,35 +15,22 @@ LECTURE_SHA256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc
 
 
 def read_names(path: str | Path) -> list[str]:
-    """Reads a UTF-8 text file with one name per line.
+    """Reads a UTF-8 text file with one name per line; white space around names and blank lines are skipped.
 
-    A byte-order mark and CRLF or CR line ends are accepted, white space around a name is removed, and blank lines are
-    skipped.
-
-    Raises:
-        NamesError: The file is missing, holds no name, is not UTF-8, or has a `.` in a name. The message names the
-            file, and the line where there is one.
+    A byte-order mark and CRLF or CR line ends are accepted. Raises `NamesError`, with the file and the line, if the
+    file is missing, holds no name, is not UTF-8, or has a `.` in a name.
     """
     try:
-        data = Path(path).read_bytes()
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise NamesError(f"{path}: {error.strerror or error}; give a text file with one name per line") from error
-    try:
-        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        number = data.count(b"\n", 0, error.start) + 1
-        raise NamesError(
-            f"{path}, line {number}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
-        ) from error
+        number, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
+        raise NamesError(f"{path}, line {number}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from error
     lines = [line.strip() for line in re.split("\r\n|\r|\n", text)]
     for number, line in enumerate(lines, start=1):
         if "." in line:
-            raise NamesError(
-                f"{path}, line {number} ({line[:40]!r}): '.' marks the end of a name; remove it",
-                index=sum(map(bool, lines[: number - 1])),
-                position=line.index("."),
-                character=".",
-            )
+            raise NamesError(f"{path}, line {number} ({line[:40]!r}): '.' marks the end of a name; remove it")
     names = [line for line in lines if line]
     if not names:
         raise NamesError(f"{path}: no names in it; give a text file with one name per line")
@@ -64,16 +50,13 @@ def lecture_names() -> Path | None:
 def download_lecture_names(url: str = LECTURE_URL) -> Path:
     """Downloads the lecture's list to the user's cache folder, unless it is there and whole; returns its path.
 
-    Raises:
-        DownloadError: The transfer fails or returns other data. It leaves nothing behind, and a previous file in the
-            cache stays.
+    Raises `DownloadError` if the transfer fails or returns other data; a previous file in the cache then stays.
     """
     import torch.hub  # takes seconds, so that reading a list does not wait for it
 
     path = _cached()
     if _is_lecture_list(path):
         return path
-    created = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # torch downloads beside the target, compares the hash, and only then renames.
@@ -82,10 +65,6 @@ def download_lecture_names(url: str = LECTURE_URL) -> Path:
         raise DownloadError(
             f"{url}: {error}; try again, or save the file yourself and set WAVENET_CONV_LECTURE_NAMES to its path"
         ) from error
-    finally:
-        for folder in created:
-            with suppress(OSError):  # the folder that holds the list is not empty and stays
-                folder.rmdir()
     return path
 
 

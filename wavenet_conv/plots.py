@@ -1,4 +1,4 @@
-"""Plots of training: losses, embeddings, learning rates, sweeps. matplotlib is imported when one is drawn."""
+"""Plots of training: losses, embeddings, learning rates. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -38,24 +38,15 @@ def check_plot(path: str | Path) -> None:
 def plot_losses(
     path: str | Path, losses: Losses, validations: Points, embedding: Tensor | None = None, characters: str = ""
 ) -> None:
-    """Plots the losses of one training and, as in the lecture, an embedding that is two wide.
+    """Plots the losses of one training, in nats: each step's, as means of groups, and `(step, loss)` of validations.
 
-    Args:
-        path: A .png, .svg or .pdf file.
-        losses: Of each step, in nats; drawn as means of groups of steps.
-        validations: `(step, loss)` of each validation, in nats.
-        embedding: `(vocab, 2)`, drawn as a scatter of the characters.
-        characters: The vocabulary's, without `.`.
-
-    Raises:
-        UsageError: matplotlib is missing, or `path` has another suffix.
-        OutputError: The file cannot be written.
+    An embedding `(vocab, 2)` is drawn beside them as in the lecture, with the vocabulary's `characters`.
     """
     figure, (axes, *other) = _figure(1 if embedding is None else 2)
     curve = _curve(losses)
     size = min(LONGEST_MEAN, max(1, len(curve) // POINTS))
-    steps = means(torch.arange(1, len(curve) + 1), size)
-    axes.plot(steps, means(curve, size), linewidth=1, label="training" + (f", means of {size:,}" if size > 1 else ""))
+    steps = _means(torch.arange(1, len(curve) + 1), size)
+    axes.plot(steps, _means(curve, size), linewidth=1, label="training" + (f", means of {size:,}" if size > 1 else ""))
     if validations:
         axes.plot(*zip(*validations), "o", markersize=4, label="validation")
     axes.set(xlabel="step", ylabel="loss (nats)")
@@ -71,13 +62,10 @@ def plot_losses(
 
 
 def plot_rates(path: str | Path, rates: Sequence[float], losses: Losses, suggestion: float) -> None:
-    """Plots the losses of a `find-lr` against its learning rates, one per step, and marks the suggested rate.
-
-    Path, losses and errors are those of `plot_losses`.
-    """
+    """Plots the losses of a `find-lr` against its learning rates, one per step, and marks the suggested rate."""
     figure, (axes,) = _figure(1)
     curve, size = _curve(losses), max(1, len(losses) // (POINTS // 2))
-    axes.plot(10 ** means(torch.tensor(rates).log10(), size), means(curve, size))
+    axes.plot(10 ** _means(torch.tensor(rates).log10(), size), _means(curve, size))
     axes.axvline(suggestion, color="C1", linestyle="--", label=f"suggestion: {suggestion:.2g}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss (nats)")
     finite = curve[curve.isfinite()]
@@ -88,29 +76,8 @@ def plot_rates(path: str | Path, rates: Sequence[float], losses: Losses, suggest
     _write(figure, path)
 
 
-def plot_trials(path: str | Path, trials: Sequence[tuple[str, Points, Points]]) -> None:
-    """Plots the losses of the trials of a sweep, with the best on top: the one with the lowest validation loss.
-
-    A trial is its name, its training losses and its validation losses, both as `(step, loss)` in nats. Path and errors
-    are those of `plot_losses`.
-    """
-    figure, panels = _figure(2)
-    ranked = sorted(trials, key=lambda trial: -min((loss for _, loss in trial[2]), default=float("inf")))
-    for name, *curves in ranked:
-        best = name == ranked[-1][0]
-        style: dict[str, Any] = {"color": "C0" if best else "0.75", "linewidth": 2 if best else 0.8}
-        for axes, points in zip(panels, curves):
-            if points:
-                axes.plot(*zip(*points), ".-", label=f"best: {name}" if best else None, **style)
-    for axes, title in zip(panels, ("training", "validation")):
-        axes.set(title=title, xlabel="step", ylabel="loss (nats)")
-        if axes.lines:
-            axes.legend()
-    _write(figure, path)
-
-
-def means(values: Tensor, size: int) -> Tensor:
-    """The means of consecutive groups of `size` values, of which the last may be smaller: `(n,)` to `(groups,)`."""
+def _means(values: Tensor, size: int) -> Tensor:
+    """The means of consecutive groups of `size` values, of which the last may be smaller."""
     return torch.stack([group.mean(dtype=torch.float64) for group in values.split(size)]) if len(values) else values
 
 

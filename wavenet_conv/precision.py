@@ -15,9 +15,7 @@ def exact_float32() -> Iterator[None]:
     """A context manager that runs float32 convolutions and matrix products in IEEE arithmetic.
 
     TF32 has 10 bits of mantissa, which moves logits by about 1e-3. The switches of CUDA and of the CPU's oneDNN are
-    set, and restored at the end. They are global: other threads see them too. PyTorch has two kinds of switch and
-    raises an error if they are mixed: this uses `fp32_precision` where the installed version has it, else `allow_tf32`
-    and the float32 matmul precision.
+    set, and restored at the end; they are global, so other threads see them too.
     """
     switches = _switches()
     found = [read() for read, _, _ in switches]

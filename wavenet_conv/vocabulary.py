@@ -84,12 +84,7 @@ class Vocabulary:
     def pack(
         self, names: Sequence[str], *, context: int, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The sequences of `names` end to end, without padding to a common length.
-
-        Args:
-            names: The names.
-            context: The tokens that one prediction sees.
-            lengths: What `lengths_of(names)` returned, if known; counting takes as long as joining.
+        """The sequences of `names` end to end, without padding to a common length; `lengths` saves counting them.
 
         Returns:
             `(tokens, lengths, known)`, all on the CPU. tokens `(time,)`: `context` zeros before each name and after the
@@ -123,22 +118,15 @@ class Vocabulary:
 
     def unknown_character_error(self, names: Sequence[str]) -> NamesError:
         """The error, to be raised, for the first character of `names` that is not in the vocabulary."""
-        for index, name in enumerate(names):
-            for position, character in enumerate(name):
-                if character not in self.characters:
-                    return _names_error(names, index, position, f"is not in the vocabulary {self.characters!r}")
-        raise ValueError("every character is in the vocabulary")
+        places = ((index, position) for index, name in enumerate(names) for position in range(len(name)))
+        index, position = next(place for place in places if names[place[0]][place[1]] not in self.characters)
+        return _names_error(names, index, position, f"is not in the vocabulary {self.characters!r}")
 
     def decode(self, tokens: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> str | list[str]:
-        """The name in a sequence, or the names in a batch of them.
+        """The name in a sequence of integers `(time,)`, or the names in a batch `(batch, time)`.
 
-        Args:
-            tokens: Integers `(time,)` or `(batch, time)`. Leading zeros are padding; the first zero after a character
-                ends the name, and the rest is not read.
-
-        Raises:
-            TokenError: A token is outside the vocabulary.
-            ShapeError: The tokens have another shape, or are not integers.
+        Leading zeros are padding; the first zero after a character ends the name, and the rest is not read. Raises
+        `TokenError` for a token outside the vocabulary, `ShapeError` for another shape or for other than integers.
         """
         tokens = torch.as_tensor(tokens)
         tokens = tokens if tokens.numel() else tokens.long()

@@ -14,16 +14,14 @@ import safetensors.torch
 import torch
 from helpers import ALPHABET, random_tree
 
-from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, from_tree
+from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig
 from wavenet_conv.checkpoint import load_checkpoint, save_checkpoint
 from wavenet_conv.errors import CheckpointError
 
 AB = Vocabulary("ab")
 SMALL = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, kernel_sizes=(2, 2))
 GATED = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, kernel_sizes=(2, 2), gated=True)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MIXED = {"n_hidden": (5, 1, 4), "kernel_sizes": (3, 1, 2)}
-MIXED_GATED = MIXED | {"gated": True}
 
 
 def small(config=SMALL, dtype=torch.float32, value=1.0) -> ConvWaveNet:
@@ -41,14 +39,14 @@ def parts(path: Path) -> tuple[dict, dict]:
         return safetensors.torch.load_file(path), file.metadata()
 
 
-def changed(path: Path, *, saved=None, tensors=None, config=None, without=(), **metadata) -> Path:
-    """Replaces some tensors, config fields and metadata of a file, and removes those in `without`."""
+def changed(path: Path, *, saved=None, tensors=(), config=(), without=None, **metadata) -> Path:
+    """Replaces some tensors, config fields and metadata of a file, and removes the one called `without`."""
     found, about = parts(path)
-    fields = json.loads(about["config"]) | (config or {})
-    about["config"] = json.dumps({name: value for name, value in fields.items() if name not in without})
-    kept = {name: value for name, value in (found | (tensors or {})).items() if name not in without}
-    about = {name: value for name, value in (about | metadata).items() if name not in without}
-    path.write_bytes(safetensors.torch.save(kept, about))
+    fields = json.loads(about["config"]) | dict(config)
+    fields.pop(without, None)
+    found |= dict(tensors)
+    found.pop(without, None)
+    path.write_bytes(safetensors.torch.save(found, about | {"config": json.dumps(fields)} | metadata))
     return path
 
 
@@ -66,12 +64,8 @@ def path(tmp_path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "sizes",
-    [{}, {"batch_norm": False}, {"bias": True}, {"batch_norm": False, "bias": False}, MIXED, MIXED_GATED],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [{"bias": True}, {"batch_norm": False}, MIXED, MIXED | {"gated": True}], ids=str)
 def test_every_bit_comes_back(tmp_path, sizes, dtype):
     model = small(WaveNetConfig(**{"vocab_size": 3, "n_embd": 2, "n_hidden": 3, **sizes}), dtype)
     for layer in model.layers if model.config.batch_norm else ():
@@ -96,8 +90,7 @@ def test_file_has_the_names_that_older_releases_read(path, config, version):
     assert metadata["version"] == version and fields.get("gated", False) is config.gated
     asked = {"vocab_size", "n_embd", "n_hidden", "fan_ins", "batch_norm", "bias", "norms"}
     assert set(fields) == asked | ({"gated"} if config.gated else set()) and fields["fan_ins"] == [2, 2]
-    inside = ["conv.weight", "conv.bias", "skip.weight", "skip.bias"]
-    inside = inside if config.gated else ["conv.weight", *(f"norm.{n}" for n in ("weight", "bias", "running_mean"))]
+    inside = ["conv.weight", "skip.weight"] if config.gated else ["conv.weight", "norm.running_mean"]
     assert {f"levels.{layer}.{name}" for layer in (0, 1) for name in inside} <= set(tensors)
     assert not any(name.startswith("layers") for name in tensors)
     assert load_checkpoint(path).model.config == config
@@ -105,8 +98,7 @@ def test_file_has_the_names_that_older_releases_read(path, config, version):
 
 def test_notes_quantiles_and_any_vocabulary_come_back(path):
     loaded = load_checkpoint(path)
-    assert loaded.notes == {"list": "none"}
-    assert loaded.quantiles.dtype == torch.float32 and loaded.quantiles.tolist() == [0.5, 1.0, 3.0]
+    assert loaded.notes == {"list": "none"} and loaded.quantiles.tolist() == [0.5, 1.0, 3.0]
     vocab = Vocabulary('é"\\\n\0\U0001f600 ')
     save_checkpoint(path, small(WaveNetConfig(vocab_size=len(vocab), n_embd=1, n_hidden=1)), vocab)
     assert load_checkpoint(str(path)).vocab == vocab
@@ -120,27 +112,17 @@ def test_default_checkpoint_is_trained_and_draws_no_random_numbers():
     tokens, _ = checkpoint.vocab.encode(["emma", "olivia", ""], context=checkpoint.model.context)
     with torch.no_grad():
         log_probs = checkpoint.model(tokens).log_softmax(-1)
-    assert log_probs.isfinite().all()
     assert -log_probs[:2, :4].gather(2, tokens[:2, 8:12, None]).mean() < 2.5  # guessing costs 3.30 nats
     assert len(checkpoint.quantiles) == 1001
     assert {"list_sha256", "train_loss", "validation_loss", "test_loss"} <= checkpoint.notes.keys()
 
 
-def tiny(path) -> bytes:
-    """The smallest checkpoint."""
+def test_truncated_file_and_flipped_bit_of_the_header_are_rejected(path):
     save_checkpoint(path, small(WaveNetConfig(3, 1, 1, (2,), batch_norm=False)), AB, quantiles=torch.ones(2))
-    return path.read_bytes()
-
-
-def test_every_truncation_is_rejected(path):
-    data = tiny(path)
-    for wrong in [*(data[:length] for length in range(len(data))), data + b"123"]:
+    data, rejected = path.read_bytes(), 0
+    for wrong in [*(data[:length] for length in range(0, len(data), 3)), data[:-1], data + b"123"]:
         path.write_bytes(wrong)
         assert "the file is damaged; copy it again" in rejection(path)
-
-
-def test_flipped_bit_of_the_header_is_rejected_or_harmless(path):
-    data, rejected = tiny(path), 0
     for place in range(8 + int.from_bytes(data[:8], "little")):
         flipped = bytearray(data)
         flipped[place] ^= 1 << place % 8
@@ -158,16 +140,13 @@ class Trap:
 
 
 def test_pickle_is_rejected_unread(path):
-    for protocol in (2, 4, 5):
-        path.write_bytes(pickle.dumps([Trap()] * 9, protocol))
-        assert "a pickle, as torch.save writes them; reading one can run any code" in rejection(path)
-    for zipped in (True, False):
-        torch.save(small().state_dict(), path, _use_new_zipfile_serialization=zipped)
-        assert "a pickle" in rejection(path)
+    path.write_bytes(pickle.dumps([Trap()] * 9))
+    assert "a pickle, as torch.save writes them; reading one can run any code" in rejection(path)
+    torch.save(small().state_dict(), path)
+    assert "a pickle" in rejection(path)
 
 
-def test_header_that_starts_as_a_pickle_is_read(tmp_path):
-    """A safetensors file starts with the length of its header, whose first byte may be 0x80."""
+def test_header_whose_length_starts_as_a_pickle_is_read(tmp_path):
     first_bytes = set()
     for spare in range(0, 256, 8):
         save_checkpoint(tmp_path / "m", small(), AB, {"spare": "x" * spare})
@@ -175,20 +154,13 @@ def test_header_that_starts_as_a_pickle_is_read(tmp_path):
     assert 0x80 in first_bytes  # saving loads each file
 
 
-@pytest.mark.parametrize(
-    ("data", "complaint"),
-    [
-        (b"emma\nolivia\nava\n", "not a safetensors file"),
-        (b"\2\0\0\0\0\0\0\0[]", "not a safetensors file"),
-        (b"\2\0\0\0\0\0\0\0{}", "another model"),
-        (b"\2\0\0\0\0\0\0\0{{", "is not JSON"),
-        ((100_000).to_bytes(8, "little") + b"[" * 100_000, "not a safetensors file"),
-    ],
-    ids=["text", "array", "object", "braces", "deep"],
-)
-def test_other_file_is_rejected(path, data, complaint):
-    path.write_bytes(data)
-    assert complaint in rejection(path)
+def test_other_file_is_rejected(path):
+    deep = (100_000).to_bytes(8, "little") + b"[" * 100_000
+    for data in (b"emma\nolivia\nava\n", b"\2\0\0\0\0\0\0\0[]", deep):
+        path.write_bytes(data)
+        assert "not a safetensors file" in rejection(path)
+    path.write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    assert "another model" in rejection(path)
     assert "No such file" in rejection(path.parent / "none")
     assert "give a file that save_checkpoint wrote, or 'default'" in rejection(path.parent)
 
@@ -196,20 +168,18 @@ def test_other_file_is_rejected(path, data, complaint):
 NAN = torch.tensor([1.0, torch.nan, torch.inf])
 MISFITS = [
     ({"format": "pt"}, "another model: its format is not 'wavenet-conv'"),
-    ({"version": "3"}, "its version is '3' and this library reads '1' and '2'; install a newer"),
-    ({"without": ("config",)}, "its config is not a JSON object"),
+    ({"version": "3"}, "its version is '3', not '1' or '2'; install a newer"),
     ({"notes": "{"}, "its notes is not a JSON object"),
     ({"vocabulary": "abc"}, "its vocabulary 'abc' is not the 2 characters of the model"),
     ({"config": {"width": 3}}, "other fields or types than this library's"),
-    ({"without": ("fan_ins",)}, "other fields"),
+    ({"without": "fan_ins"}, "other fields"),
     ({"config": {"fan_ins": [2, 0]}}, "kernel_sizes[1] is 0"),
     ({"config": {"batch_norm": "no"}}, "types"),
     ({"config": {"norms": [[1e-5, 0.1], [float("nan"), 0.1]]}}, "not eps and momentum of 2 layers"),
     ({"config": {"n_embd": 10**18}}, "cannot be built"),
     ({"config": {"n_embd": 10**11}}, "'embedding.weight' is (3, 2) in the file and (3, 100000000000) in the model"),
-    ({"without": ("head.bias",)}, "'head.bias' is missing in the file and (3,) in the model"),
+    ({"without": "head.bias"}, "'head.bias' is missing in the file and (3,) in the model"),
     ({"tensors": {"head.scale": torch.ones(1)}}, "'head.scale' is (1,) in the file and missing in the model"),
-    ({"tensors": {"levels.1.conv.weight": torch.ones(3, 3, 4)}}, "'layers.1.conv.weight' is (3, 3, 4) in the file"),
     ({"tensors": {"levels.0.norm.weight": NAN}}, "layers.0.norm.weight has values that are NaN or infinite"),
     ({"tensors": {"head.bias": torch.ones(3).double()}}, "its weights are of ['torch.float32', 'torch.float64']"),
     ({"tensors": {"quantiles": torch.ones(3).double()}}, "quantiles must be torch.float32"),
@@ -229,12 +199,11 @@ def test_parts_that_do_not_fit_are_rejected(tmp_path, change, complaint):
     [
         ({"vocab": Vocabulary("abc")}, "its vocabulary 'abc'"),
         ({"vocab": Vocabulary("a\ud800")}, "Unicode text"),
-        ({"vocab": "ab"}, "holds a Vocabulary, not a str"),
         ({"model": random_tree()}, "holds a ConvWaveNet, not a Sequential"),
         ({"notes": {"loss": torch.ones(1)}}, "notes hold what JSON can"),
         ({"model": small(value=torch.nan)}, "head.bias has values that are NaN or infinite"),
     ],
-    ids=["size", "surrogate", "string", "tree", "notes", "nan"],
+    ids=["size", "surrogate", "tree", "notes", "nan"],
 )
 def test_saving_rejects_what_loading_would(path, change, complaint):
     before = path.read_bytes()
@@ -256,14 +225,11 @@ def test_failed_write_leaves_the_previous_file(path, monkeypatch, function, fail
         save_checkpoint(path, small(), AB)
     monkeypatch.undo()
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
-    with pytest.raises(OSError, match="No such file"):
-        save_checkpoint(path.parent / "none" / "m", small(), AB)
 
 
 def test_same_model_gives_the_same_bytes(tmp_path):
     """So that a checksum says whether two runs gave the same model."""
-    conv, notes = from_tree(random_tree(n_embd=4, n_hidden=8, dtype=torch.float32)), {"b": 1, "a": [2.5, "é"]}
     files = [tmp_path / f"{number}.safetensors" for number in range(8)]
     for file in files:
-        save_checkpoint(file, conv, Vocabulary(ALPHABET), notes)
+        save_checkpoint(file, small(), AB, {"b": 1, "a": [2.5, "é"]})
     assert len({file.read_bytes() for file in files}) == 1

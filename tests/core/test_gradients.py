@@ -8,7 +8,7 @@ from helpers import ALPHABET, KINDS, assert_same_gradients, norms_of, random_tre
 from hypothesis import given, settings
 
 import reference
-from wavenet_conv import Vocabulary, WaveNetConvError, fold_batch_norm, from_tree
+from wavenet_conv import Vocabulary, from_tree
 
 VOCAB = Vocabulary(ALPHABET)
 NAMES = ["", "a", "emma", "olivia", "maximiliano", "xzqjkwvxzqjkwvxzqjkwv"]
@@ -51,20 +51,3 @@ def test_training_mode_is_the_trees(kernel_sizes, names, seed, gated):
     for layer, norm in zip(conv.layers, norms_of(tree)):
         assert (layer.norm.running_mean - norm.running_mean.flatten()).abs().max() < 1e-12
         assert (layer.norm.running_var - norm.running_var.flatten()).abs().max() < 1e-12
-
-
-def test_one_window_has_no_batch_statistics():
-    conv = from_tree(random_tree(n_embd=5, n_hidden=7)).train()
-    with pytest.raises(WaveNetConvError, match="value.*channel.*no variance; train on more"):
-        conv(torch.zeros(1, 8, dtype=torch.int64))
-
-
-def test_tree_model_and_folded_model_share_no_memory():
-    tree = random_tree(n_embd=5, n_hidden=7)
-    conv = from_tree(tree)
-    folded, tokens = fold_batch_norm(conv), VOCAB.encode(NAMES, context=8)[0]
-    with torch.no_grad():
-        before = reference.window_logits(tree, tokens), folded(tokens)
-        for tensor in conv.state_dict().values():
-            tensor.zero_()
-        assert torch.equal(reference.window_logits(tree, tokens), before[0]) and torch.equal(folded(tokens), before[1])

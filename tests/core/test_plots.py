@@ -13,13 +13,6 @@ from wavenet_conv.errors import OutputError, UsageError
 
 figure = pytest.importorskip("matplotlib.figure", reason="needs matplotlib: pip install matplotlib")
 
-STARTS = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "plot.png"
-
 
 @pytest.fixture
 def drawn(monkeypatch):
@@ -29,65 +22,47 @@ def drawn(monkeypatch):
     return figures
 
 
-@pytest.mark.parametrize("suffix", STARTS)
-def test_files_of_each_format(tmp_path, recwarn, suffix):
+@pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_files_of_each_format(tmp_path, recwarn, suffix, start):
     path = tmp_path / f"plot.{suffix}"
     plots.plot_losses(path, [3.0, 2.5, math.nan], [(2, 2.75)], torch.randn(4, 2), "ab\u4e00")
-    assert path.read_bytes().startswith(STARTS[suffix])
+    assert path.read_bytes().startswith(start)
     plots.plot_rates(path, [0.001, 0.01, 0.1], [3.0, 2.5, math.inf], 0.01)
-    plots.plot_trials(path, [("trial 0", [(2, 3.0)], [(2, 3.1)]), ("trial 1", [], [])])
-    plots.plot_trials(path, [])
-    assert path.read_bytes().startswith(STARTS[suffix])
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     assert "matplotlib.pyplot" not in sys.modules and not recwarn.list  # also for a character without a glyph
 
 
-def test_long_curves_are_smoothed_as_in_the_lecture(drawn, path):
+def test_long_curves_are_smoothed_as_in_the_lecture(drawn):
     losses = torch.rand(200_000)
-    plots.plot_losses(path, losses, [(1000, 0.5), (2000, 0.4)])
+    plots.plot_losses("a.png", losses, [(1000, 0.5), (2000, 0.4)])
     training, validation = drawn[0][0].lines
     assert torch.allclose(torch.tensor(training.get_ydata()), losses.view(-1, 1000).double().mean(1))
     assert training.get_xdata()[0] == 500.5 and len(training.get_xdata()) == 200
     assert list(zip(*validation.get_data())) == [(1000, 0.5), (2000, 0.4)]
 
 
-@pytest.mark.parametrize("steps, points", [(0, 0), (399, 399), (400, 200), (300_500, 301)])
-def test_about_two_hundred_points_and_at_most_a_thousand_steps_per_point(drawn, path, steps, points):
-    plots.plot_losses(path, torch.rand(steps), [])
-    assert len(drawn[0][0].lines[0].get_xdata()) == points
-
-
-def test_an_embedding_two_wide_is_drawn_with_its_characters(drawn, path):
+def test_an_embedding_two_wide_is_drawn_with_its_characters(drawn):
     table = torch.randn(4, 2, requires_grad=True)
-    plots.plot_losses(path, [torch.tensor(1.0)], [], table, "a$é")
+    plots.plot_losses("a.png", [torch.tensor(1.0)], [], table, "a$é")
     texts = drawn[0][1].texts
     assert [text.get_text() for text in texts] == [".", "a", "$", "é"]
     assert [text.get_position() for text in texts] == [tuple(row) for row in table.tolist()]
 
 
-def test_the_valley_is_visible_beside_the_explosion(drawn, path):
-    plots.plot_rates(path, [0.001, 0.01, 0.1, 1.0], [3.0, 2.0, 50.0, math.nan], 0.01)
+def test_the_valley_is_visible_beside_the_explosion(drawn):
+    plots.plot_rates("a.png", [0.001, 0.01, 0.1, 1.0], [3.0, 2.0, 50.0, math.nan], 0.01)
     low, high = drawn[0][0].get_ylim()
     assert 1.8 < low < 2 and 3 < high < 3.3 and drawn[0][0].get_xscale() == "log"
     assert set(drawn[0][0].lines[1].get_xdata()) == {0.01}
 
 
-def test_the_best_trial_is_on_top(drawn, path):
-    curves = [("trial 0", [(1, 3.0)], [(1, 2.9)]), ("trial 1", [(1, 2.8)], [(1, 2.7)]), ("trial 2", [], [])]
-    plots.plot_trials(path, curves)
-    for axes, loss in zip(drawn[0], (2.8, 2.7)):
-        best = axes.lines[-1]
-        assert (best.get_label(), best.get_ydata()[0], best.get_color()) == ("best: trial 1", loss, "C0")
-
-
-def test_plots_that_cannot_be_written(path, monkeypatch):
+def test_plots_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"a.gif: a plot is a .png, .svg, .pdf file"):
         plots.check_plot("a.gif")
-    missing = path.parent / "none" / "a.png"
     with pytest.raises(UsageError, match="--plot .*: not a file in an existing folder"):
-        plots.check_plot(missing)
+        plots.check_plot(tmp_path / "none" / "a.png")
     with pytest.raises(OutputError, match="a.png: No such file or directory; give another file"):
-        plots.plot_rates(missing, [0.1], [1.0], 0.1)
+        plots.plot_rates(tmp_path / "none" / "a.png", [0.1], [1.0], 0.1)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match="pip install matplotlib"):
-        plots.check_plot(path)
+        plots.check_plot("a.png")
