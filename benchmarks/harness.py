@@ -53,7 +53,7 @@ class Benchmark:
 
 @dataclass
 class Session:
-    """One run of a benchmark: its options, device, names and progress bar."""
+    """One run of a benchmark."""
 
     args: argparse.Namespace
     device: torch.device

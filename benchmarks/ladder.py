@@ -98,11 +98,14 @@ def run(session: Session) -> Results:
         raise UsageError(f"--names {args.names}: {len(names)} names leave nothing to validate on; give at least 10")
     train, validation, _ = reference.split_names(names, args.seed)
     parts = Parts(train, validation, session.vocab, args.steps or session.pick(QUICK_STEPS, STEPS), args.seed, {})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a minibatch of 32 is too little work to share
     for name in session.progress.track(args.rungs, description="rungs"):
         row = row_of(RUNGS[name], parts)
         losses = f"train {row['train_loss']:.4f}, validation {row['validation_loss']:.4f}"
         session.progress.console.print(f"{name}: {losses}, {row['seconds']:.0f} s", soft_wrap=True)
         rows.append(row)
+    torch.set_num_threads(threads)
     differences = [abs(row["difference"]) for row in rows if row["difference"] is not None]
     equal, worst = all(difference <= TOLERANCE for difference in differences), max(differences, default=None)
     digest, caveat = hashlib.sha256(Path(args.names).read_bytes()).hexdigest(), None
@@ -111,24 +114,17 @@ def run(session: Session) -> Results:
     elif digest != LECTURE_SHA256:
         caveat = "Not the lecture's list: the published losses are of another, so these prove nothing about them."
     sizes = {"of": len(names), "train": len(train), "validation": len(validation)}
-    return {
-        "names": {"file": Path(args.names).name, "sha256": digest, **sizes},
-        "recipe": {"steps": parts.steps, "batch": BATCH_SIZE, "lr": LR, "seed": args.seed},
-        "caveat": caveat,
-        "equality": {"equal": equal, "max_abs_diff": worst, "tolerance": TOLERANCE},
-        "rungs": rows,
-    }
+    recipe = {"steps": parts.steps, "batch": BATCH_SIZE, "lr": LR, "seed": args.seed}
+    equality = {"equal": equal, "max_abs_diff": worst, "tolerance": TOLERANCE}
+    used = {"file": Path(args.names).name, "sha256": digest, **sizes}
+    return {"names": used, "recipe": recipe, "caveat": caveat, "equality": equality, "rungs": rows}
 
 
 def row_of(rung: Rung, parts: Parts) -> Row:
-    """Trains and evaluates a rung on one thread; losses in nats per character, in evaluation mode, of all names."""
-    threads, begin = torch.get_num_threads(), time.perf_counter()
-    torch.set_num_threads(1)  # a minibatch of 32 is too little work to share
-    try:
-        by = train_ours if rung.name.startswith("ours-") else train_tree if rung.network else count_bigrams
-        row: Row = dict(zip(("parameters", "context", "steps", "train_loss", "validation_loss"), by(rung, parts)))
-    finally:
-        torch.set_num_threads(threads)
+    """Trains and evaluates a rung; losses in nats per character, in evaluation mode, of all names."""
+    begin = time.perf_counter()
+    by = train_ours if rung.name.startswith("ours-") else train_tree if rung.network else count_bigrams
+    row: Row = dict(zip(("parameters", "context", "steps", "train_loss", "validation_loss"), by(rung, parts)))
     difference = None if rung.published is None else row["validation_loss"] - rung.published
     row |= {"published_validation_loss": rung.published, "difference": difference}
     return {"rung": rung.name, **row, "seconds": time.perf_counter() - begin}
@@ -156,8 +152,8 @@ def train_tree(rung: Rung, parts: Parts) -> Outcome:
         parameter.data.normal_(generator=generator)
     context, drop_at = reference.context_of(tree), rung.drop_at * parts.steps // STEPS
     X, Y = reference.examples(parts.train, parts.vocab.characters, context)
-    options: dict[str, Any] = {"steps": parts.steps, "batch_size": BATCH_SIZE, "lr": LR, "drop_at": drop_at}
-    reference.train(tree, X, Y, **options, generator=generator)
+    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "lr": LR, "drop_at": drop_at, "generator": generator}
+    reference.train(tree, X, Y, steps=parts.steps, **options)
     held_out = reference.examples(parts.validation, parts.vocab.characters, context)
     losses = reference.evaluate(tree, X, Y), reference.evaluate(tree, *held_out)
     return parameters(tree), context, parts.steps, *losses

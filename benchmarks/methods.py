@@ -113,7 +113,6 @@ class Peer(nn.Module):
     def __init__(self, config: WaveNetConfig):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.context = 1 + sum(2 * (config.kernel_sizes[0] - 1) * dilation for dilation in config.dilations)
         shape = {"num_inputs": config.n_embd, "num_channels": list(config.widths), "dilations": list(config.dilations)}
         shape |= {"kernel_size": config.kernel_sizes[0], "output_projection": config.vocab_size}
         self.tcn = TCN(**shape, dropout=0.0, causal=True, use_norm=None, activation="tanh")

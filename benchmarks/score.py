@@ -21,7 +21,7 @@ import reference
 from benchmarks import harness
 from benchmarks.counting import distinct_nodes, outputs
 from benchmarks.harness import Benchmark, Results, Session, Sized, positive, rows_at_best
-from benchmarks.methods import MISSING, PEER, PEERS, OnList, exact_scores, list_rows, parameters, random_models
+from benchmarks.methods import MISSING, PEER, PEERS, OnList, exact_scores, list_rows, random_models
 from benchmarks.tables import Row, Table, text, with_shares
 from wavenet_conv import Scorer
 from wavenet_conv.checkpoint import load_checkpoint
@@ -60,10 +60,7 @@ def run(session: Session) -> Results:
     results["methods"] = rows[: len(METHODS)]
     results["limits"] = {"matmul_multiply_adds_per_second": harness.matmul_rate(session.device)}
     results["growth"] = growth_rows(session)
-    results["peer"] = MISSING
-    if PEERS:
-        sizes = {"parameters": parameters(models.peer), "receptive_field": models.peer.context}
-        results["peer"] = rows[-1] | sizes | {"nodes": None}  # its nodes are others
+    results["peer"] = rows[-1] | {"nodes": None} if PEERS else MISSING  # its nodes are others
     return results
 
 
@@ -101,27 +98,19 @@ def growth_rows(session: Session) -> list[Row]:
 
 
 def distinct_names(count: int, session: Session) -> list[str]:
-    """`count` distinct names of the default model in the order in which they were drawn, without the empty one.
-
-    The first n of them do not depend on `count`.
-    """
-    trained, tick = load_checkpoint("default"), session.ticks("sampling", count)
-    drawn = sample_stream(
-        trained.model, trained.vocab, max_length=LONGEST, seed=session.args.seed, device=session.device
-    )
+    """The first `count` distinct names that the default model draws, without the empty one."""
+    trained, options = load_checkpoint("default"), {"seed": session.args.seed, "device": session.device}
+    drawn = filter(None, sample_stream(trained.model, trained.vocab, max_length=LONGEST, **options))
     names: dict[str, None] = {}
     while len(names) < count:
-        before = len(names)
-        names.update(dict.fromkeys(islice(drawn, min(2**17, 2 * count))))
-        names.pop("", None)
-        tick(len(names) - before)
-    return list(names)[:count]
+        names.update(dict.fromkeys(islice(drawn, count - len(names))))
+    return list(names)
 
 
 def tables(results: Results) -> Iterator[Table]:
     """What is printed."""
-    names, peer, rate = results["names"], results["peer"], results["limits"]["matmul_multiply_adds_per_second"]
-    rows = with_shares([*results["methods"], peer], rate)
+    names, rate = results["names"], results["limits"]["matmul_multiply_adds_per_second"]
+    rows = with_shares([*results["methods"], results["peer"]], rate)
     columns = (
         "multiply-adds per position=multiply_adds_per_position ,.0f; nodes per layer=nodes ,; "
         "share of matmul rate=share .0%"
@@ -133,9 +122,8 @@ def tables(results: Results) -> Iterator[Table]:
         rows,
         f"The loop ran on {rows[0]['names']:,} of the names. shared starts at a list of strings, the others at "
         f"tensors of tokens. Distinct nodes: {text(results['distinct_nodes'], ',')}; shared tabulates the layers that "
-        f"show 0. Matmul rate: {rate / 1e9:,.0f} billion multiply-adds per second.\n{PEER}, with "
-        f"{text(peer.get('parameters'), ',')} parameters and a receptive field of {text(peer.get('receptive_field'))}, "
-        f"computes another function: it pads activations with zeros, and each of its blocks holds two convolutions.",
+        f"show 0. Matmul rate: {rate / 1e9:,.0f} billion multiply-adds per second.\n{PEER} computes another function: "
+        f"it pads activations with zeros, and each of its blocks holds two convolutions.",
     )
     yield Table(
         "Growth with the number of distinct names, Scorer.score with the default model",

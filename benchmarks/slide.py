@@ -22,7 +22,7 @@ from benchmarks.counting import distinct_nodes, nodes_of
 from benchmarks.harness import Benchmark, Call, Results, Session, Sized, call_rows, rows_at_best
 from benchmarks.methods import METHODS, Models, OnList, list_rows, random_models
 from benchmarks.tables import Row, Table, text, with_shares
-from wavenet_conv import WaveNetConvError, verify
+from wavenet_conv import verify
 from wavenet_conv.equivalence import TOLERANCE
 
 COMPARED = ("loop", "windows", "windows_folded", "slid_conv1d", "slid")
@@ -52,8 +52,7 @@ def run(session: Session) -> Results:
     on_list = {name: OnList(name, models, names, session.pick(50, 300)) for name in COMPARED}
     results["whole_list"] = list_rows(on_list, "logits", models, session)
     results["growth"] = [growth_row(layers, session) for layers in GROWTH_LAYERS]
-    within = (row["max_abs_diff"] <= TOLERANCE[torch.float32] for row in results["growth"])
-    results["equality"]["equal"] = all(within)
+    results["equality"]["equal"] = all(row["max_abs_diff"] <= TOLERANCE[torch.float32] for row in results["growth"])
     return results
 
 
@@ -69,40 +68,10 @@ def equality(models: Models, names: Sequence[str], session: Session) -> Results:
 
 
 def one_name_rows(models: Models, tokens: Tensor, session: Session) -> list[Row]:
-    """Every method on one name: nodes, launches and microseconds.
-
-    On CUDA the graph is captured after the others have been profiled and timed, since a profiler that starts for the
-    first time after a capture crashes in some versions. Its replays take turns with the pass that was captured.
-    """
-    calls = session.pick(400, 2000)
+    """Every method on one name: nodes, launches and microseconds."""
     methods: dict[str, Call] = {name: partial(METHODS[name].on_names(models), tokens) for name in COMPARED}
-    nodes = {name: nodes_of(call, models.conv.config) for name, call in methods.items()}
-    rows = call_rows(methods, calls, "one name", session)
-    if session.device.type == "cuda":
-        turns = {"slid": methods["slid"], "slid_graph": captured(models, tokens)}
-        rows, nodes["slid_graph"] = rows + call_rows(turns, calls, "graph", session)[1:], nodes["slid"]
-    return [row | {"nodes": nodes[row["method"]]} for row in rows]
-
-
-def captured(models: Models, tokens: Tensor) -> Call:
-    """The convolutional pass as a CUDA graph, which copies the tokens in."""
-    static, side, graph, expected = tokens.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph(), models.folded(tokens)
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # PyTorch asks for a warm-up away from the default stream
-        models.folded(static)
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph):
-        logits = models.folded(static)
-
-    def replay() -> Tensor:
-        static.copy_(tokens)
-        graph.replay()
-        return logits
-
-    difference = float((replay() - expected).abs().max())
-    if not difference <= TOLERANCE[torch.float32]:
-        raise WaveNetConvError(f"the replayed graph differs by {difference:g} from the pass that it was captured from")
-    return replay
+    rows = call_rows(methods, session.pick(400, 2000), "one name", session)
+    return [row | {"nodes": nodes_of(methods[row["method"]], models.conv.config)} for row in rows]
 
 
 def growth_row(layers: int, session: Session) -> Row:
@@ -127,20 +96,11 @@ def growth_row(layers: int, session: Session) -> Row:
     sizes = [max(1, size // context) for size in WINDOW_TOKENS[session.device.type]]
     methods: dict[Any, Sized] = {"windows": Sized(by_windows, sizes), "slid": Sized(by_sliding)}
     rows = rows_at_best(methods, "position", models.conv.config, session.pick(3, 5), f"context {context}", session)
-    return {
-        "context": context,
-        "layers": layers,
-        "max_abs_diff": float((logits["windows"] - logits["slid"][::stride]).abs().max()),
-        "theory_node_ratio": (context - 1) / layers,
-        "node_ratio": nodes_per_position(rows[0]) / nodes_per_position(rows[1]),
-        "time_ratio": rows[0]["us_per_position"] / rows[1]["us_per_position"],
-        "methods": rows,
-    }
-
-
-def nodes_per_position(row: Row) -> float:
-    """Nodes of all layers, counted while the method ran."""
-    return sum(row["nodes"]) / row["positions"]
+    per_position = [sum(row["nodes"]) / row["positions"] for row in rows]
+    difference = float((logits["windows"] - logits["slid"][::stride]).abs().max())
+    ratios = {"node_ratio": per_position[0] / per_position[1], "theory_node_ratio": (context - 1) / layers}
+    ratios["time_ratio"] = rows[0]["us_per_position"] / rows[1]["us_per_position"]
+    return {"context": context, "layers": layers, "max_abs_diff": difference, **ratios, "methods": rows}
 
 
 def tables(results: Results) -> Iterator[Table]:
@@ -164,7 +124,10 @@ def tables(results: Results) -> Iterator[Table]:
         f"The loop ran on {rows[0]['names']} of the names. Distinct nodes: {text(distinct['whole_list'], ',')}. Matmul "
         f"rate: {rate / 1e9:.0f} billion multiply-adds per second.",
     )
-    growth = [row | {part["method"]: nodes_per_position(part) for part in row["methods"]} for row in results["growth"]]
+    growth = [
+        row | {part["method"]: sum(part["nodes"]) / part["positions"] for part in row["methods"]}
+        for row in results["growth"]
+    ]
     yield Table(
         f"Growth with the context, kernel sizes of 2, a sequence of {GROWTH_TOKENS:,} tokens",
         "context; windows: nodes per position=windows ,.1f; us per position=methods.0.us_per_position ,.2f; "

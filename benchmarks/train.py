@@ -23,7 +23,6 @@ import reference
 import reference.training as lecture
 from benchmarks import harness
 from benchmarks.harness import Benchmark, Call, Results, Session, call_rows
-from benchmarks.methods import parameters
 from benchmarks.tables import Row, Table
 from wavenet_conv import from_tree
 from wavenet_conv.training import PRESETS, Corpus, Trainer, split_names, total_loss
@@ -43,26 +42,18 @@ class Reached(Exception):
 def run(session: Session) -> Results:
     """All results; where a training step differs, nothing after the equality."""
     target, (train, valid, _) = session.pick(QUICK_TARGET, TARGET), split_names(session.names)
-    results: Results = {
-        "target": target,
-        "parameters": parameters(new_tree(0, session)),
-        "names": {"train": len(train), "validation": len(valid), "windows": sum(len(name) + 1 for name in train)},
-        "recipe": asdict(PRESETS["fast"][1]),
-        "equality": equality(train[:256], session),
-    }
+    used = {"train": len(train), "validation": len(valid), "windows": sum(len(name) + 1 for name in train)}
+    results: Results = {"target": target, "recipe": asdict(PRESETS["fast"][1]), "names": used}
+    results["equality"] = equality(train[:256], session)
     if not results["equality"]["equal"]:
         return results
     results["throughput"] = [row for size in BATCHES for row in throughput_rows(train[:size], session)]
     results["threads"] = THREADS
-    results["trainings"], count = [], session.pick(1, 3)
-    tick = session.ticks("trainings", count)
-    for seed in range(count):
-        results["trainings"].append(
-            {"seed": seed} | {kind: training_row(kind, seed, target, session) for kind in KINDS}
-        )
-        tick()
-    lecture_s, ours_s = (statistics.median(row[kind]["seconds"] for row in results["trainings"]) for kind in KINDS)
-    reached = all(row["ours"]["reached"] for row in results["trainings"])
+    rows = results["trainings"] = []
+    for seed in session.progress.track(range(session.pick(1, 3)), description="trainings"):
+        rows.append({"seed": seed} | {kind: training_row(kind, seed, target, session) for kind in KINDS})
+    lecture_s, ours_s = (statistics.median(row[kind]["seconds"] for row in rows) for kind in KINDS)
+    reached = all(row["ours"]["reached"] for row in rows)
     results["times_faster"] = lecture_s / ours_s if reached else None
     return results
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import ladder, methods, sample, score, slide, train
-from benchmarks.methods import METHODS, MISSING, PEER, Models
+from benchmarks.methods import METHODS, PEER, Models
 from benchmarks.tables import print_page
 from wavenet_conv import Vocabulary, from_tree, training
 from wavenet_conv.checkpoint import load_checkpoint
@@ -17,10 +17,7 @@ BENCHMARKS = {"slide": slide, "score": score, "sample": sample, "train": train, 
 NAMES = read_names(Path(__file__).parents[2] / "names.txt")[::150] + ["abcdefghijklmnopqrstuvwxyz"]
 RUNGS = ["bigram", "mlp-10-200-unscaled", "mlp-bn", "tree-68-bug", "ours-fast"]
 ARGUMENTS = {
-    "slide": [],
     "score": ["--count", "1500"],
-    "sample": [],
-    "train": [],
     "ladder": ["--steps", "600", "--rungs", *RUNGS],
 }
 
@@ -31,19 +28,16 @@ def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("lists") / "names.txt"
     path.write_text("\n".join(NAMES))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(methods.WINDOW_BATCHES, "cpu", (64, 256))
-        patch.setitem(methods.NAME_BATCHES, "cpu", (64,))
-        patch.setitem(methods.ARCHITECTURE, "n_embd", 4)
-        patch.setitem(methods.ARCHITECTURE, "n_hidden", 8)
-        patch.setitem(slide.WINDOW_TOKENS, "cpu", (2**12,))
+        batches = (methods.WINDOW_BATCHES, (64, 256)), (methods.NAME_BATCHES, (64,)), (sample.OUR_BATCHES, (64,))
+        for sizes, small in (*batches, (slide.WINDOW_TOKENS, (2**12,))):
+            patch.setitem(sizes, "cpu", small)
+        patch.setattr(methods, "ARCHITECTURE", methods.ARCHITECTURE | {"n_embd": 4, "n_hidden": 8})
         patch.setattr(slide, "GROWTH_LAYERS", range(3, 8, 2))
         patch.setattr(sample, "GROWTH_LAYERS", range(3, 7))
-        patch.setitem(sample.OUR_BATCHES, "cpu", (64,))
         patch.setattr(sample, "COMPARED_NAMES", (8, 8))
-        patch.setattr(train, "BATCHES", (8,))
-        patch.setattr(train, "QUICK_TARGET", 3.2)
-        for name, steps in (("LECTURE_STEPS", 40), ("LECTURE_EVERY", 20), ("OUR_EVERY", 2)):
-            patch.setattr(train, name, steps)
+        steps = {"LECTURE_STEPS": 40, "LECTURE_EVERY": 20, "OUR_EVERY": 2}
+        for name, value in {"BATCHES": (8,), "QUICK_TARGET": 3.2, **steps}.items():
+            patch.setattr(train, name, value)
         yield ["--names", str(path), "--device", "cpu"]
 
 
@@ -55,7 +49,7 @@ def results(small, tmp_path_factory):
     def of(name):
         if name not in made:
             path = folder / f"{name}.json"
-            assert BENCHMARKS[name].main([*small, *ARGUMENTS[name], "--json", str(path)]) == 0
+            assert BENCHMARKS[name].main([*small, *ARGUMENTS.get(name, []), "--json", str(path)]) == 0
             made[name] = json.loads(path.read_text())
         return made[name]
 
@@ -99,16 +93,11 @@ def test_growth_tends_to_the_theory(results):
     growth = results("slide")["growth"]
     assert [row["context"] for row in growth] == [8, 32, 128]
     for row in growth:
-        context, (windows, slid) = row["context"], row["methods"]
+        context, (windows, slid), theory = row["context"], row["methods"], row["theory_node_ratio"]
         spans = [2**layer for layer in range(1, row["layers"] + 1)]
         assert slid["nodes"] == [slide.GROWTH_TOKENS + 1 - span for span in spans]
         assert windows["nodes"] == [context // span * windows["positions"] for span in spans]
-        assert (
-            0.75 * row["theory_node_ratio"]
-            < row["node_ratio"]
-            <= row["theory_node_ratio"]
-            == (context - 1) / row["layers"]
-        )
+        assert 0.75 * theory < row["node_ratio"] <= theory == (context - 1) / row["layers"]
 
 
 def test_score_counts_distinct_nodes_and_their_multiply_adds(results):
@@ -147,7 +136,7 @@ def test_sample_measures_what_it_draws(results):
 
 def test_train_stops_at_the_target(results):
     found = results("train")
-    assert found["equality"]["largest"] < 1e-10 and found["parameters"] == 76_579
+    assert found["equality"]["largest"] < 1e-10
     assert [row["method"] for row in found["throughput"]] == ["windows", "slid", "shared"]
     (row,) = found["trainings"]
     for part in (row["lecture"], row["ours"]):
@@ -201,7 +190,7 @@ def test_what_differs_ends_a_run_with_exit_code_1_and_no_timings(
     name, module, what, broken, small, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setattr(module, what, broken)
-    assert BENCHMARKS[name].main([*small, *ARGUMENTS[name], "--json", str(tmp_path / "out.json")]) == 1
+    assert BENCHMARKS[name].main([*small, *ARGUMENTS.get(name, []), "--json", str(tmp_path / "out.json")]) == 1
     found = json.loads((tmp_path / "out.json").read_text())
     assert not found["equality"]["equal"] and list(found)[-1] == "equality"
     printed = capsys.readouterr().out
@@ -227,25 +216,20 @@ def test_a_full_ladder_that_misses_a_published_loss_ends_with_exit_code_1(small,
         ("slide", ["--name", "an4lisa"], "an4lisa"),
         ("score", ["--count", "0"], "--count: '0' is not an integer from 1 to "),
         ("ladder", ["--rungs", "mlp-bn", "deep"], "--rungs: invalid choice: 'deep' (choose from "),
-        ("ladder", ["--names", "FEW"], "2 names leave nothing to validate on; give at least 10"),
+        ("ladder", ["--names", "few.txt"], "2 names leave nothing to validate on; give at least 10"),
+        ("ladder", ["--names", ""], "the published losses are of the lecture's list, which is not here: run"),
     ],
 )
-def test_wrong_options_are_exit_code_2(name, arguments, message, small, tmp_path, capsys):
-    (tmp_path / "few.txt").write_text("emma\nolivia\n")
-    arguments = [str(tmp_path / "few.txt") if argument == "FEW" else argument for argument in arguments]
+def test_wrong_options_are_exit_code_2(name, arguments, message, small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WAVENET_CONV_LECTURE_NAMES", str(tmp_path / "nothing"))
+    monkeypatch.chdir(tmp_path)
+    Path("few.txt").write_text("emma\nolivia\n")
     try:
         code = BENCHMARKS[name].main([*small, *arguments])
     except SystemExit as left:
         code = left.code
     printed = capsys.readouterr()
     assert code == 2 and not printed.out and message in printed.err
-
-
-def test_the_ladder_asks_for_the_lectures_list(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("WAVENET_CONV_LECTURE_NAMES", str(tmp_path / "nothing"))
-    assert ladder.main([]) == 2
-    error = capsys.readouterr().err
-    assert "the published losses are of the lecture's list, which is not here: run" in error and error.count("\n") == 1
 
 
 def test_the_bigram_model_is_the_counts_raised_by_one():
@@ -258,7 +242,7 @@ def test_the_bigram_model_is_the_counts_raised_by_one():
 
 
 def test_without_the_peer_its_row_says_how_to_install_it(results, capsys):
-    print_page(found := results("score") | {"peer": MISSING}, score.tables(found))
+    print_page(found := results("score") | {"peer": methods.MISSING}, score.tables(found))
     assert "| pytorch-tcn is not installed: pip install pytorch-tcn |" in capsys.readouterr().out
 
 
@@ -271,12 +255,3 @@ def test_the_peer_streams_what_it_computes_at_once():
         step = METHODS[PEER].step(models, 1)
         streamed = torch.stack([step(token) for token in tokens.t()], 1)
         assert torch.allclose(streamed, models.peer(tokens), rtol=0, atol=1e-6)
-
-
-if torch.cuda.is_available():
-
-    def test_slide_on_cuda_replays_a_graph(small, tmp_path):
-        assert slide.main([*small[:2], "--device", "cuda", "--json", str(tmp_path / "out.json")]) == 0
-        rows = by_method(json.loads((tmp_path / "out.json").read_text())["one_name"])
-        assert rows["slid_graph"]["nodes"] == rows["slid"]["nodes"] == [14, 12, 8]
-        assert all(row["launches"] is None or row["launches"] > 0 for row in rows.values())
