@@ -44,10 +44,9 @@ def run(session: Session) -> Results:
     models, model = random_models(names, session)
     lists = {name: OnList(name, models, names, session.pick(50, 300)) for name in (*METHODS, *PEERS)}
     used = {"file": Path(args.names).name, "used": len(names), "of": len(session.names), "positions": outputs(names)}
-    exact = dict(zip(names, exact_scores(models.tree, names, session.vocab).tolist()))
+    exact = {part: exact_scores(models.tree, lists[part].names, session.vocab) for part in ("loop", "shared")}
     differences = {
-        name: largest(lists[name].scores(lists[name].sizes[0]), [exact[one] for one in lists[name].names])
-        for name in METHODS
+        name: largest(lists[name].scores(lists[name].sizes[0]), exact.get(name, exact["shared"])) for name in METHODS
     }
     differences["shared, default model"] = default_model_difference(session)
     equal = all(difference <= TOLERANCE for difference in differences.values())  # a NaN is not
@@ -64,17 +63,17 @@ def run(session: Session) -> Results:
     return results
 
 
+def largest(scores: Tensor, exact: Tensor) -> float:
+    """The largest difference of a name's log-likelihood; NaN where there is one."""
+    return float((scores - exact).abs().max())
+
+
 def default_model_difference(session: Session) -> float:
     """The largest difference of a scorer with the default model's trained weights, on names that it draws."""
     trained, names = load_checkpoint("default"), distinct_names(session.pick(500, 2000), session)
     scores = Scorer(trained.model, trained.vocab, device=session.device, dtype=torch.float32).score(names)
     tree = reference.from_conv(trained.model).to(device=session.device)
-    return largest(scores.double(), exact_scores(tree, names, trained.vocab).tolist())
-
-
-def largest(scores: Tensor, exact: list[float]) -> float:
-    """The largest difference of a name's log-likelihood; NaN where there is one."""
-    return float((scores - torch.tensor(exact, dtype=torch.float64)).abs().max())
+    return largest(scores, exact_scores(tree, names, trained.vocab))
 
 
 def growth_rows(session: Session) -> list[Row]:

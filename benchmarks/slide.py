@@ -58,10 +58,7 @@ def run(session: Session) -> Results:
 
 def equality(models: Models, names: Sequence[str], session: Session) -> Results:
     """Both convolutional models against the tree, at every position of every name."""
-    tick, reports = session.ticks("equality", 2), []
-    for slid in (models.conv, models.folded):
-        reports.append(verify(models.tree, slid, names, session.vocab))
-        tick()
+    reports = [verify(models.tree, slid, names, session.vocab) for slid in (models.conv, models.folded)]
     worst = max(reports, key=lambda report: report.max_abs_diff)
     found = {name: getattr(worst, name) for name in ("positions", "max_abs_diff", "tolerance", "worst")}
     return {"equal": all(report.equal for report in reports), **found}

@@ -7,19 +7,14 @@ import pytest
 import torch
 
 from benchmarks import ladder, methods, sample, score, slide, train
-from benchmarks.methods import METHODS, PEER, Models
 from benchmarks.tables import print_page
 from wavenet_conv import Vocabulary, from_tree, training
-from wavenet_conv.checkpoint import load_checkpoint
 from wavenet_conv.names import read_names
 
 BENCHMARKS = {"slide": slide, "score": score, "sample": sample, "train": train, "ladder": ladder}
 NAMES = read_names(Path(__file__).parents[2] / "names.txt")[::150] + ["abcdefghijklmnopqrstuvwxyz"]
 RUNGS = ["bigram", "mlp-10-200-unscaled", "mlp-bn", "tree-68-bug", "ours-fast"]
-ARGUMENTS = {
-    "score": ["--count", "1500"],
-    "ladder": ["--steps", "600", "--rungs", *RUNGS],
-}
+ARGUMENTS = {"score": ["--count", "1500"], "ladder": ["--steps", "600", "--rungs", *RUNGS]}
 
 
 @pytest.fixture(scope="module")
@@ -244,14 +239,3 @@ def test_the_bigram_model_is_the_counts_raised_by_one():
 def test_without_the_peer_its_row_says_how_to_install_it(results, capsys):
     print_page(found := results("score") | {"peer": methods.MISSING}, score.tables(found))
     assert "| pytorch-tcn is not installed: pip install pytorch-tcn |" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(methods.TCN is None, reason="needs the peer: pip install pytorch-tcn")
-def test_the_peer_streams_what_it_computes_at_once():
-    trained = load_checkpoint("default")
-    models = Models(sample.reference.from_conv(trained.model), trained.vocab)
-    tokens = torch.randint(1, 27, (1, 30), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        step = METHODS[PEER].step(models, 1)
-        streamed = torch.stack([step(token) for token in tokens.t()], 1)
-        assert torch.allclose(streamed, models.peer(tokens), rtol=0, atol=1e-6)
