@@ -164,22 +164,15 @@ def _time_on_cuda(call: Call, calls: int) -> list[float]:
 
 
 def call_rows(
-    methods: dict[str, Call],
-    calls: int,
-    title: str,
-    session: Session,
-    *,
-    key: str = "us",
-    unit: float = 1,
-    block: int = 20,
+    methods: dict[str, Call], calls: int, title: str, session: Session, key: str = "us", block: int = 20
 ) -> list[Row]:
-    """Times each method as it is called, all in turn: its launches, and `key` in units of so many microseconds."""
+    """Times each method as it is called, all in turn: its launches, and its microseconds under `key`."""
     launches = {name: count_launches(call, session.device) for name, call in methods.items()}
     time_calls(methods, block, session.device, block=block)  # to warm up
     tick = session.ticks(title, -(-calls // block))
     samples = time_calls(methods, calls, session.device, block=block, tick=tick)
-    times = {name: spread(key, [us / unit for us in samples[name]]) for name in methods}
-    return [{"method": name, "launches": launches[name], "calls": len(samples[name]), **times[name]} for name in times]
+    rows: list[Row] = [{"method": name, "launches": launches[name], "calls": len(samples[name])} for name in methods]
+    return [row | spread(key, samples[row["method"]]) for row in rows]
 
 
 class Sized(NamedTuple):

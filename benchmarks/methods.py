@@ -150,8 +150,9 @@ class OnList:
         self.method = METHODS[name]
         self.names = list(names[:: max(1, len(names) // few)] if name == "loop" else names)
         self.positions, self.model = outputs(self.names), self.method.model(models)
-        batches = {"windows": WINDOW_BATCHES[models.device.type], "names": NAME_BATCHES[models.device.type]}
-        self.sizes: Sequence[int] = batches.get(self.method.reads, (1,))  # one name, or all strings
+        batches: dict[str, Sequence[int]] = {"one name": (1,), "strings": (len(self.names),)}
+        batches |= {"windows": WINDOW_BATCHES[models.device.type], "names": NAME_BATCHES[models.device.type]}
+        self.sizes = batches[self.method.reads]
         # The peer pads by itself, with zeros inside the network: one `.` before a name is all that it is given.
         context, parts = 1 if name == PEER else models.context, []
         length = lambda numbered: len(numbered[1])

@@ -7,7 +7,6 @@ growth with the number of distinct names. float32 throughout, IEEE also on CUDA.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +19,7 @@ from torch import Tensor
 import reference
 from benchmarks import harness
 from benchmarks.counting import distinct_nodes, outputs
-from benchmarks.harness import Benchmark, Results, Session, Sized, positive, rows_at_best
+from benchmarks.harness import Benchmark, Results, Session, Sized, rows_at_best
 from benchmarks.methods import MISSING, PEER, PEERS, OnList, exact_scores, list_rows, random_models
 from benchmarks.tables import Row, Table, text, with_shares
 from wavenet_conv import Scorer
@@ -30,12 +29,8 @@ from wavenet_conv.scoring import CHUNK_NAMES
 
 TOLERANCE = 2e-5  # of a name's log-likelihood, in nats
 METHODS = ("loop", "windows", "windows_folded", "slid", "shared")
+GROWN = (20_000, 10_000_000)  # distinct names to grow to, without and with --full
 LONGEST = 20  # characters; a sampled name is cut there
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """How far to grow."""
-    parser.add_argument("--count", type=positive, help="distinct names to grow to (20000; --full: 10000000)")
 
 
 def run(session: Session) -> Results:
@@ -77,8 +72,8 @@ def default_model_difference(session: Session) -> float:
 
 
 def growth_rows(session: Session) -> list[Row]:
-    """The time per name with the default model, for the first 1,000, 10,000, ... of `--count` names from it."""
-    trained, count = load_checkpoint("default"), session.args.count or session.pick(20_000, 10_000_000)
+    """The time per name with the default model, for the first 1,000, 10,000, ... of the names that it draws."""
+    trained, count = load_checkpoint("default"), session.pick(*GROWN)
     names = distinct_names(count, session)
     scorer = Scorer(trained.model, trained.vocab, device=session.device, dtype=torch.float32)
 
@@ -135,7 +130,7 @@ def tables(results: Results) -> Iterator[Table]:
     )
 
 
-main = partial(harness.main, Benchmark("score", __doc__, run, tables, add_options))
+main = partial(harness.main, Benchmark("score", __doc__, run, tables))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,7 +6,6 @@ models run; time for one name; time for the whole list; growth with the context.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -25,27 +24,24 @@ from benchmarks.tables import Row, Table, text, with_shares
 from wavenet_conv import verify
 from wavenet_conv.equivalence import TOLERANCE
 
+NAME = "analisa"  # on which one pass is timed, or the first name if the list has not its characters
 COMPARED = ("loop", "windows", "windows_folded", "slid_conv1d", "slid")
 GROWTH_TOKENS = 4096
 GROWTH_LAYERS = range(3, 11)  # contexts 8, 16, ... 1024
 WINDOW_TOKENS = {"cpu": (2**14, 2**12, 2**16), "cuda": (2**18, 2**16, 2**20)}  # tokens in the windows of one call
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The one name."""
-    parser.add_argument("--name", default="analisa", help="the name that one pass is timed on (analisa)")
-
-
 def run(session: Session) -> Results:
     """All results; where the models differ, nothing after the equality."""
     args, names = session.args, session.names[:: session.pick(5, 1)]
     models, model = random_models(names, session)
-    tokens = session.vocab.encode([args.name], context=models.context)[0].to(session.device)
-    used = {"file": Path(args.names).name, "used": len(names), "of": len(session.names), "one_name": args.name}
+    name = NAME if set(NAME) <= set(session.vocab.characters) else names[0]
+    tokens = session.vocab.encode([name], context=models.context)[0].to(session.device)
+    used = {"file": Path(args.names).name, "used": len(names), "of": len(session.names), "one_name": name}
     results: Results = {"model": model, "names": used, "equality": equality(models, names, session)}
     if not results["equality"]["equal"]:
         return results
-    lists, sizes = {"one_name": [args.name], "whole_list": names}, model["kernel_sizes"]
+    lists, sizes = {"one_name": [name], "whole_list": names}, model["kernel_sizes"]
     results["distinct_nodes"] = {key: distinct_nodes(part, sizes) for key, part in lists.items()}
     results["matmul_multiply_adds_per_second"] = harness.matmul_rate(session.device)
     results["one_name"] = one_name_rows(models, tokens, session)
@@ -137,7 +133,7 @@ def tables(results: Results) -> Iterator[Table]:
     )
 
 
-main = partial(harness.main, Benchmark("slide", __doc__, run, tables, add_options))
+main = partial(harness.main, Benchmark("slide", __doc__, run, tables))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -116,8 +116,9 @@ def throughput_rows(names: list[str], session: Session) -> list[Row]:
         "shared": stepping(shared.parameters(), lambda: total_loss(shared, corpus.batch(chosen)) / len(X)),
     }
     count, title = session.pick(10, 40), f"{len(names)} names"
-    rows = call_rows(calls, count, title, session, key="ms", unit=1e3, block=5)
+    rows = call_rows(calls, count, title, session, block=5)
     for row in rows:
+        row |= {f"{quartile}ms": row.pop(f"{quartile}us") / 1e3 for quartile in ("", "q1_", "q3_")}
         row |= {"names": len(names), "windows": len(X), "times_windows": rows[0]["ms"] / row["ms"]}
         row |= {"names_per_second": len(names) / row["ms"] * 1e3, "windows_per_second": len(X) / row["ms"] * 1e3}
     return rows

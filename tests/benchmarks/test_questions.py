@@ -14,7 +14,7 @@ from wavenet_conv.names import read_names
 BENCHMARKS = {"slide": slide, "score": score, "sample": sample, "train": train, "ladder": ladder}
 NAMES = read_names(Path(__file__).parents[2] / "names.txt")[::150] + ["abcdefghijklmnopqrstuvwxyz"]
 RUNGS = ["bigram", "mlp-10-200-unscaled", "mlp-bn", "tree-68-bug", "ours-fast"]
-ARGUMENTS = {"score": ["--count", "1500"], "ladder": ["--steps", "600", "--rungs", *RUNGS]}
+ARGUMENTS = {"ladder": ["--steps", "600", "--rungs", *RUNGS]}
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,7 @@ def small(tmp_path_factory):
         patch.setattr(slide, "GROWTH_LAYERS", range(3, 8, 2))
         patch.setattr(sample, "GROWTH_LAYERS", range(3, 7))
         patch.setattr(sample, "COMPARED_NAMES", (8, 8))
+        patch.setattr(score, "GROWN", (1500, 1500))
         steps = {"LECTURE_STEPS": 40, "LECTURE_EVERY": 20, "OUR_EVERY": 2}
         for name, value in {"BATCHES": (8,), "QUICK_TARGET": 3.2, **steps}.items():
             patch.setattr(train, name, value)
@@ -193,23 +194,23 @@ def test_what_differs_ends_a_run_with_exit_code_1_and_no_timings(
 
 
 def test_a_full_ladder_that_misses_a_published_loss_ends_with_exit_code_1(small, monkeypatch, capsys):
-    monkeypatch.setattr(ladder, "STEPS", 6)
-    options = [*small, "--full", "--rungs", "mlp-bn"]
-    assert ladder.main(options) == 0 and "Not the lecture's list" in capsys.readouterr().out
     digest = ladder.hashlib.sha256(Path(small[1]).read_bytes()).hexdigest()
-    monkeypatch.setattr(ladder, "LECTURE_SHA256", digest)
-    assert ladder.main(options) == 1
-    printed = capsys.readouterr().out
-    assert "NOT EQUAL: max abs diff" in printed and "| mlp-bn |" in printed
-    monkeypatch.setattr(ladder, "TOLERANCE", 10.0)
-    assert ladder.main(options) == 0 and "Equal: max abs diff" in capsys.readouterr().out
+    monkeypatch.setattr(ladder, "STEPS", 6)
+    for setting, value, code, printed in (
+        ("LR", 0.1, 0, "Not the lecture's list"),
+        ("LECTURE_SHA256", digest, 1, "NOT EQUAL: max abs diff"),
+        ("TOLERANCE", 10.0, 0, "Equal: max abs diff"),
+    ):
+        monkeypatch.setattr(ladder, setting, value)
+        assert ladder.main([*small, "--full", "--rungs", "mlp-bn"]) == code
+        out = capsys.readouterr().out
+        assert printed in out and "| mlp-bn |" in out
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("slide", ["--name", "an4lisa"], "an4lisa"),
-        ("score", ["--count", "0"], "--count: '0' is not an integer from 1 to "),
+        ("ladder", ["--steps", "0"], "--steps: '0' is not an integer from 1 to "),
         ("ladder", ["--rungs", "mlp-bn", "deep"], "--rungs: invalid choice: 'deep' (choose from "),
         ("ladder", ["--names", "few.txt"], "2 names leave nothing to validate on; give at least 10"),
         ("ladder", ["--names", ""], "the published losses are of the lecture's list, which is not here: run"),
