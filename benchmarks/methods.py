@@ -153,6 +153,8 @@ class OnList:
         batches: dict[str, Sequence[int]] = {"one name": (1,), "strings": (len(self.names),)}
         batches |= {"windows": WINDOW_BATCHES[models.device.type], "names": NAME_BATCHES[models.device.type]}
         self.sizes = batches[self.method.reads]
+        if self.method.reads == "strings":
+            return
         # The peer pads by itself, with zeros inside the network: one `.` before a name is all that it is given.
         context, parts = 1 if name == PEER else models.context, []
         length = lambda numbered: len(numbered[1])
@@ -188,15 +190,16 @@ class OnList:
         return scores.cpu()
 
 
-def exact_scores(tree: reference.Sequential, names: Sequence[str], vocab: Vocabulary) -> Tensor:
+def exact_scores(models: Models, names: Sequence[str]) -> Tensor:
     """The log-likelihood of each name by the tree's windows in float64: `(names,)` on the CPU."""
-    return OnList("windows", Models(copy.deepcopy(tree).to(dtype=torch.float64), vocab), names).scores(4096)
+    exact = Models(copy.deepcopy(models.tree).to(dtype=torch.float64), models.vocab)
+    return OnList("windows", exact, names).scores(4096)
 
 
-def list_rows(lists: dict[str, OnList], call: str, models: Models, session: Session) -> list[Row]:
+def list_rows(lists: dict[Any, OnList], call: str, models: Models, session: Session) -> list[Row]:
     """A row for each method at its best batch size, per position; call: "logits" or "scores"."""
 
-    def positions(name: str, size: int) -> int:
+    def positions(name: Any, size: int) -> int:
         getattr(lists[name], call)(size)
         return lists[name].positions
 

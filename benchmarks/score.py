@@ -13,16 +13,12 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 import reference
 from benchmarks import harness
 from benchmarks.counting import distinct_nodes, outputs
-from benchmarks.harness import Benchmark, Results, Session, Sized, rows_at_best
-from benchmarks.methods import MISSING, PEER, PEERS, OnList, exact_scores, list_rows, random_models
+from benchmarks.harness import Benchmark, Results, Session
+from benchmarks.methods import MISSING, PEER, PEERS, Models, OnList, exact_scores, list_rows, random_models
 from benchmarks.tables import Row, Table, text, with_shares
-from wavenet_conv import Scorer
 from wavenet_conv.checkpoint import load_checkpoint
 from wavenet_conv.sampling import sample_stream
 from wavenet_conv.scoring import CHUNK_NAMES
@@ -39,11 +35,11 @@ def run(session: Session) -> Results:
     models, model = random_models(names, session)
     lists = {name: OnList(name, models, names, session.pick(50, 300)) for name in (*METHODS, *PEERS)}
     used = {"file": Path(args.names).name, "used": len(names), "of": len(session.names), "positions": outputs(names)}
-    exact = {part: exact_scores(models.tree, lists[part].names, session.vocab) for part in ("loop", "shared")}
-    differences = {
-        name: largest(lists[name].scores(lists[name].sizes[0]), exact.get(name, exact["shared"])) for name in METHODS
-    }
-    differences["shared, default model"] = default_model_difference(session)
+    trained = load_checkpoint("default")
+    default = Models(reference.from_conv(trained.model).to(device=session.device), trained.vocab)
+    drawn = OnList("shared", default, distinct_names(session.pick(500, 2000), session))
+    differences = {name: largest_difference(lists[name], models) for name in METHODS}
+    differences["shared, default model"] = largest_difference(drawn, default)
     equal = all(difference <= TOLERANCE for difference in differences.values())  # a NaN is not
     equality = {"tolerance": TOLERANCE, "max_abs_diff": differences["shared"], "max_abs_diffs": differences}
     results: Results = {"model": model, "names": used, "equality": {"equal": equal, **equality}}
@@ -53,39 +49,21 @@ def run(session: Session) -> Results:
     rows = list_rows(lists, "scores", models, session)
     results["methods"] = rows[: len(METHODS)]
     results["limits"] = {"matmul_multiply_adds_per_second": harness.matmul_rate(session.device)}
-    results["growth"] = growth_rows(session)
+    results["growth"] = growth_rows(default, distinct_names(session.pick(*GROWN), session), session)
     results["peer"] = rows[-1] | {"nodes": None} if PEERS else MISSING  # its nodes are others
     return results
 
 
-def largest(scores: Tensor, exact: Tensor) -> float:
-    """The largest difference of a name's log-likelihood; NaN where there is one."""
-    return float((scores - exact).abs().max())
+def largest_difference(method: OnList, models: Models) -> float:
+    """From the exact log-likelihood of a name; NaN where there is one."""
+    return float((method.scores(method.sizes[0]) - exact_scores(models, method.names)).abs().max())
 
 
-def default_model_difference(session: Session) -> float:
-    """The largest difference of a scorer with the default model's trained weights, on names that it draws."""
-    trained, names = load_checkpoint("default"), distinct_names(session.pick(500, 2000), session)
-    scores = Scorer(trained.model, trained.vocab, device=session.device, dtype=torch.float32).score(names)
-    tree = reference.from_conv(trained.model).to(device=session.device)
-    return largest(scores, exact_scores(tree, names, trained.vocab))
-
-
-def growth_rows(session: Session) -> list[Row]:
+def growth_rows(models: Models, names: list[str], session: Session) -> list[Row]:
     """The time per name with the default model, for the first 1,000, 10,000, ... of the names that it draws."""
-    trained, count = load_checkpoint("default"), session.pick(*GROWN)
-    names = distinct_names(count, session)
-    scorer = Scorer(trained.model, trained.vocab, device=session.device, dtype=torch.float32)
-
-    def positions(part: list[str], size: int) -> int:
-        scorer.score(part)
-        return outputs(part)
-
-    parts = [names[:size] for size in (10**power for power in range(3, 10)) if size < count] + [names]
-    methods: dict[int, Sized] = {len(part): Sized(partial(positions, part)) for part in parts}
-    rows = rows_at_best(methods, "position", trained.model.config, session.pick(3, 7), "growth", session)
+    sizes = [size for size in (10**power for power in range(3, 10)) if size < len(names)] + [len(names)]
+    rows = list_rows({size: OnList("shared", models, names[:size]) for size in sizes}, "scores", models, session)
     for row in rows:
-        row["names"] = row.pop("method")
         row |= {f"{quartile}us_per_name": row[f"{quartile}us"] / row["names"] for quartile in ("", "q1_", "q3_")}
         row["windows_share"] = row["nodes"][-1] / row["positions"]
     return rows
