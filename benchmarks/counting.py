@@ -1,57 +1,75 @@
-"""Nodes and multiply-adds, counted while models run, and what the counts come to."""
+"""Nodes and multiply-adds, counted while models run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wavenet_conv import ConvWaveNet, WaveNetConfig
+from wavenet_conv import WaveNetConfig
+from wavenet_conv.engine import shared
 
-TANH = (torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_)
-PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")}
+ATEN = torch.ops.aten
+PRODUCTS = {ATEN.mm, ATEN.addmm, ATEN.addmm_, ATEN.bmm, ATEN.baddbmm, ATEN.baddbmm_}
 
 
-class CountingNodes(TorchFunctionMode):
-    """Inside the `with`, counts the nodes that are computed: `nodes`, one number per layer.
+class Counting(TorchDispatchMode):
+    """Inside the `with`, counts `nodes`, one number per layer, and `multiply_adds`, in any model and on any path.
 
-    It watches PyTorch itself. Each layer has one tanh, so each tanh that runs, in any model and on any path, gives the
-    nodes of the next layer. Hooks on modules would miss models that are not modules: trees and matrix products.
+    It watches PyTorch itself: hooks on modules would miss trees and matrix products. Each layer has one tanh, so each
+    tanh that runs gives the nodes of the next layer.
     """
 
-    def __init__(self, widths: Sequence[int]):
+    def __init__(self, config: WaveNetConfig):
         super().__init__()
-        self.widths, self.nodes, self.calls = widths, [0] * len(widths), 0
+        self.widths, self.nodes, self.multiply_adds, self.calls = config.widths, [0] * len(config.widths), 0, 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func in TANH:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, operator = func(*args, **(kwargs or {})), func.overloadpacket
+        if operator in (ATEN.tanh, ATEN.tanh_):
             layer = self.calls % len(self.widths)
             self.nodes[layer] += out.numel() // self.widths[layer]
             self.calls += 1
+        elif operator in PRODUCTS:
+            left, right = [argument for argument in args if isinstance(argument, Tensor)][-2:]
+            self.multiply_adds += left.numel() * right.shape[-1]
+        elif operator is ATEN.convolution:
+            self.multiply_adds += out.numel() * args[1][0].numel()
         return out
 
 
-class CountingProducts(TorchDispatchMode):
-    """Inside the `with`, counts the multiply-adds of PyTorch's matrix products, in `multiply_adds`."""
+@contextmanager
+def counting(config: WaveNetConfig) -> Iterator[Counting]:
+    """As `Counting`; of a `Scorer`, whose tiles are padded, the nodes that get ids, and the multiply-adds of those."""
+    counted, evaluated, find_ids = Counting(config), [0] * len(config.widths), shared.ids_of_names
 
-    multiply_adds = 0
+    def counting_ids(*args: Any, **options: Any) -> Any:
+        layers, *rest = find_ids(*args, **options)
+        for layer, children in enumerate(layers, start=options["tabulated"]):
+            evaluated[layer] += len(children)
+        return (layers, *rest)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in PRODUCTS:
-            left, right = [argument for argument in args if isinstance(argument, Tensor)][-2:]
-            self.multiply_adds += left.numel() * right.shape[-1]
-        return func(*args, **(kwargs or {}))
+    with counted, patch.object(shared, "ids_of_names", counting_ids):
+        yield counted
+    if any(evaluated):
+        counted.nodes, counted.multiply_adds = evaluated, shared_multiply_adds(config, evaluated)
+
+
+def shared_multiply_adds(config: WaveNetConfig, nodes: Sequence[int]) -> int:
+    """Multiply-adds for that many distinct nodes per layer: each with every tap of its parents' layer, or the head."""
+    widths, above = config.widths, [*zip(config.kernel_sizes[1:], config.widths[1:]), (1, config.vocab_size)]
+    return sum(count * width * size * wide for count, width, (size, wide) in zip(nodes, widths, above))
 
 
 def nodes_of(call: Callable[[], Any], config: WaveNetConfig) -> list[int]:
     """Nodes per layer that one call of a model with this config computes."""
-    with CountingNodes(config.widths) as counted:
+    with counting(config) as counted:
         call()
     return counted.nodes
 
@@ -66,34 +84,3 @@ def distinct_nodes(names: Sequence[str], kernel_sizes: Sequence[int]) -> list[in
     padded = ["." * prod(kernel_sizes) + name for name in names]
     spans = [prod(kernel_sizes[:layer]) for layer in range(1, len(kernel_sizes) + 1)]
     return [len({name[i : i + span] for name in padded for i in range(len(name) - span + 1)}) for span in spans]
-
-
-def multiply_adds(conv: ConvWaveNet, nodes: Sequence[int], positions: int) -> int:
-    """Multiply-adds of the linear maps for that many nodes per layer, and of the head at every position.
-
-    In a gated model a position needs one skip per layer, of the node on its right spine, and the layer `hidden`.
-    """
-    total, of_outputs = 0, [conv.head, conv.hidden] + [getattr(layer, "skip", None) for layer in conv.layers]
-    parts = [(count, (layer.conv, getattr(layer, "residual", None))) for count, layer in zip(nodes, conv.layers)]
-    for count, maps in [*parts, (positions, tuple(of_outputs))]:
-        total += count * sum(prod(linear.weight.shape) for linear in maps if linear is not None)
-    return total
-
-
-def shared_multiply_adds(config: WaveNetConfig, nodes: Sequence[int]) -> int:
-    """Multiply-adds for that many distinct nodes per layer: each with every tap of its parents' layer, or the head."""
-    widths, above = config.widths, [*zip(config.kernel_sizes[1:], config.widths[1:]), (1, config.vocab_size)]
-    return sum(count * width * size * wide for count, width, (size, wide) in zip(nodes, widths, above))
-
-
-def shared_bytes(config: WaveNetConfig, nodes: Sequence[int], names: Sequence[str]) -> int:
-    """The fewest bytes that go through memory for that many distinct nodes per layer, in float32.
-
-    Read per node: its children's contributions and ids; per output: a node id and a log-probability; per token: a byte
-    of text. Written per node: its contributions, or on the last layer a log-probability; per name: a score. What
-    finding ids moves is not counted, and every gathered row counts as read from memory though a cache may have it.
-    """
-    widths, sizes = config.widths, config.kernel_sizes
-    above = [*(size * width for size, width in zip(sizes[1:], widths[1:])), 1]
-    of_nodes = sum(n * (size * (4 * width + 8) + 4 * up) for n, size, width, up in zip(nodes, sizes, widths, above))
-    return of_nodes + 13 * outputs(names) + (config.context - 1 + 4) * len(names)

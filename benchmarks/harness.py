@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -13,16 +14,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.tables import Table, print_page
-from wavenet_conv import Vocabulary, WaveNetConvError, exact_float32
+from benchmarks.counting import counting
+from benchmarks.tables import Row, Table, print_page
+from wavenet_conv import Vocabulary, WaveNetConfig, WaveNetConvError, exact_float32
+from wavenet_conv.errors import NamesError, UsageError
 from wavenet_conv.files import write_whole
 from wavenet_conv.names import read_names
 
@@ -30,17 +33,13 @@ Call = Callable[[], Any]
 Results = dict[str, Any]
 
 
-class UsageError(WaveNetConvError):
-    """An option that cannot be carried out on this machine or with this list."""
-
-
 @dataclass(frozen=True)
 class Benchmark:
     """A question, how it is answered, and how the answer is printed.
 
-    `run` returns what goes into the JSON. Where `["equality"]["equal"]` is false the exit code is 1, unless
-    `["caveat"]` says why that proves nothing, and no timings are printed. `tables` makes the tables of such results.
-    `check` raises a `WaveNetConvError` for options that cannot be carried out, before any work.
+    `run` returns what goes into the JSON; it raises `UsageError` for options that cannot be carried out, before any
+    work. Where `["equality"]["equal"]` is false the exit code is 1, unless `["caveat"]` says why that proves nothing;
+    without such a key no tables are printed then. `tables` makes the tables of such results.
     """
 
     name: str
@@ -48,15 +47,13 @@ class Benchmark:
     run: Callable[[Session], Results]
     tables: Callable[[Results], Iterable[Table]]
     add_options: Callable[[argparse.ArgumentParser], Any] = lambda parser: None
-    check: Callable[[Session], None] = lambda session: None
     devices: Sequence[str] = ("auto", "cuda", "cpu")
     default_names: Callable[[], str] = lambda: str(Path(__file__).parent.parent / "names.txt")
-    gradients: bool = False
 
 
 @dataclass
 class Session:
-    """One run of a benchmark: its options, device, names and progress bar."""
+    """One run of a benchmark."""
 
     args: argparse.Namespace
     device: torch.device
@@ -68,102 +65,65 @@ class Session:
         """The first, or with `--full` the second."""
         return full if self.args.full else short
 
-    def ticks(self, title: str, total: int) -> Call:
-        """A new progress bar; each call of what is returned is one of `total` parts."""
-        task = self.progress.add_task(title, total=total)
-        return lambda: self.progress.advance(task)
+    def ticks(self, title: str, total: int) -> Callable[..., None]:
+        """A new progress bar; each call of what is returned is one of `total` parts, or as many as it is given."""
+        return partial(self.progress.advance, self.progress.add_task(title, total=total))
 
 
 def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     """Runs a benchmark; returns 0, 1 where results differ or a run fails, 2 for wrong usage, 130 after Ctrl-C."""
-    args, code = parse(benchmark, arguments), 2
+    args = parse(benchmark, arguments)
     try:
-        device = pick_device(args.device)
-        check_writable(args.json)
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("--device cuda: this PyTorch sees no CUDA device; run it with --device cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
+        if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).absolute().parent, os.W_OK)):
+            raise UsageError(f"--json {args.json}: cannot write there; name a file in a folder that exists")
         args.names = args.names or benchmark.default_names()
         names = read_names(args.names)
-        session = Session(args, device, names, Vocabulary.from_names(names), progress_bar())
-        benchmark.check(session)
-        code = 1
-        head = {"device": machine(device), "torch": torch.__version__, "dtype": "float32"}
-        with session.progress, exact_float32(), torch.set_grad_enabled(benchmark.gradients):
-            results: Results = {**head, **benchmark.run(session)}
-        if args.json != "-":
-            shown = results["equality"]["equal"] or "caveat" in results
-            print_page(results, benchmark.tables(results) if shown else ())
-        text = json.dumps(results, indent=1)
-        if args.json == "-":
-            print(text)
-        elif args.json is not None:
-            write_whole(args.json, (text + "\n").encode())
+        session = Session(args, device, names, Vocabulary.from_names(names), Progress(console=Console(stderr=True)))
+        results: Results = {"device": machine(device), "torch": torch.__version__, "dtype": "float32"}
+        with session.progress, exact_float32(), torch.no_grad():
+            results |= benchmark.run(session)
+        equal = results["equality"]["equal"]
+        print_page(results, benchmark.tables(results) if equal or "caveat" in results else ())
+        if args.json:
+            write_whole(args.json, (json.dumps(results, indent=1) + "\n").encode())
     except (WaveNetConvError, OSError) as error:
         print(f"benchmarks.{benchmark.name}: {error}", file=sys.stderr)
-        return code
+        return 2 if isinstance(error, (UsageError, NamesError, OSError)) else 1
     except KeyboardInterrupt:
         return 130
-    return 0 if results["equality"]["equal"] or results.get("caveat") else 1
+    return 0 if equal or results.get("caveat") else 1
 
 
 def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options; argparse exits with code 2 for what it cannot read."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{benchmark.name}", description=benchmark.question.splitlines()[0]
-    )
+    question = benchmark.question.splitlines()[0]
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{benchmark.name}", description=question)
     parser.add_argument("--device", choices=benchmark.devices, default=benchmark.devices[0])
     parser.add_argument("--names", metavar="FILE", help="the list of names, one per line")
-    parser.add_argument("--seed", type=seed, default=42, help="of all random numbers (42)")
-    parser.add_argument("--json", metavar="FILE|-", help="write the results as JSON; - prints JSON and no tables")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--quick", dest="full", action="store_false", help="fewer names and repeats (the default)")
-    length.add_argument("--full", action="store_true", help="the run of the published tables")
-    parser.set_defaults(full=False)
+    parser.add_argument("--seed", type=positive, default=42, help="of all random numbers (42)")
+    parser.add_argument("--json", metavar="FILE", help="write the results as JSON too")
+    parser.add_argument("--full", action="store_true", help="the run of the published tables: all names, more repeats")
     benchmark.add_options(parser)
     return parser.parse_args(arguments)
 
 
 def positive(text: str) -> int:
     """An integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    if not text.isdecimal() or not 0 < int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1 to 2**63 - 1")
     return int(text)
-
-
-def seed(text: str) -> int:
-    """An integer that every generator takes."""
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to 2**63 - 1")
-    return int(text)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of `--device`; raises `UsageError` for CUDA where there is none."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise UsageError("--device cuda: this PyTorch sees no CUDA device; run it with --device cpu")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 def machine(device: torch.device) -> str:
     """The device in words, such as "AMD EPYC, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
-def progress_bar() -> Progress:
-    """A progress bar on stderr, so that stdout holds results only."""
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
-
-
-def check_writable(path: str | None) -> None:
-    """Rejects `--json`'s argument where it cannot be written; raises `UsageError`."""
-    if path not in (None, "-") and (Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK)):
-        raise UsageError(f"--json {path}: cannot write there; name a file in a folder that exists")
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def time_calls(
@@ -193,46 +153,65 @@ def _time_on_cpu(call: Call, calls: int) -> list[float]:
 
 
 def _time_on_cuda(call: Call, calls: int) -> list[float]:
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * calls)]
     torch.cuda.synchronize()
-    for start, end in events:
+    for start, end in zip(events[::2], events[1::2]):
         start.record()
         call()
         end.record()
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) * 1e3 for start, end in events]
+    return [start.elapsed_time(end) * 1e3 for start, end in zip(events[::2], events[1::2])]
 
 
-def time_at_best(
-    calls: dict[str, Callable[[int], Any]],
-    sizes: dict[str, Sequence[int]],
-    session: Session,
-    rounds: int,
-    amount: Callable[[Any], float] = lambda result: 1,
-) -> tuple[dict[str, int], dict[str, list[float]]]:
-    """Times each method at the best of its batch sizes, all methods in turn.
+def call_rows(
+    methods: dict[str, Call], calls: int, title: str, session: Session, key: str = "us", block: int = 20
+) -> list[Row]:
+    """Times each method as it is called, all in turn: its launches, and its microseconds under `key`."""
+    launches = {name: count_launches(call, session.device) for name, call in methods.items()}
+    time_calls(methods, block, session.device, block=block)  # to warm up
+    tick = session.ticks(title, -(-calls // block))
+    samples = time_calls(methods, calls, session.device, block=block, tick=tick)
+    rows: list[Row] = [{"method": name, "launches": launches[name], "calls": len(samples[name])} for name in methods]
+    return [row | spread(key, samples[row["method"]]) for row in rows]
 
-    `calls` take a batch size, and `amount` says how much a result is, where that depends on the size. Without `--full`
-    the first two of its sizes are tried per method. Returns the best size and the microseconds of each of `rounds`
-    calls at that size, per method.
+
+class Sized(NamedTuple):
+    """A method that works in batches: `call(size)` returns how many units it did, such as names or positions."""
+
+    call: Callable[[int], int]
+    sizes: Sequence[int] = (1,)
+
+
+def rows_at_best(
+    methods: dict[Any, Sized], unit: str, config: WaveNetConfig, rounds: int, title: str, session: Session
+) -> list[Row]:
+    """Times each method at the best of its batch sizes, all in turn, and counts what it computes there.
+
+    Without `--full` the first two sizes are tried per method. A row has what one call does, in units and per unit.
     """
-    sizes = {method: tried[: session.pick(2, None)] for method, tried in sizes.items()}
-    tick = session.ticks("methods", 2 + rounds)
-    done: dict[tuple[str, int], float] = {}
+    sizes = {name: method.sizes[: session.pick(2, None)] for name, method in methods.items()}
+    tick, done = session.ticks(title, 2 + rounds), {}
 
-    def call(method: str, size: int) -> None:
-        done[method, size] = amount(calls[method](size))
+    def timed(wanted: Iterable[tuple[Any, int]], calls: int) -> dict[tuple[Any, int], list[float]]:
+        def call(name: Any, size: int) -> None:
+            done[name, size] = methods[name].call(size)
 
-    def timed(wanted: Iterable[tuple[str, int]], repeats: int) -> dict[tuple[str, int], list[float]]:
-        turn: dict[tuple[str, int], Call] = {(m, n): partial(call, m, n) for m, n in wanted}
-        return time_calls(turn, repeats, session.device, block=1, tick=tick)
+        turns: dict[Any, Call] = {(name, size): partial(call, name, size) for name, size in wanted}
+        return time_calls(turns, calls, session.device, block=1, tick=tick)
 
-    timed([(method, tried[0]) for method, tried in sizes.items()], 1)  # to warm up
-    costs = timed([(method, n) for method, tried in sizes.items() for n in tried], 1)
-    best = {
-        m: min(tried, key={n: costs[m, n][0] / done[m, n] for n in tried}.__getitem__) for m, tried in sizes.items()
-    }
-    return best, {method: samples for (method, _), samples in timed(best.items(), rounds).items()}
+    timed([(name, tried[0]) for name, tried in sizes.items()], 1)  # to warm up
+    costs = timed([(name, size) for name, tried in sizes.items() for size in tried], 1)
+    per_unit = {pair: times[0] / done[pair] for pair, times in costs.items()}
+    best = [min((pair for pair in per_unit if pair[0] == name), key=lambda pair: per_unit[pair]) for name in methods]
+    rows = []
+    for (name, size), times in timed(best, rounds).items():
+        with counting(config) as counted:
+            amount = methods[name].call(size)
+        row = {"method": name, "batch": size, f"{unit}s": amount, "calls": len(times), **spread("us", times)}
+        row |= spread(f"{unit}s_per_second", [amount / us * 1e6 for us in times])
+        row |= spread(f"us_per_{unit}", [us / amount for us in times])
+        rows.append(row | {"nodes": counted.nodes, f"multiply_adds_per_{unit}": counted.multiply_adds / amount})
+    return rows
 
 
 def spread(key: str, values: Iterable[float]) -> dict[str, float]:
@@ -259,21 +238,9 @@ def count_launches(call: Call, device: torch.device) -> int | None:
     return sum(event.cpu_parent is None and event.name.startswith("aten::") for event in events)
 
 
-def median_us(call: Call, calls: int, device: torch.device, block: int = 20) -> float:
-    """The median time of one call, in microseconds, after a block of calls to warm up."""
-    time_calls({"": call}, block, device, block=block)
-    return statistics.median(time_calls({"": call}, calls, device, block=block)[""])
-
-
 def matmul_rate(device: torch.device) -> float:
     """Multiply-adds per second of a large float32 matrix product: the ceiling of every method."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device)
-    return size**3 / median_us(lambda: a @ b, 20, device, block=5) * 1e6
-
-
-def copy_rate(session: Session) -> float:
-    """Bytes read and written per second while a large tensor is copied."""
-    source = torch.ones(2**28 if session.device.type == "cuda" else session.pick(2**24, 2**26), device=session.device)
-    target = torch.zeros_like(source)
-    return 2 * source.nbytes / median_us(lambda: target.copy_(source), 10, session.device, block=10) * 1e6
+    samples = time_calls({"": lambda: a @ b}, 25, device, block=5)[""]
+    return size**3 / statistics.median(samples[5:]) * 1e6

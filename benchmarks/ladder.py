@@ -34,14 +34,13 @@ TOLERANCE = 0.015  # nats
 class Rung(NamedTuple):
     """One line of the lecture's log.
 
-    network: of `reference.NETWORKS`; None counts bigrams. train, validation: the published losses, if any. drop_at: the
-    step, of 200,000, at which the rate becomes a tenth. unscaled: parameters start as standard normals, as in part 2.
+    network: of `reference.NETWORKS`; None counts bigrams. published: the validation loss, if any. drop_at: the step, of
+    200,000, at which the rate becomes a tenth. unscaled: parameters start as standard normals, as in part 2.
     """
 
     name: str
-    network: str | None
-    train: float | None
-    validation: float | None
+    network: str | None = None
+    published: float | None = None
     drop_at: int = 150_000
     per_position: bool = False
     unscaled: bool = False
@@ -49,42 +48,35 @@ class Rung(NamedTuple):
 
 # Parts 1, 2 and 3 of the lectures, then part 5's log; parts 2 and 3 drop the rate at half time.
 LECTURE = (
-    Rung("bigram", None, 2.454, 2.454),  # part 1, of the whole list
+    Rung("bigram", None, 2.454),  # part 1, of the whole list
     # The wild start leaves its mark to the end: seeds 42, 1 and 2147483647 give 2.158, 2.180 and 2.162.
-    Rung("mlp-10-200-unscaled", "mlp-10-200", 2.125, 2.168, drop_at=100_000, unscaled=True),
-    Rung("mlp-10-200", "mlp-10-200", 2.038, 2.107, drop_at=100_000),
-    Rung("mlp-bn", "mlp-bn", 2.058, 2.105),
-    Rung("flat", "flat", 1.918, 2.027),
-    Rung("tree-68-bug", "tree-68", 1.941, 2.029, per_position=True),
-    Rung("tree-68", "tree-68", 1.912, 2.022),
-    Rung("wide", "wide", 1.769, 1.993),
+    Rung("mlp-10-200-unscaled", "mlp-10-200", 2.168, drop_at=100_000, unscaled=True),
+    Rung("mlp-10-200", "mlp-10-200", 2.107, drop_at=100_000),
+    Rung("mlp-bn", "mlp-bn", 2.105),
+    Rung("flat", "flat", 2.027),
+    Rung("tree-68-bug", "tree-68", 2.029, per_position=True),
+    Rung("tree-68", "tree-68", 2.022),
+    Rung("wide", "wide", 1.993),
 )
 OURS = ("fast", "wide", "gated")  # of `training.PRESETS`: models with recipes of their own
-RUNGS = {rung.name: rung for rung in (*LECTURE, *(Rung(f"ours-{name}", None, None, None) for name in OURS))}
+RUNGS = {rung.name: rung for rung in (*LECTURE, *(Rung(f"ours-{name}") for name in OURS))}
 
 
 class Parts(NamedTuple):
-    """What a rung is trained and validated on, and how long."""
+    """What rungs are trained and validated on, and how long."""
 
     train: list[str]
     validation: list[str]
     vocab: Vocabulary
     steps: int
     seed: int
+    teachers: dict  # by preset and seed: several presets share them
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Which rungs, and how long."""
-    parser.add_argument("--rungs", metavar="RUNG,...", type=rungs, default=list(RUNGS), help=f"of {', '.join(RUNGS)}")
-    parser.add_argument("--steps", metavar="N", type=positive, help=f"per rung ({QUICK_STEPS}; --full: {STEPS})")
-
-
-def rungs(text: str) -> list[str]:
-    """Rungs by their names, such as mlp-bn,wide, in the ladder's order."""
-    for name in text.split(","):
-        if name not in RUNGS:
-            raise argparse.ArgumentTypeError(f"no rung is called {name!r}; there are {', '.join(RUNGS)}")
-    return [name for name in RUNGS if name in text.split(",")]
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS), metavar="RUNG")
+    parser.add_argument("--steps", type=positive, help=f"per rung ({QUICK_STEPS}; --full: {STEPS})")
 
 
 def lecture_list() -> str:
@@ -98,55 +90,44 @@ def lecture_list() -> str:
     return str(path)
 
 
-def check_length(session: Session) -> None:
-    """Rejects a list that is too short to split."""
-    if len(session.names) < 10:
-        complaint = f"{len(session.names)} names leave nothing to validate on; give at least 10"
-        raise UsageError(f"--names {session.args.names}: {complaint}")
-
-
+@torch.enable_grad()
 def run(session: Session) -> Results:
     """All results; each rung also goes to stderr as it ends."""
-    args, rows = session.args, []
-    train, validation, _ = reference.split_names(session.names, args.seed)
-    parts = Parts(train, validation, session.vocab, args.steps or session.pick(QUICK_STEPS, STEPS), args.seed)
+    args, rows, names = session.args, [], session.names
+    if len(names) < 10:
+        raise UsageError(f"--names {args.names}: {len(names)} names leave nothing to validate on; give at least 10")
+    train, validation, _ = reference.split_names(names, args.seed)
+    parts = Parts(train, validation, session.vocab, args.steps or session.pick(QUICK_STEPS, STEPS), args.seed, {})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a minibatch of 32 is too little work to share
     for name in session.progress.track(args.rungs, description="rungs"):
         row = row_of(RUNGS[name], parts)
         losses = f"train {row['train_loss']:.4f}, validation {row['validation_loss']:.4f}"
         session.progress.console.print(f"{name}: {losses}, {row['seconds']:.0f} s", soft_wrap=True)
         rows.append(row)
+    torch.set_num_threads(threads)
     differences = [abs(row["difference"]) for row in rows if row["difference"] is not None]
+    equal, worst = all(difference <= TOLERANCE for difference in differences), max(differences, default=None)
     digest, caveat = hashlib.sha256(Path(args.names).read_bytes()).hexdigest(), None
     if parts.steps != STEPS:
         caveat = f"{parts.steps:,} steps per rung in place of {STEPS:,}: this shows that it runs and proves nothing."
     elif digest != LECTURE_SHA256:
         caveat = "Not the lecture's list: the published losses are of another, so these prove nothing about them."
-    sizes = {"of": len(session.names), "train": len(train), "validation": len(validation)}
-    return {
-        "names": {"file": Path(args.names).name, "sha256": digest, **sizes},
-        "recipe": {"steps": parts.steps, "batch": BATCH_SIZE, "lr": LR, "seed": args.seed},
-        "caveat": caveat,
-        "equality": {
-            "equal": all(difference <= TOLERANCE for difference in differences),
-            "max_abs_diff": max(differences, default=None),
-            "tolerance": TOLERANCE,
-        },
-        "rungs": rows,
-    }
+    sizes = {"of": len(names), "train": len(train), "validation": len(validation)}
+    recipe = {"steps": parts.steps, "batch": BATCH_SIZE, "lr": LR, "seed": args.seed}
+    equality = {"equal": equal, "max_abs_diff": worst, "tolerance": TOLERANCE}
+    used = {"file": Path(args.names).name, "sha256": digest, **sizes}
+    return {"names": used, "recipe": recipe, "caveat": caveat, "equality": equality, "rungs": rows}
 
 
 def row_of(rung: Rung, parts: Parts) -> Row:
-    """Trains and evaluates a rung on one thread; losses in nats per character, in evaluation mode, of all names."""
-    threads, begin = torch.get_num_threads(), time.perf_counter()
-    torch.set_num_threads(1)  # a minibatch of 32 is too little work to share
-    try:
-        by = train_ours if rung.name.startswith("ours-") else train_tree if rung.network else count_bigrams
-        row = dict(zip(("parameters", "context", "steps", "train_loss", "validation_loss"), by(rung, parts)))
-    finally:
-        torch.set_num_threads(threads)
-    difference = None if rung.validation is None else row["validation_loss"] - rung.validation
-    published = {"published_train_loss": rung.train, "published_validation_loss": rung.validation}
-    return {"rung": rung.name, **row, **published, "difference": difference, "seconds": time.perf_counter() - begin}
+    """Trains and evaluates a rung; losses in nats per character, in evaluation mode, of all names."""
+    begin = time.perf_counter()
+    by = train_ours if rung.name.startswith("ours-") else train_tree if rung.network else count_bigrams
+    row: Row = dict(zip(("parameters", "context", "steps", "train_loss", "validation_loss"), by(rung, parts)))
+    difference = None if rung.published is None else row["validation_loss"] - rung.published
+    row |= {"published_validation_loss": rung.published, "difference": difference}
+    return {"rung": rung.name, **row, "seconds": time.perf_counter() - begin}
 
 
 Outcome = tuple[int, int, int, float, float]  # parameters, context, steps, losses
@@ -171,8 +152,8 @@ def train_tree(rung: Rung, parts: Parts) -> Outcome:
         parameter.data.normal_(generator=generator)
     context, drop_at = reference.context_of(tree), rung.drop_at * parts.steps // STEPS
     X, Y = reference.examples(parts.train, parts.vocab.characters, context)
-    options: dict[str, Any] = {"steps": parts.steps, "batch_size": BATCH_SIZE, "lr": LR, "drop_at": drop_at}
-    reference.train(tree, X, Y, **options, generator=generator)
+    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "lr": LR, "drop_at": drop_at, "generator": generator}
+    reference.train(tree, X, Y, steps=parts.steps, **options)
     held_out = reference.examples(parts.validation, parts.vocab.characters, context)
     losses = reference.evaluate(tree, X, Y), reference.evaluate(tree, *held_out)
     return parameters(tree), context, parts.steps, *losses
@@ -181,13 +162,9 @@ def train_tree(rung: Rung, parts: Parts) -> Outcome:
 def train_ours(rung: Rung, parts: Parts) -> Outcome:
     """One of our presets by its own recipe on the same parts, shortened as the ladder is: the best weights."""
     preset, share, lists = rung.name.removeprefix("ours-"), parts.steps / STEPS, (parts.train, parts.validation)
-    teachers = TEACHERS.setdefault((share, *parts.train), {})
-    trainer = training.fit_preset(preset, parts.vocab, *lists, seed=parts.seed, steps=share, trained=teachers)
+    trainer = training.fit_preset(preset, parts.vocab, *lists, seed=parts.seed, steps=share, trained=parts.teachers)
     train = training.evaluate(trainer.model, trainer.train_corpus)
     return parameters(trainer.model), trainer.model.context, trainer.step, train, trainer.best_loss
-
-
-TEACHERS: dict[tuple, dict] = {}  # by steps and names: several presets share them
 
 
 def tables(results: Results) -> Iterator[Table]:
@@ -201,18 +178,9 @@ def tables(results: Results) -> Iterator[Table]:
     )
 
 
-BENCHMARK = Benchmark(
-    "ladder",
-    __doc__,
-    run,
-    tables,
-    add_options,
-    check_length,
-    devices=("cpu",),
-    default_names=lecture_list,
-    gradients=True,
+main = partial(
+    harness.main, Benchmark("ladder", __doc__, run, tables, add_options, devices=("cpu",), default_names=lecture_list)
 )
-main = partial(harness.main, BENCHMARK)
 
 if __name__ == "__main__":
     sys.exit(main())

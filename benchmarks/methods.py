@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import reference
-from benchmarks.counting import CountingNodes, multiply_adds, outputs, shared_multiply_adds
-from benchmarks.harness import Session, spread, time_at_best
+from benchmarks.counting import outputs
+from benchmarks.harness import Session, Sized, rows_at_best
 from benchmarks.tables import Row
 from wavenet_conv import Scorer, Stream, Vocabulary, WaveNetConfig, fold_batch_norm, from_tree
-from wavenet_conv.engine import shared
 
 try:
     from pytorch_tcn import TCN
@@ -27,7 +24,8 @@ except ImportError:
     TCN = None
 
 PEER = "pytorch-tcn"
-MISSING = {"method": PEER, "installed": False, "message": f"not installed: pip install {PEER}"}
+MISSING = {"method": f"{PEER} is not installed: pip install {PEER}"}
+ARCHITECTURE: dict[str, Any] = {"kernel_sizes": [2, 2, 2], "n_embd": 24, "n_hidden": 128}  # the lecture's last network
 WINDOW_BATCHES = {"cpu": (512, 1024, 256, 2048, 4096, 8192), "cuda": (16384, 65536, 4096, 8192, 32768, 131072)}
 NAME_BATCHES = {"cpu": (256, 512, 64, 128, 1024, 2048), "cuda": (2048, 8192, 512, 1024, 4096, 16384)}  # of one length
 
@@ -85,8 +83,10 @@ def window_step(model: Model, models: Models, batch: int) -> Step:
     return step
 
 
-def peer_step(peer: Peer) -> Step:
+def peer_step(models: Models, batch: int) -> Step:
     """The peer's streaming mode, which keeps what its convolutions have read; it takes one row."""
+    peer = models.peer
+    peer.tcn.reset_buffers()
     return lambda tokens: peer.tcn.inference(peer.embedding(tokens[:, None]).transpose(1, 2))[..., 0]
 
 
@@ -98,8 +98,9 @@ METHODS = {
     "slid": Method("names", lambda models: models.folded),
     "shared": Method("strings", lambda models: Scorer(models.conv, models.vocab, dtype=torch.float32)),
     "stream": Method("characters", lambda models: None, lambda models, batch: Stream(models.conv, batch).step),
-    PEER: Method("names", lambda models: models.peer, lambda models, batch: peer_step(models.peer)),
+    PEER: Method("names", lambda models: models.peer, peer_step),
 }
+PEERS = (PEER,) if TCN is not None else ()
 
 
 class Peer(nn.Module):
@@ -112,32 +113,25 @@ class Peer(nn.Module):
     def __init__(self, config: WaveNetConfig):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.context = 1 + sum(2 * (config.kernel_sizes[0] - 1) * dilation for dilation in config.dilations)
-        self.tcn = TCN(
-            num_inputs=config.n_embd,
-            num_channels=list(config.widths),
-            kernel_size=config.kernel_sizes[0],
-            dilations=list(config.dilations),
-            dropout=0.0,
-            causal=True,
-            use_norm=None,
-            activation="tanh",
-            output_projection=config.vocab_size,
-        )
+        shape = {"num_inputs": config.n_embd, "num_channels": list(config.widths), "dilations": list(config.dilations)}
+        shape |= {"kernel_size": config.kernel_sizes[0], "output_projection": config.vocab_size}
+        self.tcn = TCN(**shape, dropout=0.0, causal=True, use_norm=None, activation="tanh")
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `(batch, time, vocab)` of tokens `(batch, time)`."""
         return self.tcn(self.embedding(tokens).transpose(1, 2)).transpose(1, 2)
 
 
-def random_models(names: Sequence[str], session: Session, **sizes: Any) -> Models:
-    """Random weights, and the batch statistics of the names' own windows; sizes as `reference.build` takes them."""
+def random_models(names: Sequence[str], session: Session) -> tuple[Models, Row]:
+    """Random weights with the batch statistics of the names' own windows, and what the JSON says of them."""
     torch.manual_seed(session.args.seed)
-    tree = reference.build(vocab_size=len(session.vocab), **sizes)
+    tree = reference.build(vocab_size=len(session.vocab), **ARCHITECTURE)
     for _ in range(20):
         sample = [names[i] for i in torch.randint(len(names), (64,))]
         reference.window_logits(tree, session.vocab.encode(sample, context=reference.context_of(tree))[0])
-    return Models(tree.eval().to(session.device), session.vocab)
+    models = Models(tree.eval().to(session.device), session.vocab)
+    sizes = {"context": models.context, "vocab_size": len(session.vocab), "parameters": parameters(tree)}
+    return models, {**ARCHITECTURE, **sizes, "seed": session.args.seed}
 
 
 def parameters(model: Any) -> int:
@@ -152,106 +146,63 @@ class OnList:
     `shared` starts at the strings, so this favours the others. The loop takes a sample of `few` names.
     """
 
-    def __init__(self, name: str, models: Models, names: Sequence[str], few: int):
-        self.method, self.config = METHODS[name], models.conv.config
+    def __init__(self, name: str, models: Models, names: Sequence[str], few: int = 0):
+        self.method = METHODS[name]
         self.names = list(names[:: max(1, len(names) // few)] if name == "loop" else names)
         self.positions, self.model = outputs(self.names), self.method.model(models)
+        batches: dict[str, Sequence[int]] = {"one name": (1,), "strings": (len(self.names),)}
+        batches |= {"windows": WINDOW_BATCHES[models.device.type], "names": NAME_BATCHES[models.device.type]}
+        self.sizes = batches[self.method.reads]
         if self.method.reads == "strings":
-            self.sizes: Sequence[int] = (len(self.names),)
             return
         # The peer pads by itself, with zeros inside the network: one `.` before a name is all that it is given.
-        context = 1 if name == PEER else models.context
-        self.parts = [part.to(models.device) for part in tokens_by_length(self.names, models.vocab, context)]
-        self.targets = [F.pad(part[:, context:], (0, 1)) for part in self.parts]
-        self.rows = rows_by_length(self.names).to(models.device).split([len(part) for part in self.parts])
-        self.sizes = (1,) if self.method.reads == "one name" else NAME_BATCHES[models.device.type]
-        if self.method.reads == "windows":
-            windows = [reference.windows(part, context) for part in self.parts]
-            self.rows = (torch.cat([row.repeat_interleave(part.shape[1]) for row, part in zip(self.rows, windows)]),)
-            self.parts = [torch.cat([part.flatten(0, 1) for part in windows])]
-            self.targets = [torch.cat([target.flatten() for target in self.targets])]
-            self.sizes = WINDOW_BATCHES[models.device.type]
+        context, parts = 1 if name == PEER else models.context, []
+        length = lambda numbered: len(numbered[1])
+        for _, same_length in groupby(sorted(enumerate(self.names), key=length), key=length):  # no padding behind
+            rows, part = zip(*same_length)
+            tokens = models.vocab.encode(part, context=context)[0].to(models.device)
+            targets = F.pad(tokens[:, context:], (0, 1))
+            places = torch.tensor(rows).to(tokens)[:, None].expand_as(targets)
+            if self.method.reads == "windows":
+                tokens = reference.windows(tokens, context).flatten(0, 1)
+                targets, places = targets.flatten(), places.flatten()
+            parts.append((tokens, targets, places))
+        self.parts = [tuple(map(torch.cat, zip(*parts)))] if self.method.reads == "windows" else parts
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, ...]]:
+        """Tokens, the tokens that follow, and the names' numbers, so many windows or names at once."""
+        for part in self.parts:
+            yield from zip(*(tensor.split(size) for tensor in part))
 
     def logits(self, size: int) -> None:
         """Computes all logits in batches of this size and keeps none."""
-        for part in self.parts:
-            for batch in part.split(size):
-                self.model(batch)
+        for tokens, _, _ in self.batches(size):
+            self.model(tokens)
 
     def scores(self, size: int) -> Tensor:
-        """The log-likelihood of each name: float32 `(names,)` on the CPU."""
+        """The log-likelihood of each name: float64 `(names,)` on the CPU."""
         if self.method.reads == "strings":
-            return self.model.score(self.names)
-        scores = torch.zeros(len(self.names), dtype=torch.float64, device=self.rows[0].device)
-        for parts in zip(self.parts, self.targets, self.rows):
-            for tokens, target, row in zip(*(part.split(size) for part in parts)):
-                log_probs = self.model(tokens).log_softmax(-1).gather(-1, target[..., None])[..., 0].double()
-                scores.index_add_(0, row, log_probs if row.shape == log_probs.shape else log_probs.sum(1))
-        return scores.float().cpu()
-
-    def counted(self, call: Callable[[int], Any]) -> tuple[Any, list[int]]:
-        """The result of one call, and the nodes per layer that it evaluates; layers that `shared` tabulates count 0."""
-        if self.method.reads == "strings":
-            with evaluated_nodes(self.config) as nodes:
-                return call(self.sizes[0]), nodes
-        with CountingNodes(self.config.widths) as counted:
-            return call(self.sizes[0]), counted.nodes
+            return self.model.score(self.names).double()
+        scores = torch.zeros(len(self.names), dtype=torch.float64, device=self.parts[0][0].device)
+        for tokens, targets, places in self.batches(size):
+            log_probs = self.model(tokens).log_softmax(-1).gather(-1, targets[..., None])
+            scores.index_add_(0, places.flatten(), log_probs.flatten().double())
+        return scores.cpu()
 
 
-def list_rows(
-    lists: dict[str, OnList], call: str, nodes: dict[str, list[int]], models: Models, session: Session
-) -> list[Row]:
-    """Positions per second and multiply-adds of every method at its best batch size; call: "logits" or "scores"."""
-    calls = {name: getattr(method, call) for name, method in lists.items()}
-    sizes = {name: method.sizes for name, method in lists.items()}
-    best, samples = time_at_best(calls, sizes, session, session.pick(3, 9))
-    rows = []
-    for name, method in lists.items():
-        row: Row = {"method": name, "batch": best[name], "names": len(method.names), "positions": method.positions}
-        row |= {"calls": len(samples[name]), **spread("us", samples[name])}
-        row |= spread("positions_per_second", [method.positions / us * 1e6 for us in samples[name]])
-        if name in nodes:
-            work = multiply_adds(models.conv, nodes[name], method.positions)
-            if name == "shared":
-                work = shared_multiply_adds(method.config, nodes[name])
-            row |= {"nodes": nodes[name], "multiply_adds_per_position": work / method.positions}
-            row["multiply_adds_per_second"] = work / row["us"] * 1e6
-        rows.append(row)
-    return rows
-
-
-@contextmanager
-def evaluated_nodes(config: WaveNetConfig) -> Iterator[list[int]]:
-    """Inside the `with`, counts per layer the nodes that scorers evaluate, as they find their ids."""
-    nodes, find_ids = [0] * len(config.kernel_sizes), shared.ids_of_names
-
-    def counting(*args: Any, **options: Any) -> Any:
-        layers, *rest = find_ids(*args, **options)
-        for layer, children in enumerate(layers, start=options["tabulated"]):
-            nodes[layer] += len(children)
-        return (layers, *rest)
-
-    with patch.object(shared, "ids_of_names", counting):
-        yield nodes
-
-
-def tokens_by_length(names: Iterable[str], vocab: Vocabulary, context: int) -> list[Tensor]:
-    """Tokens `(names, context + length)` per length that there is, so that nothing is padded behind a name."""
-    same_length = groupby(sorted(names, key=len), key=len)
-    return [vocab.encode(list(part), context=context)[0] for _, part in same_length]
-
-
-def rows_by_length(names: Iterable[str]) -> Tensor:
-    """Which name each row of `tokens_by_length` is."""
-    return torch.tensor(list(map(len, names))).argsort(stable=True)
-
-
-def exact_scores(tree: reference.Sequential, names: Sequence[str], vocab: Vocabulary) -> Tensor:
+def exact_scores(models: Models, names: Sequence[str]) -> Tensor:
     """The log-likelihood of each name by the tree's windows in float64: `(names,)` on the CPU."""
-    tree, context, scores = copy.deepcopy(tree).to(dtype=torch.float64), reference.context_of(tree), []
-    device = tree.parameters()[0].device
-    for tokens in tokens_by_length(names, vocab, context):
-        for batch in tokens.to(device).split(512):
-            log_probs = reference.window_logits(tree, batch).log_softmax(-1)
-            scores.append(log_probs.gather(-1, F.pad(batch[:, context:], (0, 1))[..., None]).sum((1, 2)).cpu())
-    return torch.cat(scores)[rows_by_length(names).argsort()]
+    exact = Models(copy.deepcopy(models.tree).to(dtype=torch.float64), models.vocab)
+    return OnList("windows", exact, names).scores(4096)
+
+
+def list_rows(lists: dict[Any, OnList], call: str, models: Models, session: Session) -> list[Row]:
+    """A row for each method at its best batch size, per position; call: "logits" or "scores"."""
+
+    def positions(name: Any, size: int) -> int:
+        getattr(lists[name], call)(size)
+        return lists[name].positions
+
+    methods: dict[Any, Sized] = {name: Sized(partial(positions, name), lists[name].sizes) for name in lists}
+    rows = rows_at_best(methods, "position", models.conv.config, session.pick(3, 9), "whole list", session)
+    return [row | {"names": len(lists[row["method"]].names)} for row in rows]

@@ -17,11 +17,11 @@ class Table(NamedTuple):
 
     Args:
         title: Stands above the table.
-        columns: `title=key format` per column, separated by `;`. A key is a path into the row such as `many.0.us`, or
-            the title where it is left out; `~us` are the quartiles that `spread` has put beside `us`; `us/loop` is how
-            many times faster the row is than the row of the method `loop`. The format is Python's; numbers in a list
-            are formatted singly. A value that is not there is a dash.
-        rows: From the results. A row with a `message` has that in place of its values.
+        columns: `title=key format` per column, separated by `;`. A key is a path into the row such as `methods.0.us`,
+            or the title where it is left out; `~us` are the quartiles that `spread` has put beside `us`; `us/loop` is
+            how many times faster the row is than the row of the method `loop`. The format is Python's; numbers in a
+            list are formatted singly. A value that is not there is a dash; a column without any value is left out.
+        rows: From the results.
         remark: Stands below the table.
     """
 
@@ -30,20 +30,20 @@ class Table(NamedTuple):
     rows: Sequence[Row]
     remark: str = ""
 
-    def cells(self) -> tuple[list[str], list[list[str]]]:
-        """The titles, and the texts of every row."""
-        columns = [column.strip().partition("=") for column in self.columns.split(";")]
-        keys = [(key or title).partition(" ") if key else (title, "", "") for title, _, key in columns]
-        rows = [[self._cell(row, key, form) for key, _, form in keys] for row in self.rows]
-        for row, texts in zip(self.rows, rows):
-            texts[1:2] = [row.get("message", texts[1])]
-        return [title for title, _, _ in columns], rows
+    def cells(self) -> list[list[str]]:
+        """Per column its title and the texts of all rows."""
+        found = []
+        for column in self.columns.split(";"):
+            title, _, declared = column.strip().partition("=")
+            key, _, form = declared.partition(" ")
+            found.append([title, *(self._cell(row, key or title, form) for row in self.rows)])
+        return [column for column in found if set(column[1:]) != {"-"}]
 
     def _cell(self, row: Row, key: str, form: str) -> str:
         if key.startswith("~"):
-            start, _, last = key[1:].rpartition(".")
-            places = [f"{start}.{quartile}_{last}".strip(".") for quartile in ("q1", "q3")]
-            return " to ".join(text(value_at(row, place), form) for place in places)
+            start, dot, last = key[1:].rpartition(".")
+            quartiles = [value_at(row, f"{start}{dot}{quartile}_{last}") for quartile in ("q1", "q3")]
+            return "-" if None in quartiles else " to ".join(text(quartile, form) for quartile in quartiles)
         key, _, method = key.partition("/")
         value = value_at(row, key)
         if method and value is not None:
@@ -53,7 +53,7 @@ class Table(NamedTuple):
 
 
 def value_at(row: Row, path: str) -> Any:
-    """The value at a path such as "many.0.us"; None where there is none."""
+    """The value at a path such as "methods.0.us"; None where there is none."""
     value: Any = row
     for part in path.split("."):
         value = value[int(part)] if isinstance(value, list) else (value or {}).get(part)
@@ -67,13 +67,10 @@ def text(value: Any, form: str = "") -> str:
     return "-" if value is None else format(value, form)
 
 
-def summary(results: Row) -> Iterable[str]:
-    """The first lines of every page: the machine, what was run, and whether all results are equal."""
-    yield f"{results['device']}, PyTorch {results['torch']}, {results['dtype']}."
-    for name in ("model", "names"):
-        if name in results:
-            yield f"{name.capitalize()}: {words(results[name])}."
-    yield f"{'Equal' if results['equality']['equal'] else 'NOT EQUAL'}: {words(results['equality'])}."
+def with_shares(rows: Iterable[Row], rate: float, unit: str = "position") -> list[Row]:
+    """The rows with `share`: of this rate of multiply-adds, where the row has counted its own."""
+    work = f"multiply_adds_per_{unit}"
+    return [row | {"share": row[f"{unit}s_per_second"] * row[work] / rate} if row.get(work) else row for row in rows]
 
 
 def words(values: Row) -> str:
@@ -89,14 +86,16 @@ def words(values: Row) -> str:
 
 
 def print_page(results: Row, tables: Iterable[Table]) -> None:
-    """Prints the summary and the tables on stdout; the tables are Markdown too."""
+    """Prints the machine, what was run, whether all results are equal, and the tables, which are Markdown too."""
     console = Console(width=400, highlight=False, markup=False, soft_wrap=True)  # a table that wraps is no Markdown
-    console.print(*summary(results), sep="\n")
+    console.print(f"{results['device']}, PyTorch {results['torch']}, {results['dtype']}.")
+    for name in [name for name in ("model", "names") if name in results]:
+        console.print(f"{name.capitalize()}: {words(results[name])}.")
+    console.print(f"{'Equal' if results['equality']['equal'] else 'NOT EQUAL'}: {words(results['equality'])}.")
     for part in tables:
-        titles, rows = part.cells()
-        drawn = rich.table.Table(box=box.MARKDOWN)
-        for index, title in enumerate(titles):
+        drawn, columns = rich.table.Table(box=box.MARKDOWN), part.cells()
+        for index, (title, *_) in enumerate(columns):
             drawn.add_column(title, justify="right" if index else "left")
-        for row in rows:
+        for row in zip(*(texts for _, *texts in columns)):
             drawn.add_row(*row)
         console.print("", part.title, drawn, *filter(None, [part.remark]), sep="\n")

@@ -7,7 +7,6 @@ code 1 and no timings. Seconds leave out every evaluation of the validation loss
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,69 +22,38 @@ from torch import Tensor
 import reference
 import reference.training as lecture
 from benchmarks import harness
-from benchmarks.harness import Benchmark, Call, Results, Session, positive, spread, time_calls
+from benchmarks.harness import Benchmark, Call, Results, Session, call_rows
 from benchmarks.tables import Row, Table
 from wavenet_conv import from_tree
 from wavenet_conv.training import PRESETS, Corpus, Trainer, split_names, total_loss
-from wavenet_conv.training import run as run_trainer
 
-TARGET = 1.993  # nats: the validation loss that the lecture ends with
+TARGET, QUICK_TARGET = 1.993, 2.4  # nats: the validation loss that the lecture ends with, and without --full
 TOLERANCE = 1e-10  # of a float64 loss, gradient and statistic
 LECTURE_STEPS, LECTURE_EVERY, OUR_EVERY = 200_000, 2_000, 25  # steps in all; between validations
 BATCHES = (256, 1024)  # names per step, for the throughput
+THREADS = {"lecture": 1, "ours": torch.get_num_threads()}  # a minibatch of 32 windows is too small for two
 
 
 class Reached(Exception):
     """The validation loss is at the target."""
 
 
-class TimedTrainer(Trainer):
-    """A trainer that knows how many seconds its validations took."""
-
-    waited = 0.0
-
-    def validate(self) -> float:
-        """Validates, off the clock."""
-        begin = now(self.model.embedding.weight.device)
-        loss = super().validate()
-        self.waited += perf_counter() - begin
-        return loss
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """How many trainings, and until when."""
-    parser.add_argument("--trainings", type=positive, help="of each kind, seeds 0, 1, ... (1; --full: 3)")
-    parser.add_argument("--target", type=loss, help=f"validation loss to reach, in nats (2.4; --full: {TARGET})")
-
-
-def loss(text: str) -> float:
-    """A loss in nats."""
-    if not 0 < float(text) < 100:
-        raise argparse.ArgumentTypeError(f"{text} is not a loss in nats")
-    return float(text)
-
-
+@torch.enable_grad()
 def run(session: Session) -> Results:
     """All results; where a training step differs, nothing after the equality."""
-    args, (train, valid, _) = session.args, split_names(session.names)
-    args.target = args.target or session.pick(2.4, TARGET)
-    results: Results = {
-        "target": args.target,
-        "parameters": sum(p.numel() for p in new_tree(0, session).parameters()),
-        "names": {"train": len(train), "validation": len(valid), "windows": sum(len(name) + 1 for name in train)},
-        "recipe": asdict(PRESETS["fast"][1]),
-        "equality": equality(train[:256], session),
-    }
+    target, (train, valid, _) = session.pick(QUICK_TARGET, TARGET), split_names(session.names)
+    used = {"train": len(train), "validation": len(valid), "windows": sum(len(name) + 1 for name in train)}
+    results: Results = {"target": target, "recipe": asdict(PRESETS["fast"][1]), "names": used}
+    results["equality"] = equality(train[:256], session)
     if not results["equality"]["equal"]:
         return results
     results["throughput"] = [row for size in BATCHES for row in throughput_rows(train[:size], session)]
-    results["threads"] = {
-        "lecture": 1,
-        "ours": torch.get_num_threads(),
-    }  # a minibatch of 32 windows is too small for two
-    results["trainings"] = training_rows(train, valid, results["threads"], session)
-    lecture_s, ours_s = (statistics.median(row[kind]["seconds"] for row in results["trainings"]) for kind in KINDS)
-    reached = all(row["ours"]["reached"] for row in results["trainings"])
+    results["threads"] = THREADS
+    rows = results["trainings"] = []
+    for seed in session.progress.track(range(session.pick(1, 3)), description="trainings"):
+        rows.append({"seed": seed} | {kind: training_row(kind, seed, target, session) for kind in KINDS})
+    lecture_s, ours_s = (statistics.median(row[kind]["seconds"] for row in rows) for kind in KINDS)
+    reached = all(row["ours"]["reached"] for row in rows)
     results["times_faster"] = lecture_s / ours_s if reached else None
     return results
 
@@ -123,31 +91,17 @@ def equality(names: list[str], session: Session) -> Results:
 
 
 def throughput_rows(names: list[str], session: Session) -> list[Row]:
-    """One whole training step, forward, backward and SGD, on the same names by every method."""
-    calls, windows, rounds = step_calls(names, session), sum(len(name) + 1 for name in names), session.pick(2, 8)
-    time_calls(calls, 1, session.device, block=1)
-    tick = session.ticks(f"{len(names)} names", rounds)
-    samples = time_calls(calls, rounds * 5, session.device, block=5, tick=tick)
-    rows: list[Row] = []
-    for method, times in samples.items():
-        row = {"method": method, "names": len(names), "windows": windows} | spread("ms", [us / 1e3 for us in times])
-        row |= {"names_per_second": len(names) / row["ms"] * 1e3, "windows_per_second": windows / row["ms"] * 1e3}
-        rows.append(row | {"times_windows": (rows or [row])[0]["ms"] / row["ms"]})
-    return rows
-
-
-def step_calls(names: list[str], session: Session) -> dict[str, Call]:
-    """A training step on all windows of `names`: the tree's, the convolutional pass's and that of shared nodes."""
+    """A whole training step, forward, backward and SGD, on the windows of `names`: by the tree, slid and shared."""
     tree = new_tree(0, session).train()
     slid, shared = from_tree(tree).train(), from_tree(tree).train()
     X, Y = windows_of(names, session)
     tokens, lengths = (part.to(session.device) for part in session.vocab.encode(names, context=slid.context))
     inside = torch.arange(tokens.shape[1] - slid.context + 1, device=tokens.device) <= lengths[:, None]
-    following = torch.cat([tokens[:, slid.context :], tokens.new_zeros(len(tokens), 1)], 1)[inside]
-    corpus, rows = Corpus(names, session.vocab, shared), torch.arange(len(names), device=tokens.device)
+    following = F.pad(tokens[:, slid.context :], (0, 1))[inside]
+    corpus, chosen = Corpus(names, session.vocab, shared), torch.arange(len(names)).to(tokens)
 
     def stepping(parameters: Iterable[Tensor], loss: Callable[[], Tensor]) -> Call:
-        optimizer = torch.optim.SGD(list(parameters), lr=0.01)
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
 
         def step() -> None:
             optimizer.zero_grad()
@@ -156,69 +110,69 @@ def step_calls(names: list[str], session: Session) -> dict[str, Call]:
 
         return step
 
-    return {
+    calls = {
         "windows": stepping(tree.parameters(), lambda: F.cross_entropy(tree(X), Y)),
         "slid": stepping(slid.parameters(), lambda: F.cross_entropy(slid(tokens, lengths)[inside], following)),
-        "shared": stepping(shared.parameters(), lambda: total_loss(shared, corpus.batch(rows)) / len(X)),
+        "shared": stepping(shared.parameters(), lambda: total_loss(shared, corpus.batch(chosen)) / len(X)),
     }
-
-
-def training_rows(train: list[str], valid: list[str], threads: dict[str, int], session: Session) -> list[Row]:
-    """Seconds until the validation loss first reaches the target, by the lecture's recipe and by ours, seed by seed."""
-    rows, before, count = [], torch.get_num_threads(), session.args.trainings or session.pick(1, 3)
-    tick = session.ticks("trainings", 2 * count)
-    for seed in range(count):
-        row: Row = {"seed": seed}
-        for kind, training in KINDS.items():
-            torch.set_num_threads(threads[kind])
-            begin = now(session.device)
-            curve, waited = training(seed, train, valid, session)
-            seconds, (step, validation_loss) = now(session.device) - begin - waited, curve[-1]
-            row[kind] = {"seconds": seconds, "steps": step, "validation_loss": validation_loss, "curve": curve}
-            row[kind]["reached"] = validation_loss <= session.args.target
-            tick()
-        rows.append(row)
-    torch.set_num_threads(before)
+    count, title = session.pick(10, 40), f"{len(names)} names"
+    rows = call_rows(calls, count, title, session, block=5)
+    for row in rows:
+        row |= {f"{quartile}ms": row.pop(f"{quartile}us") / 1e3 for quartile in ("", "q1_", "q3_")}
+        row |= {"names": len(names), "windows": len(X), "times_windows": rows[0]["ms"] / row["ms"]}
+        row |= {"names_per_second": len(names) / row["ms"] * 1e3, "windows_per_second": len(X) / row["ms"] * 1e3}
     return rows
 
 
-Curve = list[tuple[int, float]]
+def training_row(kind: str, seed: int, target: float, session: Session) -> Row:
+    """One training, until the validation loss is at the target or to the last step; validations are off the clock."""
+    curve: list[tuple[int, float]] = []
+    begin, waited, threads = now(session.device), 0.0, torch.get_num_threads()
 
-
-def lecture_training(seed: int, train: list[str], valid: list[str], session: Session) -> tuple[Curve, float]:
-    """The lecture's recipe, until the target or its last step; returns the validations and the seconds they took."""
-    tree, held_out, curve, waited = new_tree(seed, session), windows_of(valid, session), [], 0.0
-
-    def validate(step: int, _: Tensor) -> None:
+    def validate(step: int, loss: Callable[[], float]) -> None:
         nonlocal waited
-        if step % LECTURE_EVERY == 0:
-            begin = now(session.device)
-            curve.append((step, lecture.evaluate(tree, *held_out)))
-            waited += now(session.device) - begin
-            if curve[-1][1] <= session.args.target:
-                raise Reached
+        start = now(session.device)
+        curve.append((step, loss()))
+        waited += now(session.device) - start
+        if curve[-1][1] <= target:
+            raise Reached
 
-    X, Y = windows_of(train, session)
-    generator = torch.Generator(session.device).manual_seed(seed)
+    torch.set_num_threads(THREADS[kind])
     with suppress(Reached):
-        lecture.train(tree, X, Y, steps=LECTURE_STEPS, generator=generator, on_step=validate)
-    return curve, waited
+        KINDS[kind](seed, session, validate)
+    torch.set_num_threads(threads)
+    seconds, (step, loss) = now(session.device) - begin - waited, curve[-1]
+    return {"seconds": seconds, "steps": step, "validation_loss": loss, "reached": loss <= target, "curve": curve}
 
 
-def our_training(seed: int, train: list[str], valid: list[str], session: Session) -> tuple[Curve, float]:
-    """The preset "fast" on the same architecture, until the target or its last step."""
-    trainer = new_trainer(seed, train, valid, session)
-    run_trainer(trainer, on_validation=lambda trainer: trainer.validations[-1][1] <= session.args.target)
-    return trainer.validations, trainer.waited
+Validate = Callable[[int, Callable[[], float]], None]  # takes the step, and what computes the loss
 
 
-def new_trainer(seed: int, train: list[str], valid: list[str], session: Session) -> TimedTrainer:
-    """The lecture's network, as it starts with this seed, and the preset's recipe."""
-    recipe = replace(PRESETS["fast"][1], seed=seed, eval_every=OUR_EVERY)
-    return TimedTrainer(from_tree(new_tree(seed, session)), session.vocab, train, valid, recipe)
+def train_lecture(seed: int, session: Session, validate: Validate) -> None:
+    """The lecture's recipe."""
+    train, valid, _ = split_names(session.names)
+    tree, held_out, (X, Y) = new_tree(seed, session), windows_of(valid, session), windows_of(train, session)
+
+    def on_step(step: int, _: Tensor) -> None:
+        if step % LECTURE_EVERY == 0:
+            validate(step, partial(lecture.evaluate, tree, *held_out))
+
+    generator = torch.Generator(session.device).manual_seed(seed)
+    lecture.train(tree, X, Y, steps=LECTURE_STEPS, generator=generator, on_step=on_step)
 
 
-KINDS = {"lecture": lecture_training, "ours": our_training}
+def train_ours(seed: int, session: Session, validate: Validate) -> None:
+    """The preset "fast" on the same network as it starts with this seed."""
+    train, valid, _ = split_names(session.names)
+    recipe = replace(PRESETS["fast"][1], seed=seed)
+    trainer = Trainer(from_tree(new_tree(seed, session)), session.vocab, train, valid, recipe)
+    while not trainer.finished:
+        trainer.advance()
+        if trainer.step % OUR_EVERY == 0:
+            validate(trainer.step, trainer.validate)
+
+
+KINDS = {"lecture": train_lecture, "ours": train_ours}
 
 
 def now(device: torch.device) -> float:
@@ -237,23 +191,19 @@ def tables(results: Results) -> Iterator[Table]:
         results["throughput"],
         "windows: the tree on all windows as one batch; slid: the convolutions; shared: each distinct node once.",
     )
-    times, rows = results["times_faster"], []
-    for row in results["trainings"]:
-        seconds = {kind: f"{'' if row[kind]['reached'] else '>'}{row[kind]['seconds']:.1f}" for kind in KINDS}
-        rows.append(row | {"s": seconds, "faster": row["lecture"]["seconds"] / row["ours"]["seconds"]})
+    times, rows = results["times_faster"], results["trainings"]
+    rows = [row | {"faster": row["lecture"]["seconds"] / row["ours"]["seconds"]} for row in rows]
     threads = ", ".join(f"{kind} with {count} threads" for kind, count in results["threads"].items())
+    columns = "{k}, s={k}.seconds .1f; steps={k}.steps ,; validation={k}.validation_loss .4f"
     yield Table(
         f"Seconds until the validation loss first is {results['target']:g} nats",
-        "seed"
-        + "".join(f"; {k}, s=s.{k}; steps={k}.steps ,; validation={k}.validation_loss .4f" for k in KINDS)
-        + "; times faster=faster .1f",
+        f"seed; {'; '.join(columns.format(k=kind) for kind in KINDS)}; times faster=faster .1f",
         rows,
-        f"{'Ours did not reach it.' if times is None else f'Median seconds: {times:.1f} times faster.'} "
-        f"The {threads}. > marks a training that ended above the target.",
+        f"{'Ours did not reach it.' if times is None else f'Median seconds: {times:.1f} times faster.'} The {threads}.",
     )
 
 
-main = partial(harness.main, Benchmark("train", __doc__, run, tables, add_options, gradients=True))
+main = partial(harness.main, Benchmark("train", __doc__, run, tables))
 
 if __name__ == "__main__":
     sys.exit(main())
