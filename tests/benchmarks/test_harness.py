@@ -123,7 +123,6 @@ def test_nodes_are_counted_and_not_computed_from_a_formula(gated):
         for call, nodes in (
             (lambda: conv(tokens), [16, 10]),
             (lambda: folded(tokens), [16, 10]),
-            (lambda: folded(tokens[:, 4:]), [4, 2]),  # one window per name: nothing is shared
             (lambda: reference.window_logits(tree, tokens), [20, 10]),
             (lambda: reference.loop_logits(tree, tokens[:1]), [10, 5]),
             (lambda: None, [0, 0]),
