@@ -11,7 +11,7 @@ from wavenet_conv import Scorer, sample_stream, sampling
 from wavenet_conv import names as names_module
 from wavenet_conv.checkpoint import load_checkpoint
 from wavenet_conv.cli import sample as command
-from wavenet_conv.cli.resumable import sha256_of
+from wavenet_conv.cli.options import sha256_of
 from wavenet_conv.errors import SamplingError
 
 COLUMNS = ["name", "log_likelihood", "bits_per_character"]

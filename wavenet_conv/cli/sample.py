@@ -106,7 +106,7 @@ def _chunks(names: Iterable[str]) -> Iterator[list[str]]:
 def _training_names(model: str, notes: dict[str, Any], path: str | None) -> set[str]:
     """The names that a model was trained on, according to its notes; raises `UsageError` if they are not available."""
     from ..names import LECTURE_SHA256, lecture_names, read_names
-    from .resumable import sha256_of
+    from .options import sha256_of
 
     trained_on = notes.get("names_sha256") or notes.get("list_sha256")
     if not trained_on:

@@ -18,14 +18,12 @@ import torch
 from filelock import FileLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from ..errors import ConfigError, TrainingError, UsageError, WaveNetConvError
-from ..model import WaveNetConfig
-from ..recipe import PRESETS, Recipe, split_names
+from ..errors import TrainingError, UsageError, WaveNetConvError
+from ..recipe import PRESETS, Recipe
 from ..training import Trainer, evaluate, new_model, run
-from ..vocabulary import Vocabulary
-from .options import device_of, training_names, usage_errors
+from .options import configured, device_of, output_errors, sha256_of, training_list
 from .progress import Progress
-from .resumable import differences, save_trained, sha256_of
+from .resumable import differences, save_trained
 
 try:
     import tomllib
@@ -38,12 +36,8 @@ DEFAULT = Path(__file__).parent.parent / "sweep.toml"
 # name: the types that a setting may have in TOML; a float may be written as an integer
 SETTINGS: dict[str, tuple[type, ...]] = {
     **{field.name: (type(field.default), int) for field in fields(Recipe)},
-    "n_embd": (int,),
-    "n_hidden": (int, list),
-    "kernel_sizes": (list,),
-    "batch_norm": (bool,),
-    "bias": (bool,),
-    "gated": (bool,),
+    "n_embd": (int,), "n_hidden": (int, list), "kernel_sizes": (list,),
+    **dict.fromkeys(("batch_norm", "bias", "gated"), (bool,)),
 }
 
 
@@ -66,25 +60,24 @@ class Space:
         preset = found.pop("preset", "fast")
         if preset not in list(PRESETS):
             raise UsageError(f"{path}: preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
+        for name, value in found.items():
+            if name not in SETTINGS:
+                raise UsageError(f"{path}: {name} is not a setting; the settings are {', '.join(SETTINGS)}")
+            if not _is_valid(name, value):
+                raise UsageError(
+                    f"{path}: {name} is {value!r}; give a value of type {SETTINGS[name][0].__name__}, {{choices = "
+                    f"[...]}}, or {{low = ..., high = ...}} with low <= high and, if log = true, low above 0"
+                )
         shape, recipe = PRESETS[preset]
         ranges = {name: value for name, value in found.items() if isinstance(value, dict)}
         fixed = {name: value for name, value in found.items() if name not in ranges}
         space = cls(path, preset, {**asdict(recipe), **shape, **fixed}, ranges)
-        ends = {name: given.get("choices") or [given.get("low"), given.get("high")] for name, given in ranges.items()}
-        for name, values in {**{name: [value] for name, value in fixed.items()}, **ends}.items():
-            space._check(name, values)
+        ends = {name: given.get("choices") or [given["low"], given["high"]] for name, given in ranges.items()}
         first = {name: values[0] for name, values in ends.items()}
         others = (first | {name: value} for name, values in ends.items() for value in values)
         for drawn in (first, *others):  # where the ends of a range are valid, all values between are
-            space.configured(drawn, 27)
+            configured(preset, 27, space.fixed | drawn, f"{path}: ")
         return space
-
-    def configured(self, drawn: dict[str, Any], vocab_size: int) -> tuple[WaveNetConfig, Recipe]:
-        """Model and recipe with the settings drawn; raises `UsageError` where they do not fit together."""
-        settings = self.fixed | drawn
-        recipe = {field.name: settings.pop(field.name) for field in fields(Recipe)}
-        with usage_errors(ConfigError, f"{self.path}: "):
-            return WaveNetConfig(vocab_size=vocab_size, **settings), Recipe(**recipe)
 
     def draw(self, trial: Trial) -> dict[str, Any]:
         """The settings of a new trial."""
@@ -100,19 +93,16 @@ class Space:
         """The settings that a trial drew."""
         return {name: json.loads(v) if "choices" in self.ranges[name] else v for name, v in trial.params.items()}
 
-    def _check(self, name: str, values: list[Any]) -> None:
-        """Rejects an unknown setting, values of a wrong type, and a range without an order."""
-        if name not in SETTINGS:
-            raise UsageError(f"{self.path}: {name} is not a setting; the settings are {', '.join(SETTINGS)}")
-        given = self.ranges.get(name, {})
-        for value in values:
-            if type(value) not in SETTINGS[name]:
-                kind = SETTINGS[name][0].__name__
-                fix = f"a value of type {kind}, {{low = ..., high = ...}} or {{choices = [...]}} with such values"
-                raise UsageError(f"{self.path}: {name} is {given or value!r}; give {fix}")
-        known, positive = given.keys() <= {"low", "high", "log"}, not given.get("log") or values[0] > 0
-        if given and "choices" not in given and not (known and positive and values[0] <= values[1]):
-            raise UsageError(f"{self.path}: {name} is {given}; give low <= high, and with log = true low above 0")
+
+def _is_valid(name: str, value: Any) -> bool:
+    """Whether a value, a range or a list of choices has values of the setting's type, and the range an order."""
+    if not isinstance(value, dict):
+        return type(value) in SETTINGS[name]
+    if "choices" in value:
+        return bool(value["choices"]) and all(_is_valid(name, choice) for choice in value["choices"])
+    low, high, log = value.get("low"), value.get("high"), value.get("log")
+    valid = value.keys() <= {"low", "high", "log"} and _is_valid(name, low) and _is_valid(name, high)
+    return valid and low <= high and (not log or low > 0)
 
 
 class Work:
@@ -121,10 +111,8 @@ class Work:
     def __init__(self, space: str, file: str, storage: str, study: str, device: str):
         with storage_errors(UsageError, f"--storage {storage}", "give another one, such as sqlite:///sweep.db"):
             self.space, self.device, self.name = Space.read(space), device_of(device), study
-            names = training_names(file)
-            self.train, self.valid, _ = split_names(names)
-            self.vocab = Vocabulary.from_names(names)
-            identity = {"names_sha256": sha256_of(names), "preset": self.space.preset}
+            self.names = training_list(file)
+            identity = {"names_sha256": self.names.sha256, "preset": self.space.preset}
             self.study = self._study(storage, json.loads(json.dumps(identity | self.space.fixed | self.space.ranges)))
 
     def _study(self, storage: str, identity: dict[str, Any]) -> optuna.Study:
@@ -199,8 +187,9 @@ class Work:
 
     def trainer(self, drawn: dict[str, Any]) -> Trainer:
         """A training with the settings drawn, before its first step."""
-        config, recipe = self.space.configured(drawn, len(self.vocab))
-        return Trainer(new_model(config, recipe.seed, self.device), self.vocab, self.train, self.valid, recipe)
+        vocab, parts = self.names.vocab, self.names.parts
+        config, recipe = configured(self.space.preset, len(vocab), self.space.fixed | drawn)
+        return Trainer(new_model(config, recipe.seed, self.device), vocab, *parts[:2], recipe)
 
     def row(self, trial: FrozenTrial) -> dict[str, Any]:
         """A trial as --json prints it."""
@@ -216,7 +205,8 @@ class Work:
             progress.say(f"its loss is {trainer.best_loss:.6f} nats, with other bits than in the trial")
         notes = self.row(trial) | asdict(trainer.model.config) | asdict(trainer.recipe)
         notes |= {"validation_loss": trainer.best_loss, "preset": self.space.preset, "study": self.name}
-        save_trained(output, trainer.model, self.vocab, self.train, notes)
+        with output_errors(output, "fix that and start again to continue"):
+            save_trained(output, trainer.model, self.names, notes)
 
 
 @contextmanager
