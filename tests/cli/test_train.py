@@ -75,15 +75,13 @@ def test_a_training_from_list_to_scores(train, tmp_path, listed, out, names):
         code == 0 and text.startswith("preset fast, seconds ") and ", train_loss " in text and "test_loss" not in text
     )
     assert_same(out, again)
-    code, text, _ = train(*SMALL, "--seconds", 0, "--json", output=other)
-    assert code == 0 and json.loads(text)["steps_taken"] == 4
     assert train(*SMALL, "--seed", 1, output=other)[0] == 0
     assert not torch.equal(weights(other)["head.weight"], weights(out)["head.weight"])
 
 
-def test_gated_layers_epochs_and_a_plot(train, tmp_path, out):
+def test_gated_layers_and_a_plot(train, tmp_path, out):
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
-    options = ["--gated", "--kernel-sizes", "2,3", "--epochs", 2, "--n-embd", 2, "--n-hidden", 8, "--batch-size", 64]
+    options = ["--gated", "--kernel-sizes", "2,3", "--steps", 10, "--n-embd", 2, "--n-hidden", 8, "--batch-size", 64]
     code, text, _ = train(*options, "--json", "--plot", tmp_path / "loss.png")
     assert code == 0 and json.loads(text)["steps_taken"] == 10
     assert load_checkpoint(out).model.config.kernel_sizes == (2, 3) and load_checkpoint(out).model.config.gated
@@ -223,7 +221,6 @@ def test_a_breakdown_keeps_the_last_good_checkpoint(train, out):
         (["--kernel-sizes", "2,0"], "kernel_sizes[1] is 0; it must be an integer of at least 1"),
         (["--kernel-sizes", "2;2"], "'2;2' is not a list of integers such as 2,2,2"),
         (["--n-embd", "1000000000000"], "this model cannot be built here"),
-        (["--steps", "3", "--epochs", "1"], "not allowed with argument"),
     ],
 )
 def test_wrong_usage(train, tmp_path, arguments, message):
@@ -232,12 +229,9 @@ def test_wrong_usage(train, tmp_path, arguments, message):
     assert files(tmp_path) == {"names.txt"}
 
 
-def test_what_cannot_be_started(train, tmp_path, listed, monkeypatch):
+def test_what_cannot_be_started(train, tmp_path, listed):
     assert "this file is being read; give another one" in train(*SMALL, output=listed)[2]
     assert "in an existing folder; give another path" in train(*SMALL, output=tmp_path)[2]
     assert "give a text file" in train(*SMALL, file=tmp_path / "no.txt")[2]
-    with monkeypatch.context() as patched:
-        patched.setenv("WORLD_SIZE", "2")
-        assert "--seconds: ranks do not stop at the same step; give --steps" in train(*SMALL, "--seconds", "9")[2]
     listed.write_text("emma\n")
     assert "1 names are too few to split 80/10/10; give at least 10" in train(*SMALL)[2]

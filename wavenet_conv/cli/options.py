@@ -75,8 +75,8 @@ def add_recipe(command: argparse.ArgumentParser, *names: str) -> None:
     command.add_argument("--preset", choices=list(PRESETS), default="fast", help=help)
     for name in names or RECIPE_HELP:
         kind = type(getattr(Recipe, name))
-        texts = {"metavar": {int: "N", float: "X", str: "NAME"}[kind], "help": RECIPE_HELP[name]}
-        command.add_argument(f"--{name.replace('_', '-')}", type=kind, **texts)
+        metavar = {int: "N", float: "X", str: "NAME"}[kind]
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=RECIPE_HELP[name])
 
 
 def positive(text: str) -> int:

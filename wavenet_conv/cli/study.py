@@ -36,7 +36,9 @@ DEFAULT = Path(__file__).parent.parent / "sweep.toml"
 # name: the types that a setting may have in TOML; a float may be written as an integer
 SETTINGS: dict[str, tuple[type, ...]] = {
     **{field.name: (type(field.default), int) for field in fields(Recipe)},
-    "n_embd": (int,), "n_hidden": (int, list), "kernel_sizes": (list,),
+    "n_embd": (int,),
+    "n_hidden": (int, list),
+    "kernel_sizes": (list,),
     **dict.fromkeys(("batch_norm", "bias", "gated"), (bool,)),
 }
 
@@ -80,17 +82,13 @@ class Space:
         return space
 
     def draw(self, trial: Trial) -> dict[str, Any]:
-        """The settings of a new trial."""
+        """Draw the settings of a trial."""
         for name, given in self.ranges.items():
             if "choices" in given:  # as JSON, since a storage takes no lists
                 trial.suggest_categorical(name, [json.dumps(choice) for choice in given["choices"]])
             else:
                 suggest: Any = trial.suggest_float if float in SETTINGS[name] else trial.suggest_int
                 suggest(name, given["low"], given["high"], log=given.get("log", False))
-        return self.drawn(trial)
-
-    def drawn(self, trial: Trial | FrozenTrial) -> dict[str, Any]:
-        """The settings that a trial drew."""
         return {name: json.loads(v) if "choices" in self.ranges[name] else v for name, v in trial.params.items()}
 
 
@@ -100,9 +98,9 @@ def _is_valid(name: str, value: Any) -> bool:
         return type(value) in SETTINGS[name]
     if "choices" in value:
         return bool(value["choices"]) and all(_is_valid(name, choice) for choice in value["choices"])
-    low, high, log = value.get("low"), value.get("high"), value.get("log")
-    valid = value.keys() <= {"low", "high", "log"} and _is_valid(name, low) and _is_valid(name, high)
-    return valid and low <= high and (not log or low > 0)
+    low, high = value.get("low"), value.get("high")
+    typed = value.keys() <= {"low", "high", "log"} and _is_valid(name, low) and _is_valid(name, high)
+    return typed and low <= high and (low > 0 or not value.get("log"))
 
 
 class Work:
@@ -130,9 +128,9 @@ class Work:
             if not before and not study.trials:
                 study.set_user_attr("sweep", before := identity)
         if before != identity:
+            changed = differences(before, identity)
             raise UsageError(
-                f"--study {self.name}: {storage} has a sweep of that name with other settings "
-                f"({differences(before, identity)}); give another --study"
+                f"--study {self.name}: {storage} has it with other settings ({changed}); give another name"
             )
         return study
 
@@ -146,8 +144,7 @@ class Work:
 
         def show(study: optuna.Study, _: FrozenTrial) -> None:
             done = self.counted()
-            ended = done[0].state.name == "COMPLETE"
-            best = f", best {done[0].value:.4f} nats (trial {done[0].number})" if ended else ""
+            best = f", best {done[0].value:.4f} nats" if done[0].state == TrialState.COMPLETE else ""
             progress.update(len(done), f"{len(done):,} of {trials:,} trials{best}")
             if len(done) >= trials:
                 study.stop()
@@ -156,11 +153,12 @@ class Work:
             self.study.optimize(self._loss, callbacks=[show])
 
     def _loss(self, trial: Trial) -> float:
-        """The lowest validation loss of a trial; keeps what it measures in the trial."""
+        """The lowest validation loss of a trial; keeps in the trial the row that --json prints."""
         # By number, so that neither a resumed sweep nor another process draws the same again.
         seed = (self.space.fixed["seed"] * 1_000_003 + trial.number) % 2**32
         self.study.sampler = optuna.samplers.TPESampler(seed=seed)
-        begin, trainer, state = monotonic(), self.trainer(self.space.draw(trial)), "ended"
+        begin, settings, state = monotonic(), self.space.draw(trial), "ended"
+        trainer = self.trainer(settings)
 
         def report(trainer: Trainer) -> bool:
             nonlocal state
@@ -173,14 +171,18 @@ class Work:
             run(trainer, on_validation=report)
         except (TrainingError, torch.OutOfMemoryError) as error:
             state = str(error)
-        measured = {
+        row = {
+            "trial": trial.number,
             "state": state,
+            "validation_loss": trainer.best_loss if trainer.validations else None,
+            "validations": trainer.validations,
             "train_loss": evaluate(trainer.model, trainer.train_corpus) if state == "ended" else None,
             "best_step": trainer.best_step,
             "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
             "seconds": round(monotonic() - begin, 1),
+            "settings": settings,
         }
-        trial.set_user_attr("measured", measured)
+        trial.set_user_attr("row", row)
         if state != "ended":
             raise optuna.TrialPruned
         return trainer.best_loss
@@ -191,19 +193,11 @@ class Work:
         config, recipe = configured(self.space.preset, len(vocab), self.space.fixed | drawn)
         return Trainer(new_model(config, recipe.seed, self.device), vocab, *parts[:2], recipe)
 
-    def row(self, trial: FrozenTrial) -> dict[str, Any]:
-        """A trial as --json prints it."""
-        losses = {"validation_loss": trial.value, "validations": sorted(trial.intermediate_values.items())}
-        return {"trial": trial.number, **losses, **trial.user_attrs["measured"], "settings": self.space.drawn(trial)}
-
-    def save(self, trial: FrozenTrial, output: str, progress: Progress) -> None:
-        """Train a trial again, since no process keeps weights, and write its checkpoint."""
-        progress.say(f"training trial {trial.number} again for {output}")
-        trainer = self.trainer(self.space.drawn(trial))
+    def save(self, row: dict[str, Any], output: str) -> None:
+        """Train the trial of a row again, since no process keeps weights, and write its checkpoint."""
+        trainer = self.trainer(row["settings"])
         run(trainer)
-        if trainer.best_loss != trial.value:
-            progress.say(f"its loss is {trainer.best_loss:.6f} nats, with other bits than in the trial")
-        notes = self.row(trial) | asdict(trainer.model.config) | asdict(trainer.recipe)
+        notes = row | asdict(trainer.model.config) | asdict(trainer.recipe)
         notes |= {"validation_loss": trainer.best_loss, "preset": self.space.preset, "study": self.name}
         with output_errors(output, "fix that and start again to continue"):
             save_trained(output, trainer.model, self.names, notes)
@@ -211,7 +205,7 @@ class Work:
 
 @contextmanager
 def storage_errors(kind: type[WaveNetConvError], where: str, fix: str) -> Iterator[None]:
-    """Raises as `kind` what Optuna and its databases raise."""
+    """Raise as `kind` what Optuna and its databases raise."""
     try:
         yield
     except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError, ImportError) as error:

@@ -51,12 +51,12 @@ def sweep(
     with Progress(trials, every_update=True) as progress:
         with storage_errors(OutputError, storage, "fix that and start again to continue"):
             work.run(trials, progress)
-            done = work.counted()
-        rows = [work.row(trial) for trial in done]
-        if done[0].state.name != "COMPLETE":
-            raise TrainingError(f"none of {len(done)} trials came to its end; the first: {rows[0]['state']}")
+            rows = [trial.user_attrs["row"] for trial in work.counted()]
+        if rows[0]["state"] != "ended":
+            raise TrainingError(f"none of {len(rows)} trials came to its end; the first: {rows[0]['state']}")
         if output:
-            work.save(done[0], output, progress)
+            progress.say(f"training trial {rows[0]['trial']} again for {output}")
+            work.save(rows[0], output)
     if as_json:
         print(json.dumps({"study": study, "trials": rows}))
         return

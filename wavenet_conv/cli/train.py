@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from argparse import ArgumentTypeError
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -44,7 +43,6 @@ def add_parser(commands: Any) -> None:
     add("--gated", action="store_true", default=None, help="gated layers with residual and skip connections")
     help = "a checkpoint to learn from, in place of the preset's teachers; may be repeated"
     add("--teacher", action="append", default=[], metavar="PATH", help=help)
-    add("--seconds", type=float, metavar="S", help="stop after the validation that ends after S seconds of training")
     add("--dtype", choices=("float32", "float64"), default="float32", help="of the weights")
     add_device(command)
     add("--resume", action="store_true", help="continue an interrupted run with the same arguments")
@@ -66,7 +64,6 @@ def train(
     *,
     preset: str,
     teacher: list[str],
-    seconds: float | None,
     dtype: str,
     device: str,
     resume: bool,
@@ -84,8 +81,6 @@ def train(
     check_output(output, file, *teacher)
     if plot:
         check_plot(plot)
-    if seconds is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("--seconds: ranks do not stop at the same step; give --steps under torchrun")
     given = [_loaded(path, names.vocab) for path in teacher]
     presets = teachers_of(preset, recipe.seed) if recipe.distill_weight and not given else []
     with distributed(device) as place, locked(output) if is_first_rank() else nullcontext():
@@ -96,7 +91,7 @@ def train(
         run = Run(setup, output, config, recipe, identities)
         paths = [Path(f"{output}.teacher-{own.seed}") for _, _, own in presets]
         trained = [_teacher(setup, str(path), *own) for path, own in zip(paths, presets)]
-        trainer = run.train(given + [model for model, _ in trained], seconds)
+        trainer = run.train(given + [model for model, _ in trained])
         if not is_first_rank():
             return
         results = {"preset": preset, "seconds": round(trainer.seconds + sum(spent for _, spent in trained), 1)}
