@@ -112,7 +112,7 @@ def test_training_lists_that_are_missing_or_wrong_are_rejected(sample, monkeypat
     other.write_text("emma\nava\n")
     monkeypatch.setenv("WAVENET_CONV_LECTURE_NAMES", str(other))
     trained_on = f"--novel: --model {path} was trained on a list with SHA-256 {sha256_of(listed)}, which is not "
-    fix = "; give that list with --list FILE, or run wavenet-conv lecture-names once"
+    fix = "; give it with --list FILE, or run wavenet-conv lecture-names once"
     for arguments, message in (
         ([], f"{trained_on}on this machine{fix}"),
         (["--list", other], f"{trained_on}{other}{fix}"),
@@ -120,7 +120,7 @@ def test_training_lists_that_are_missing_or_wrong_are_rejected(sample, monkeypat
     ):
         assert sample("--novel", *arguments, model=path) == (2, b"", f"wavenet-conv: {message}\n")
     code, out, err = sample("--novel", "--list", file)
-    assert (code, out) == (2, b"") and "use a checkpoint that wavenet-conv train wrote" in err
+    assert (code, out) == (2, b"") and "use one that wavenet-conv train wrote" in err
 
 
 def test_the_job_fails_when_there_are_no_more_new_names(sample, monkeypatch):
