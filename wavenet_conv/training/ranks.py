@@ -16,13 +16,7 @@ def rank_and_count() -> tuple[int, int]:
 
 
 def batch_norm_over_ranks(norm: BatchNorm, x: Tensor, multiplicity: Tensor) -> Tensor:
-    """`norm(x, multiplicity)` with the batch statistics of all ranks; differentiable.
-
-    Args:
-        norm: in training mode; its running statistics are updated as without ranks.
-        x: `(nodes, channels)`, this rank's.
-        multiplicity: `(nodes, 1)`.
-    """
+    """`norm(x, multiplicity)` with the batch statistics of all ranks; differentiable."""
     if not norm.training:
         return norm(x, multiplicity)
     from torch.distributed.nn.functional import all_reduce  # not in every build of PyTorch
