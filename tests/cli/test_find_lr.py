@@ -77,22 +77,13 @@ def test_an_explosion_ends_it_early_and_is_normal(find_lr, monkeypatch):
     assert len(out.splitlines()) < 20
 
 
-def test_nan_is_an_explosion(names, vocab):
+def test_nan_is_an_explosion_and_nothing_else_a_failure(find_lr, names, vocab, monkeypatch):
     trainer, rows = trainer_of(names, vocab, 40), []
     for row in try_rates(trainer):
         rows.append(row)
         if len(rows) == 3:
             trainer.model.head.bias.data[0] = math.nan
     assert len(rows) == 4 and math.isnan(rows[3][1])
-
-
-def test_no_finite_loss_is_a_failure(find_lr, monkeypatch):
     monkeypatch.setattr(command, "try_rates", lambda trainer: [(0.1, math.nan)])
     code, _, err = find_lr()
     assert code == 1 and "no learning rate gave a finite loss; try another --preset or --batch-size" in err
-
-
-@pytest.mark.parametrize("option, value", [("steps", 0), ("batch_size", -3)])
-def test_wrong_usage(find_lr, option, value):
-    code, out, err = find_lr(f"--{option.replace('_', '-')}", value)
-    assert (code, out) == (2, "") and f"{option} is {value}; it must be at least 1" in err

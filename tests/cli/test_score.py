@@ -11,7 +11,6 @@ from math import isnan
 
 import pytest
 import torch
-from helpers import ALPHABET
 
 from wavenet_conv import Scorer, lines
 
@@ -77,7 +76,6 @@ def test_rows_have_the_scorers_bits(score, save_random, monkeypatch, tmp_path, l
     [
         (b"", []),
         (b"\xef\xbb\xbf", []),
-        (b"\n", [""]),
         (b"emma\nava", ["emma", "ava"]),
         (b"\xef\xbb\xbfemma\r\n\r\nava\r\n", ["emma", "", "ava"]),
         (b'\n\n a b \n\t"\\\x00\nzo\xc3\xab\n', ["", "", " a b ", '\t"\\\x00', "zoë"]),
@@ -97,12 +95,7 @@ def test_each_line_is_a_row(score, monkeypatch, tmp_path, data, names, chunk):
 @pytest.mark.parametrize(
     ("data", "message", "written"),
     [
-        (b"ab\n" * 7 + b"ol.ivia\nab\n", "8 ('ol.ivia'): character '.' at position 2 is not in the vocabulary", 6),
-        (
-            b"ab\n" * 2 + b"zo\xc3\xab\n",
-            f"3 ('zoë'): character 'ë' at position 2 is not in the vocabulary '{ALPHABET}'",
-            0,
-        ),
+        (b"ab\n" * 7 + b"ol.ivia\nab\n", "8 ('ol.ivia'): character '.' at position 2 is not in the vocabulary 'abc", 6),
         (b"\xef\xbb\xbfab\r\nb\0\r\n", "2 ('b\\x00'): character '\\x00' at position 1 is not", 0),
         (b"ab\n" * 4 + b"a\xed\n", "5: byte 0xed at byte 1 of the line is not UTF-8; save the file as UTF-8", 3),
         (b"ab\n" * 3 + b"a" * 70, "4: longer than 64 bytes; give text with one name per line", 3),
@@ -123,17 +116,12 @@ def test_bad_lines_are_named_and_leave_the_output(score, tmp_path, monkeypatch, 
     assert output.read_bytes() == b"earlier" and sorted(tmp_path.iterdir()) == [file, output]
 
 
-@pytest.mark.parametrize(
-    ("format", "row"),
-    [
-        ("tsv", "zoë\tnan\tnan\tnan"),
-        ("jsonl", '{"name": "zoë", "score": null, "bits_per_character": null, "positions": [null]}'),
-    ],
-)
-def test_unknown_names_are_nan(score, listed, format, row):
+def test_unknown_names_are_nan(score, listed):
     listed.write_text("ava\nzoë\nmia\n", encoding="utf-8")
-    code, out, _ = score(listed, "--unknown", "nan", "--per-position", "--format", format)
-    assert code == 0 and out.decode().split("\n")[-3] == row
+    null = '{"name": "zoë", "score": null, "bits_per_character": null, "positions": [null]}'
+    for format, row in (("tsv", "zoë\tnan\tnan\tnan"), ("jsonl", null)):
+        code, out, _ = score(listed, "--unknown", "nan", "--per-position", "--format", format)
+        assert code == 0 and out.decode().split("\n")[-3] == row
 
 
 def test_sorted_rows_have_the_least_plausible_first(score, tmp_path, monkeypatch, names):
@@ -166,20 +154,22 @@ def test_standard_input_is_read(score, monkeypatch, listed):
     assert score() == (2, b"", "wavenet-conv: standard input is closed; give a file\n")
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 100])
-def test_the_limit_is_where_reading_stops(score, monkeypatch, listed, chunk):
+def test_the_limit_is_where_reading_stops(score, monkeypatch, listed):
     listed.write_bytes(b"emma\nava\nmia\n\xff\n")
-    monkeypatch.setattr(lines, "CHUNK_LINES", chunk)
-    code, out, _ = score(listed, "--limit", 3)
-    assert code == 0 and named(out) == ["emma", "ava", "mia"]
-    assert score(listed, "--limit", 4)[0] == 1
+    for chunk in (2, 100):
+        monkeypatch.setattr(lines, "CHUNK_LINES", chunk)
+        code, out, _ = score(listed, "--limit", 3)
+        assert code == 0 and named(out) == ["emma", "ava", "mia"] and score(listed, "--limit", 4)[0] == 1
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "wavenet-conv: interrupted\n"),
-        (OSError(errno.ENOSPC, "No space left on device"), 1, "wavenet-conv: {}: No space left on device; the file is"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (FULL, 1, "{}: No space left on device; the file is as it was before\n"),
     ],
     ids=["Ctrl-C", "full disk"],
 )
@@ -193,7 +183,7 @@ def test_an_output_is_replaced_when_it_is_whole(score, monkeypatch, tmp_path, li
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(error))
         found, out, err = score(listed, "--output", link)
-    assert (found, out) == (code, b"") and err.startswith(message.format(link))
+    assert (found, out) == (code, b"") and err == f"wavenet-conv: {message.format(link)}"
     assert sorted(tmp_path.iterdir()) == [link, listed, output]
     assert score(listed, "--output", link) == (0, b"", "") and seen == [b"earlier"] * 8
     assert link.is_symlink() and output.read_bytes() == score(listed)[1]
