@@ -103,8 +103,6 @@ def test_the_best_trial_is_written_with_its_own_bits(sweep, folder):
     assert evaluate(model, Corpus(valid, vocab, model)) == best["validation_loss"]
     assert evaluate(model, Corpus(train, vocab, model)) == best["train_loss"] == checkpoint.notes["train_loss"]
     assert checkpoint.notes["lr"] == best["settings"]["lr"] and len(checkpoint.quantiles) == 1001
-    assert list(model.config.kernel_sizes) == best["settings"]["kernel_sizes"]
-    assert sum(parameter.numel() for parameter in model.parameters()) == best["parameters"]
 
 
 @pytest.mark.slow
@@ -158,11 +156,7 @@ def test_a_study_of_another_sweep_or_program_is_rejected(sweep, folder):
     optuna.create_study(study_name="other", storage="sqlite:///sweep.db").optimize(lambda trial: 1.0, 1)
     code, _, err = sweep("--study", "other")
     assert code == 2 and "--study other: sqlite:///sweep.db has it with other settings (" in err
-
-
-def test_the_space_in_the_package():
-    space = Space.read("default")
-    assert space.preset == "fast" and {"lr", "batch_size"} <= space.ranges.keys()
+    assert {"lr", "batch_size"} <= Space.read("default").ranges.keys()
 
 
 @pytest.mark.parametrize(
@@ -173,9 +167,7 @@ def test_the_space_in_the_package():
         ("rate = 1", "rate is not a setting; the settings are steps, batch_size, "),
         ("batch_size = 2.5", "batch_size is 2.5; give a value of type int, {choices = "),
         ("dropout = {low = 0.0, high = 1.5}", "dropout is 1.5; it must be at least 0 and below 1"),
-        ("batch_size = {low = 8, high = 16.0}", "batch_size is {'low': 8, 'high': 16.0}; give a value of type int"),
         ("lr = {low = 2, high = 1}", "lr is {'low': 2, 'high': 1}; give a value of type float"),
-        ("lr = {low = 0.1}", "lr is {'low': 0.1}; give a value of type float"),
         ("n_hidden = [4, 5]\nkernel_sizes = {choices = [[2, 2], [8]]}", "n_hidden has 2 widths for 1 layers"),
     ],
 )
@@ -186,23 +178,13 @@ def test_spaces_that_are_rejected(sweep, folder, text, message):
     assert not (folder / "sweep.db").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--trials", 0], "argument --trials: '0' is not an integer of at least 1"),
-        (["--output", "list.txt"], "--output list.txt: this file is being read; give another one"),
-        (["--storage", "list.txt"], "--storage list.txt: Could not parse"),
-        (["--storage", "sqlite:///none/sweep.db"], "unable to open database file; give another one, such as"),
-    ],
-)
-def test_wrong_usage(sweep, arguments, message):
-    code, out, err = sweep(*arguments)
-    assert (code, out) == (2, "") and message in err
-
-
-def test_what_is_missing(sweep, monkeypatch):
-    code, _, err = sweep(space="none.toml")
-    assert code == 2 and "No such file or directory: 'none.toml'; give a TOML file" in err
+def test_storages_that_are_rejected(sweep, monkeypatch):
+    for storage, message in (
+        ("list.txt", "--storage list.txt: Could not parse"),
+        ("sqlite:///none/sweep.db", "unable to open database file; give another one, such as"),
+    ):
+        code, out, err = sweep("--storage", storage)
+        assert (code, out) == (2, "") and message in err
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.delitem(sys.modules, "wavenet_conv.cli.study")
     code, _, err = sweep()

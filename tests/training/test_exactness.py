@@ -173,16 +173,11 @@ def test_batch_norm_over_ranks_has_the_statistics_of_all(small, monkeypatch):
     assert torch.equal(batch_norm_over_ranks(norm.eval(), x, multiplicity), norm(x))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_rank_without_names_adds_nothing(small, dropout):
+def test_dropout_acts_in_training_only_and_on_no_names(small):
     conv = small(vocab_size=len(VOCAB), gated=True).train()
-    batch = Corpus(NAMES, VOCAB, conv).batch(torch.arange(0))
-    assert total_loss(conv, batch, dropout) == 0 and batch.positions == 0
-
-
-def test_dropout_acts_in_training_only(small):
-    conv = small(vocab_size=len(VOCAB)).train()
-    batch = Corpus(NAMES, VOCAB, conv).batch(torch.arange(len(NAMES)))
+    corpus = Corpus(NAMES, VOCAB, conv)
+    empty, batch = (corpus.batch(torch.arange(count)) for count in (0, len(NAMES)))
+    assert total_loss(conv, empty, 0.5) == empty.positions == 0
     torch.manual_seed(0)
     assert not torch.equal(shared_logits(conv, batch, 0.5), shared_logits(conv, batch, 0.5))
     conv.eval()

@@ -101,8 +101,8 @@ def train(
         text = ", ".join(f"{name} {value}" for name, value in (results | losses).items())
         print(json.dumps(results) if as_json else text)
         if plot:
-            weight, characters = trainer.model.embedding.weight, names.vocab.characters
-            plot_losses(plot, trainer.losses, trainer.validations, weight, characters)
+            embedding = trainer.model.embedding.weight if config.n_embd == 2 else None
+            plot_losses(plot, trainer.losses, trainer.validations, embedding, names.vocab.characters)
         for path in paths:
             path.unlink(missing_ok=True)
 
