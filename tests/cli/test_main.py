@@ -169,9 +169,8 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
     assert python(*pip, "install", "--no-deps", "--target", installed, wheel).returncode == 0
     assert {path.name for path in installed.iterdir() if "-" not in path.name} == {"wavenet_conv", "bin"}
     assert (installed / "wavenet_conv" / "py.typed").exists()
-    for module in ("wavenet_conv", "wavenet_conv.cli"):
-        done = python("-m", module, "sample", "--count", 2, cwd=tmp_path, path=installed)
-        assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+    done = python("-m", "wavenet_conv", "sample", "--count", 2, cwd=tmp_path, path=installed)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
     # The README's first example needs no `reference`.
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)[1]
     done = python("-c", f"{block}\nimport wavenet_conv; print(wavenet_conv)", cwd=tmp_path, path=installed)

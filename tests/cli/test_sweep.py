@@ -16,7 +16,6 @@ from wavenet_conv.names import read_names
 from wavenet_conv.training import Corpus, evaluate, split_names
 
 optuna = pytest.importorskip("optuna", reason="needs Optuna: pip install optuna")
-sqlalchemy = pytest.importorskip("sqlalchemy")
 
 SMALL = """\
 steps = 6
@@ -36,18 +35,6 @@ def folder(names, tmp_path, monkeypatch):
     (tmp_path / "small.toml").write_text(SMALL)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def unsynced():
-    """SQLite does not wait for the disk, which takes longer than everything else here."""
-
-    def connected(connection, _):
-        connection.execute("PRAGMA synchronous = OFF")
-
-    sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", connected)
-    yield
-    sqlalchemy.event.remove(sqlalchemy.engine.Engine, "connect", connected)
 
 
 @pytest.fixture
@@ -107,7 +94,7 @@ def test_the_best_trial_is_written_with_its_own_bits(sweep, folder):
 
 @pytest.mark.slow
 def test_two_processes_share_a_storage(sweep, folder):
-    command = [sys.executable, "-m", "wavenet_conv.cli", "sweep", "small.toml", "list.txt", "--trials", "8"]
+    command = [sys.executable, "-m", "wavenet_conv", "sweep", "small.toml", "list.txt", "--trials", "8"]
     options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen([*command, "--device", "cpu"], **options) for _ in range(2)]
     printed = [process.communicate()[1] for process in both]

@@ -101,7 +101,7 @@ def output_errors(path: object, advice: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{path}: {error.strerror or error}; {advice}") from error
+        raise OutputError(f"{path}: {error.strerror or str(error).rstrip('.')}; {advice}") from error
 
 
 def device_of(choice: str) -> torch.device:

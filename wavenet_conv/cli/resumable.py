@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..checkpoint import save_checkpoint
-from ..errors import OutputError, UsageError
+from ..errors import UsageError
 from ..files import write_whole
 from ..model import ConvWaveNet, WaveNetConfig
 from ..recipe import Recipe
@@ -155,11 +155,8 @@ def is_first_rank() -> bool:
 def locked(output: str) -> Iterator[None]:
     """Keep a second run from writing to OUTPUT; raises `OutputError` where one is there already."""
     lock = FileLock(f"{output}.lock", timeout=0)
-    try:
+    with output_errors(f"{output}.lock", "fix that, or wait until the other training there ends"):
         lock.acquire()
-    except OSError as error:  # a Timeout is one without a reason
-        reason = error.strerror or "another process is writing there; wait until it ends"
-        raise OutputError(f"{output}.lock: {reason}") from error
     try:
         yield
     finally:
