@@ -98,19 +98,16 @@ def pipe_without_reader():
 
 
 @COMMANDS_OF_ROWS
-@pytest.mark.parametrize(
-    ("opened", "code", "message"),
-    [
+def test_standard_output_that_takes_no_rows(run, monkeypatch, arguments):
+    full = "standard output: No space left on device; the rows are not complete"
+    for opened, code, message in (
         (pipe_without_reader, 0, ""),
-        (partial(open, "/dev/full", "w"), 1, "standard output: No space left on device; the rows are not complete"),
-        (nullcontext, 1, "standard output is closed; redirect it to a file"),
-    ],
-    ids=["no reader", "full", "closed"],
-)
-def test_standard_output_that_takes_no_rows(run, monkeypatch, arguments, opened, code, message):
-    with opened() as stdout, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", stdout)
-        assert run(*arguments) == (code, b"", message and f"wavenet-conv: {message}\n")
+        (partial(open, "/dev/full", "w"), 1, f"wavenet-conv: {full}\n"),
+        (nullcontext, 1, "wavenet-conv: standard output is closed; redirect it to a file\n"),
+    ):
+        with opened() as stdout, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            assert run(*arguments) == (code, b"", message)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -93,13 +92,12 @@ def test_the_best_trial_is_written_with_its_own_bits(sweep, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_storage(sweep, folder):
+def test_two_processes_share_a_storage(sweep, folder, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = [sys.executable, "-m", "wavenet_conv", "sweep", "small.toml", "list.txt", "--trials", "8"]
-    options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen([*command, "--device", "cpu"], **options) for _ in range(2)]
+    both = [subprocess.Popen([*command, "--device", "cpu"], stderr=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [process.communicate()[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], printed
-    assert all(" of 8 trials" in err for err in printed)
+    assert all(process.returncode == 0 for process in both) and all(" of 8 trials" in err for err in printed), printed
     found = rows(sweep("--trials", 8, "--json")[1])
     assert 8 <= len(found) <= 9 and [row["trial"] for row in found] == list(range(len(found)))
     assert len({json.dumps(row["settings"]) for row in found}) == len(found)

@@ -98,9 +98,10 @@ def _is_valid(name: str, value: Any) -> bool:
         return type(value) in SETTINGS[name]
     if "choices" in value:
         return bool(value["choices"]) and all(_is_valid(name, choice) for choice in value["choices"])
-    low, high = map(value.get, ("low", "high"))
-    typed = value.keys() <= {"low", "high", "log"} and _is_valid(name, low) and _is_valid(name, high)
-    return typed and low <= high and (low > 0 or not value.get("log"))
+    if not {"low", "high"} <= value.keys() <= {"low", "high", "log"}:
+        return False
+    low, high = value["low"], value["high"]
+    return _is_valid(name, low) and _is_valid(name, high) and low <= high and (low > 0 or not value.get("log"))
 
 
 class Work:

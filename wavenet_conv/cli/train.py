@@ -14,9 +14,8 @@ from .options import add_command, add_device, add_recipe, check_output, configur
 
 if TYPE_CHECKING:
     from ..model import ConvWaveNet
-    from ..training import Trainer
     from ..vocabulary import Vocabulary
-    from .resumable import Run, Setup
+    from .resumable import Setup
 
 DESCRIPTION = """\
 Trains a model on a list of names, one per line, and writes a checkpoint for `wavenet-conv score --model`. The list is
@@ -74,6 +73,7 @@ def train(
 ) -> None:
     """Run the command; the arguments are its options, `settings` as in `configured`."""
     from ..plots import check_plot, plot_losses
+    from ..training import Corpus, evaluate
     from .resumable import Run, Setup, digest, distributed, is_first_rank, locked
 
     names = training_list(file)
@@ -95,13 +95,18 @@ def train(
         if not is_first_rank():
             return
         results = {"preset": preset, "seconds": round(trainer.seconds + sum(spent for _, spent in trained), 1)}
-        results |= _measured(run, trainer, test)
+        model = trainer.model
+        results |= {"train_loss": evaluate(model, trainer.train_corpus), "validation_loss": trainer.best_loss}
+        if test:
+            results["test_loss"] = evaluate(model, Corpus(names.parts[2], names.vocab, model))
+        results |= {"best_step": trainer.best_step, "steps_taken": trainer.step}
+        results["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         run.save(results)
         losses = {name: f"{value:.4f}" for name, value in results.items() if "loss" in name}
         text = ", ".join(f"{name} {value}" for name, value in (results | losses).items())
         print(json.dumps(results) if as_json else text)
         if plot:
-            embedding = trainer.model.embedding.weight if config.n_embd == 2 else None
+            embedding = model.embedding.weight if config.n_embd == 2 else None
             plot_losses(plot, trainer.losses, trainer.validations, embedding, names.vocab.characters)
         for path in paths:
             path.unlink(missing_ok=True)
@@ -134,18 +139,3 @@ def _teacher(
     if is_first_rank():
         run.save({"seconds": trainer.seconds})
     return trainer.model, trainer.seconds
-
-
-def _measured(run: Run, trainer: Trainer, test: bool) -> dict[str, Any]:
-    """What a training is judged by."""
-    from ..training import Corpus, evaluate
-
-    model, names = trainer.model, run.setup.names
-    return {
-        "train_loss": evaluate(model, trainer.train_corpus),
-        "validation_loss": trainer.best_loss,
-        **({"test_loss": evaluate(model, Corpus(names.parts[2], names.vocab, model))} if test else {}),
-        "best_step": trainer.best_step,
-        "steps_taken": trainer.step,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
