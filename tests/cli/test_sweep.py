@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT
 
 from wavenet_conv import load_checkpoint
-from wavenet_conv.cli.study import Space
+from wavenet_conv.cli.study import read_space
 from wavenet_conv.names import read_names
 from wavenet_conv.training import Corpus, evaluate, split_names
 
@@ -141,7 +141,7 @@ def test_a_study_of_another_sweep_or_program_is_rejected(sweep, folder):
     optuna.create_study(study_name="other", storage="sqlite:///sweep.db").optimize(lambda trial: 1.0, 1)
     code, _, err = sweep("--study", "other")
     assert code == 2 and "--study other: sqlite:///sweep.db has it with other settings (" in err
-    assert {"lr", "batch_size"} <= Space.read("default").ranges.keys()
+    assert {"lr", "batch_size"} <= read_space("default")[2].keys()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from tempfile import gettempdir
 from time import monotonic
@@ -43,53 +43,35 @@ SETTINGS: dict[str, tuple[type, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Space:
-    """The settings of a sweep: its path and preset, what is fixed (by the file or the preset), and what is drawn."""
+def read_space(path: str) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:
+    """A TOML file, or "default": the preset, the settings without what is drawn, and the ranges of that.
 
-    path: str
-    preset: str
-    fixed: dict[str, Any]
-    ranges: dict[str, dict[str, Any]]
-
-    @classmethod
-    def read(cls, path: str) -> Space:
-        """The space in a TOML file, or "default"; raises `UsageError` naming the file, the key and the fix."""
-        try:
-            found = tomllib.loads((DEFAULT if path == "default" else Path(path)).read_bytes().decode())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path}: {error}; give a TOML file in UTF-8, or 'default'") from error
-        preset = found.pop("preset", "fast")
-        if preset not in list(PRESETS):
-            raise UsageError(f"{path}: preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
-        for name, value in found.items():
-            if name not in SETTINGS:
-                raise UsageError(f"{path}: {name} is not a setting; the settings are {', '.join(SETTINGS)}")
-            if not _is_valid(name, value):
-                raise UsageError(
-                    f"{path}: {name} is {value!r}; give a value of type {SETTINGS[name][0].__name__}, {{choices = "
-                    f"[...]}}, or {{low = ..., high = ...}} with low <= high and, if log = true, low above 0"
-                )
-        shape, recipe = PRESETS[preset]
-        ranges = {name: value for name, value in found.items() if isinstance(value, dict)}
-        fixed = {name: value for name, value in found.items() if name not in ranges}
-        space = cls(path, preset, {**asdict(recipe), **shape, **fixed}, ranges)
-        ends = {name: given.get("choices") or [given["low"], given["high"]] for name, given in ranges.items()}
-        first = {name: values[0] for name, values in ends.items()}
-        others = (first | {name: value} for name, values in ends.items() for value in values)
-        for drawn in (first, *others):  # where the ends of a range are valid, all values between are
-            configured(preset, 27, space.fixed | drawn, f"{path}: ")
-        return space
-
-    def draw(self, trial: Trial) -> dict[str, Any]:
-        """Draw the settings of a trial."""
-        for name, given in self.ranges.items():
-            if "choices" in given:  # as JSON, since a storage takes no lists
-                trial.suggest_categorical(name, [json.dumps(choice) for choice in given["choices"]])
-            else:
-                suggest: Any = trial.suggest_float if float in SETTINGS[name] else trial.suggest_int
-                suggest(name, given["low"], given["high"], log=given.get("log", False))
-        return {name: json.loads(v) if "choices" in self.ranges[name] else v for name, v in trial.params.items()}
+    Raises `UsageError` naming the file, the key and the fix.
+    """
+    try:
+        found = tomllib.loads((DEFAULT if path == "default" else Path(path)).read_bytes().decode())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {error}; give a TOML file in UTF-8, or 'default'") from error
+    preset = found.pop("preset", "fast")
+    if preset not in list(PRESETS):
+        raise UsageError(f"{path}: preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
+    for name, value in found.items():
+        if name not in SETTINGS:
+            raise UsageError(f"{path}: {name} is not a setting; the settings are {', '.join(SETTINGS)}")
+        if not _is_valid(name, value):
+            fix = "{choices = [...]}, or {low = ..., high = ...} with low <= high and, if log = true, low above 0"
+            kind = SETTINGS[name][0].__name__
+            raise UsageError(f"{path}: {name} is {value!r}; give a value of type {kind}, {fix}")
+    shape, recipe = PRESETS[preset]
+    ranges = {name: value for name, value in found.items() if isinstance(value, dict)}
+    fixed = {name: value for name, value in found.items() if name not in ranges}
+    settings = {**asdict(recipe), **shape, **fixed}
+    ends = {name: given.get("choices") or [given["low"], given["high"]] for name, given in ranges.items()}
+    first = {name: values[0] for name, values in ends.items()}
+    others = (first | {name: value} for name, values in ends.items() for value in values)
+    for drawn in (first, *others):  # where the ends of a range are valid, all values between are
+        configured(preset, 27, settings | drawn, f"{path}: ")
+    return preset, settings, ranges
 
 
 def _is_valid(name: str, value: Any) -> bool:
@@ -109,17 +91,17 @@ class Work:
 
     def __init__(self, space: str, file: str, storage: str, study: str, device: str):
         with storage_errors(UsageError, f"--storage {storage}", "give another one, such as sqlite:///sweep.db"):
-            self.space, self.device, self.name = Space.read(space), device_of(device), study
-            self.names = training_list(file)
-            identity = {"names_sha256": self.names.sha256, "preset": self.space.preset}
-            self.study = self._study(storage, json.loads(json.dumps(identity | self.space.fixed | self.space.ranges)))
+            self.preset, self.settings, self.ranges = read_space(space)
+            self.names, self.device, self.name = training_list(file), device_of(device), study
+            identity = {"names_sha256": self.names.sha256, "preset": self.preset, **self.settings, **self.ranges}
+            self.study = self._study(storage, json.loads(json.dumps(identity)))
 
     def _study(self, storage: str, identity: dict[str, Any]) -> optuna.Study:
         """The study, new or as it is in the storage; its trials must be comparable with this sweep's."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         waits = {"connect_args": {"timeout": SQLITE_WAIT}} if storage.startswith("sqlite") else {}
         # While the learning rate still rises, losses say little.
-        pruner = optuna.pruners.MedianPruner(n_warmup_steps=int(identity["warmup"] * identity["steps"]))
+        pruner = optuna.pruners.MedianPruner(n_warmup_steps=int(self.settings["warmup"] * self.settings["steps"]))
         # Optuna creates tables without a lock, and fails where another process does so at the same moment.
         lock = f"wavenet-conv-sweep-{sha256_of([os.getcwd(), storage])[:16]}.lock"
         with FileLock(Path(gettempdir(), lock)):
@@ -153,12 +135,22 @@ class Work:
         if len(self.counted()) < trials:
             self.study.optimize(self._loss, callbacks=[show])
 
+    def draw(self, trial: Trial) -> dict[str, Any]:
+        """Draw the settings of a trial."""
+        for name, given in self.ranges.items():
+            if "choices" in given:  # as JSON, since a storage takes no lists
+                trial.suggest_categorical(name, [json.dumps(choice) for choice in given["choices"]])
+            else:
+                suggest: Any = trial.suggest_float if float in SETTINGS[name] else trial.suggest_int
+                suggest(name, given["low"], given["high"], log=given.get("log", False))
+        return {name: json.loads(v) if "choices" in self.ranges[name] else v for name, v in trial.params.items()}
+
     def _loss(self, trial: Trial) -> float:
         """The lowest validation loss of a trial; keeps in the trial the row that --json prints."""
         # By number, so that neither a resumed sweep nor another process draws the same again.
-        seed = (self.space.fixed["seed"] * 1_000_003 + trial.number) % 2**32
+        seed = (self.settings["seed"] * 1_000_003 + trial.number) % 2**32
         self.study.sampler = optuna.samplers.TPESampler(seed=seed)
-        begin, settings, state = monotonic(), self.space.draw(trial), "ended"
+        begin, settings, state = monotonic(), self.draw(trial), "ended"
         trainer = self.trainer(settings)
 
         def report(trainer: Trainer) -> bool:
@@ -191,7 +183,7 @@ class Work:
     def trainer(self, drawn: dict[str, Any]) -> Trainer:
         """A training with the settings drawn, before its first step."""
         vocab, parts = self.names.vocab, self.names.parts
-        config, recipe = configured(self.space.preset, len(vocab), self.space.fixed | drawn)
+        config, recipe = configured(self.preset, len(vocab), self.settings | drawn)
         return Trainer(new_model(config, recipe.seed, self.device), vocab, *parts[:2], recipe)
 
     def save(self, row: dict[str, Any], output: str) -> None:
@@ -199,7 +191,7 @@ class Work:
         trainer = self.trainer(row["settings"])
         run(trainer)
         notes = row | asdict(trainer.model.config) | asdict(trainer.recipe)
-        notes |= {"validation_loss": trainer.best_loss, "preset": self.space.preset, "study": self.name}
+        notes |= {"validation_loss": trainer.best_loss, "preset": self.preset, "study": self.name}
         with output_errors(output, "fix that and start again to continue"):
             save_trained(output, trainer.model, self.names, notes)
 
