@@ -25,7 +25,7 @@ from ..files import write_whole
 from ..model import ConvWaveNet, WaveNetConfig
 from ..recipe import Recipe
 from ..scoring import Scorer
-from ..training import Trainer, new_model, run
+from ..training import Trainer, evaluate, new_model, run
 from ..training.ranks import rank_and_count
 from .options import TrainingList, device_of, output_errors
 from .progress import Progress
@@ -126,6 +126,17 @@ class Run:
         data = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
         with output_errors(self.state_path, ADVICE):
             write_whole(self.state_path, data)
+
+
+def results_of(trainer: Trainer) -> dict[str, Any]:
+    """What a training that has ended is judged by; losses are in nats per position."""
+    return {
+        "train_loss": evaluate(trainer.model, trainer.train_corpus),
+        "validation_loss": trainer.best_loss,
+        "best_step": trainer.best_step,
+        "steps_taken": trainer.step,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+    }
 
 
 def save_trained(path: str, model: ConvWaveNet, names: TrainingList, notes: dict[str, Any]) -> None:

@@ -20,10 +20,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ..errors import TrainingError, UsageError, WaveNetConvError
 from ..recipe import PRESETS, Recipe
-from ..training import Trainer, evaluate, new_model, run
+from ..training import Trainer, new_model, run
 from .options import configured, device_of, output_errors, sha256_of, training_list
 from .progress import Progress
-from .resumable import differences, save_trained
+from .resumable import differences, results_of, save_trained
 
 try:
     import tomllib
@@ -167,13 +167,10 @@ class Work:
         row = {
             "trial": trial.number,
             "state": state,
-            "validation_loss": trainer.best_loss if trainer.validations else None,
-            "validations": trainer.validations,
-            "train_loss": evaluate(trainer.model, trainer.train_corpus) if state == "ended" else None,
-            "best_step": trainer.best_step,
-            "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-            "seconds": round(monotonic() - begin, 1),
             "settings": settings,
+            "seconds": round(monotonic() - begin, 1),
+            "validations": trainer.validations,
+            **(results_of(trainer) if state == "ended" else {}),
         }
         trial.set_user_attr("row", row)
         if state != "ended":

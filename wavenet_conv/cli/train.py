@@ -74,7 +74,7 @@ def train(
     """Run the command; the arguments are its options, `settings` as in `configured`."""
     from ..plots import check_plot, plot_losses
     from ..training import Corpus, evaluate
-    from .resumable import Run, Setup, digest, distributed, is_first_rank, locked
+    from .resumable import Run, Setup, digest, distributed, is_first_rank, locked, results_of
 
     names = training_list(file)
     config, recipe = configured(preset, len(names.vocab), settings)
@@ -94,19 +94,16 @@ def train(
         trainer = run.train(given + [model for model, _ in trained])
         if not is_first_rank():
             return
-        results = {"preset": preset, "seconds": round(trainer.seconds + sum(spent for _, spent in trained), 1)}
-        model = trainer.model
-        results |= {"train_loss": evaluate(model, trainer.train_corpus), "validation_loss": trainer.best_loss}
+        seconds = round(trainer.seconds + sum(spent for _, spent in trained), 1)
+        results = {"preset": preset, "seconds": seconds, **results_of(trainer)}
         if test:
-            results["test_loss"] = evaluate(model, Corpus(names.parts[2], names.vocab, model))
-        results |= {"best_step": trainer.best_step, "steps_taken": trainer.step}
-        results["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+            results["test_loss"] = evaluate(trainer.model, Corpus(names.parts[2], names.vocab, trainer.model))
         run.save(results)
         losses = {name: f"{value:.4f}" for name, value in results.items() if "loss" in name}
         text = ", ".join(f"{name} {value}" for name, value in (results | losses).items())
         print(json.dumps(results) if as_json else text)
         if plot:
-            embedding = model.embedding.weight if config.n_embd == 2 else None
+            embedding = trainer.model.embedding.weight if config.n_embd == 2 else None
             plot_losses(plot, trainer.losses, trainer.validations, embedding, names.vocab.characters)
         for path in paths:
             path.unlink(missing_ok=True)
