@@ -142,13 +142,6 @@ def test_sorted_rows_have_the_least_plausible_first(score, tmp_path, monkeypatch
     with open(reader) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         assert score(*options, "--sort")[1] == out
-
-
-def test_standard_input_is_read(score, monkeypatch, listed):
-    expected = score(listed)[1]
-    with open(listed) as stdin:
-        monkeypatch.setattr(sys, "stdin", stdin)
-        assert score() == (0, expected, "")
     monkeypatch.setattr(sys, "stdin", None)
     assert score() == (2, b"", "wavenet-conv: standard input is closed; give a file\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def interrupt(monkeypatch):
     advance = Trainer.advance
 
     def at(step):
-        steps = iter(range(1, 10**6))
+        steps = itertools.count(1)
         monkeypatch.setattr(Trainer, "advance", lambda self: press() if next(steps) == step else advance(self))
 
     def press():
@@ -188,18 +189,18 @@ def test_two_ranks_train_as_one(train, tmp_path, out, listed):
         assert (tensor - weights(two)[name]).abs().max() < 1e-10, name
 
 
-@pytest.mark.parametrize("function", ["write_whole", "save_checkpoint"])
-def test_a_full_disk_leaves_the_previous_checkpoint(train, out, monkeypatch, function):
+def test_a_full_disk_leaves_the_previous_checkpoint(train, out, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     assert train(*SMALL)[0] == 0
     before = out.read_bytes()
-    monkeypatch.setattr(f"wavenet_conv.cli.resumable.{function}", full)
-    code, text, err = train(*SMALL, "--seed", "7")
-    assert (code, text) == (1, "") and ": No space left on device; fix that and start again with --resume" in err
-    assert out.read_bytes() == before
-    monkeypatch.undo()
+    for function in ("write_whole", "save_checkpoint"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"wavenet_conv.cli.resumable.{function}", full)
+            code, text, err = train(*SMALL, "--seed", "7")
+        assert (code, text) == (1, "") and ": No space left on device; fix that and start again with --resume" in err
+        assert out.read_bytes() == before
     assert train(*SMALL, "--seed", "7", "--resume")[0] == 0 and out.read_bytes() != before
 
 
