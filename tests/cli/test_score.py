@@ -11,7 +11,6 @@ from math import isnan
 
 import pytest
 import torch
-from helpers import ALPHABET
 
 from wavenet_conv import Scorer, lines
 
@@ -68,8 +67,8 @@ def test_rows_have_the_scorers_bits(score, save_random, monkeypatch, tmp_path, l
     assert [len(row["positions"]) for row in rows] == [len(name) + 1 for name in NAMES]
     values, _ = scorer.position_log_probs(NAMES)
     assert torch.equal(torch.tensor([value for row in rows for value in row["positions"]], dtype=dtype), values)
-    rows = [{name: row[name] for name in list(row)[:3]} for row in rows]
-    assert parse(score(listed, "--format", format, model=path)[1], format) == rows
+    short = [{name: row[name] for name in list(row)[:3]} for row in rows]
+    assert parse(score(listed, "--format", format, model=path)[1], format) == short
 
 
 @pytest.mark.parametrize(
@@ -77,18 +76,16 @@ def test_rows_have_the_scorers_bits(score, save_random, monkeypatch, tmp_path, l
     [
         (b"", []),
         (b"\xef\xbb\xbf", []),
-        (b"\n", [""]),
         (b"emma\nava", ["emma", "ava"]),
         (b"\xef\xbb\xbfemma\r\n\r\nava\r\n", ["emma", "", "ava"]),
         (b'\n\n a b \n\t"\\\x00\nzo\xc3\xab\n', ["", "", " a b ", '\t"\\\x00', "zoë"]),
         ("a\u2028b\n\x85\na\rb\n".encode(), ["a\u2028b", "\x85", "a\rb"]),
     ],
 )
-@pytest.mark.parametrize("chunk", [1, 1000])
-def test_each_line_is_a_row(score, monkeypatch, tmp_path, data, names, chunk):
-    monkeypatch.setattr(lines, "CHUNK_LINES", chunk)
+def test_each_line_is_a_row(score, monkeypatch, tmp_path, data, names):
     (tmp_path / "list.txt").write_bytes(data)
-    for format in ("tsv", "jsonl"):
+    for format, chunk in (("tsv", 1), ("jsonl", 1000)):
+        monkeypatch.setattr(lines, "CHUNK_LINES", chunk)
         code, out, _ = score(tmp_path / "list.txt", "--unknown", "nan", "--format", format)
         assert code == 0 and named(out, format) == names
     assert sorted(named(score(tmp_path / "list.txt", "--unknown", "nan", "--sort")[1])) == sorted(names)
@@ -97,12 +94,7 @@ def test_each_line_is_a_row(score, monkeypatch, tmp_path, data, names, chunk):
 @pytest.mark.parametrize(
     ("data", "message", "written"),
     [
-        (b"ab\n" * 7 + b"ol.ivia\nab\n", "8 ('ol.ivia'): character '.' at position 2 is not in the vocabulary", 6),
-        (
-            b"ab\n" * 2 + b"zo\xc3\xab\n",
-            f"3 ('zoë'): character 'ë' at position 2 is not in the vocabulary '{ALPHABET}'",
-            0,
-        ),
+        (b"ab\n" * 7 + b"ol.ivia\nab\n", "8 ('ol.ivia'): character '.' at position 2 is not in the vocabulary 'abc", 6),
         (b"\xef\xbb\xbfab\r\nb\0\r\n", "2 ('b\\x00'): character '\\x00' at position 1 is not", 0),
         (b"ab\n" * 4 + b"a\xed\n", "5: byte 0xed at byte 1 of the line is not UTF-8; save the file as UTF-8", 3),
         (b"ab\n" * 3 + b"a" * 70, "4: longer than 64 bytes; give text with one name per line", 3),
@@ -123,17 +115,12 @@ def test_bad_lines_are_named_and_leave_the_output(score, tmp_path, monkeypatch, 
     assert output.read_bytes() == b"earlier" and sorted(tmp_path.iterdir()) == [file, output]
 
 
-@pytest.mark.parametrize(
-    ("format", "row"),
-    [
-        ("tsv", "zoë\tnan\tnan\tnan"),
-        ("jsonl", '{"name": "zoë", "score": null, "bits_per_character": null, "positions": [null]}'),
-    ],
-)
-def test_unknown_names_are_nan(score, listed, format, row):
+def test_unknown_names_are_nan(score, listed):
     listed.write_text("ava\nzoë\nmia\n", encoding="utf-8")
-    code, out, _ = score(listed, "--unknown", "nan", "--per-position", "--format", format)
-    assert code == 0 and out.decode().split("\n")[-3] == row
+    null = '{"name": "zoë", "score": null, "bits_per_character": null, "positions": [null]}'
+    for format, row in (("tsv", "zoë\tnan\tnan\tnan"), ("jsonl", null)):
+        code, out, _ = score(listed, "--unknown", "nan", "--per-position", "--format", format)
+        assert code == 0 and out.decode().split("\n")[-3] == row
 
 
 def test_sorted_rows_have_the_least_plausible_first(score, tmp_path, monkeypatch, names):
@@ -155,31 +142,26 @@ def test_sorted_rows_have_the_least_plausible_first(score, tmp_path, monkeypatch
     with open(reader) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         assert score(*options, "--sort")[1] == out
-
-
-def test_standard_input_is_read(score, monkeypatch, listed):
-    expected = score(listed)[1]
-    with open(listed) as stdin:
-        monkeypatch.setattr(sys, "stdin", stdin)
-        assert score() == (0, expected, "")
     monkeypatch.setattr(sys, "stdin", None)
     assert score() == (2, b"", "wavenet-conv: standard input is closed; give a file\n")
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 100])
-def test_the_limit_is_where_reading_stops(score, monkeypatch, listed, chunk):
+def test_the_limit_is_where_reading_stops(score, monkeypatch, listed):
     listed.write_bytes(b"emma\nava\nmia\n\xff\n")
-    monkeypatch.setattr(lines, "CHUNK_LINES", chunk)
-    code, out, _ = score(listed, "--limit", 3)
-    assert code == 0 and named(out) == ["emma", "ava", "mia"]
-    assert score(listed, "--limit", 4)[0] == 1
+    for chunk in (2, 100):
+        monkeypatch.setattr(lines, "CHUNK_LINES", chunk)
+        code, out, _ = score(listed, "--limit", 3)
+        assert code == 0 and named(out) == ["emma", "ava", "mia"] and score(listed, "--limit", 4)[0] == 1
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "wavenet-conv: interrupted\n"),
-        (OSError(errno.ENOSPC, "No space left on device"), 1, "wavenet-conv: {}: No space left on device; the file is"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (FULL, 1, "{}: No space left on device; the file is as it was before\n"),
     ],
     ids=["Ctrl-C", "full disk"],
 )
@@ -193,7 +175,7 @@ def test_an_output_is_replaced_when_it_is_whole(score, monkeypatch, tmp_path, li
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(error))
         found, out, err = score(listed, "--output", link)
-    assert (found, out) == (code, b"") and err.startswith(message.format(link))
+    assert (found, out) == (code, b"") and err == f"wavenet-conv: {message.format(link)}"
     assert sorted(tmp_path.iterdir()) == [link, listed, output]
     assert score(listed, "--output", link) == (0, b"", "") and seen == [b"earlier"] * 8
     assert link.is_symlink() and output.read_bytes() == score(listed)[1]

@@ -9,11 +9,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import random_tree
+from helpers import assert_same_gradients, random_tree
 from hypothesis import given, settings
 
 import reference
-from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, from_tree
+from wavenet_conv import Vocabulary, WaveNetConfig, from_tree
 from wavenet_conv.training import Corpus, Recipe, Trainer, evaluate, new_model, predictions, shared_logits, total_loss
 from wavenet_conv.training.ranks import batch_norm_over_ranks
 
@@ -45,13 +45,6 @@ def ids_in_windows(batch):
 
 def tokens_of_windows(batch):
     return batch.children[0][ids_in_windows(batch)[0]].flatten(1)
-
-
-def gradients_of(tree) -> ConvWaveNet:
-    """A tree's gradients where a convolutional model has its weights; the tree loses its own."""
-    for parameter in tree.parameters():
-        parameter.data = parameter.grad
-    return from_tree(tree)
 
 
 def assert_close(found, expected, tolerance=1e-10):
@@ -104,9 +97,7 @@ def test_loss_gradients_and_statistics_are_the_trees(kernel_sizes, names, gated,
     expected.backward()
     found.backward()
     assert_close(conv.state_dict(), from_tree(tree).state_dict())  # running statistics among them
-    gradients = dict(gradients_of(tree).named_parameters())
-    assert_close(((name, p.grad) for name, p in conv.named_parameters()), gradients)
-    assert gradients["embedding.weight"].abs().max() > 1e-5
+    assert_same_gradients(tree, conv)
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
@@ -173,16 +164,11 @@ def test_batch_norm_over_ranks_has_the_statistics_of_all(small, monkeypatch):
     assert torch.equal(batch_norm_over_ranks(norm.eval(), x, multiplicity), norm(x))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_rank_without_names_adds_nothing(small, dropout):
+def test_dropout_acts_in_training_only_and_on_no_names(small):
     conv = small(vocab_size=len(VOCAB), gated=True).train()
-    batch = Corpus(NAMES, VOCAB, conv).batch(torch.arange(0))
-    assert total_loss(conv, batch, dropout) == 0 and batch.positions == 0
-
-
-def test_dropout_acts_in_training_only(small):
-    conv = small(vocab_size=len(VOCAB)).train()
-    batch = Corpus(NAMES, VOCAB, conv).batch(torch.arange(len(NAMES)))
+    corpus = Corpus(NAMES, VOCAB, conv)
+    empty, batch = (corpus.batch(torch.arange(count)) for count in (0, len(NAMES)))
+    assert total_loss(conv, empty, 0.5) == empty.positions == 0
     torch.manual_seed(0)
     assert not torch.equal(shared_logits(conv, batch, 0.5), shared_logits(conv, batch, 0.5))
     conv.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,8 +47,7 @@ def test_the_best_weights_are_kept_where_the_loss_rises_again(small, parts, monk
 
 
 def test_the_moving_average_is_what_is_validated_and_kept(small, parts):
-    model, averages, decay = small(), [], 0.8
-    other = small()
+    model, other, averages, decay = small(), small(), [], 0.8
 
     def average(trainer):
         weights = copied(model.state_dict())
@@ -62,20 +62,12 @@ def test_the_moving_average_is_what_is_validated_and_kept(small, parts):
         assert (tensor - averages[trainer.best_step - 1][name]).abs().max() < 1e-5
 
 
-def test_the_same_seed_gives_the_same_bits(small, parts):
-    one, same, other = (
-        fit(small(), *parts, Recipe(steps=8, batch_size=32, dropout=0.2, seed=seed)) for seed in (3, 3, 42)
-    )
-    assert one.validations == same.validations != other.validations
-    assert_same(one.model.state_dict(), same.model.state_dict())
-
-
 @pytest.mark.parametrize(
     "changes", [{}, {"dropout": 0.2, "ema_decay": 0.9}, {"optimizer": "sgd", "schedule": "constant"}], ids=str
 )
 def test_a_restored_training_ends_with_the_same_bits(small, parts, changes):
     recipe = Recipe(**({"steps": 24, "batch_size": 32, "eval_every": 6, "lr": 1e-2} | changes))
-    whole = fit(small(), *parts, recipe)
+    whole, other = fit(small(), *parts, recipe), fit(small(), *parts, replace(recipe, seed=1))
     broken = Trainer(small(), *parts, recipe)
     while not broken.finished:
         states: list = []
@@ -83,7 +75,7 @@ def test_a_restored_training_ends_with_the_same_bits(small, parts, changes):
         broken = Trainer(small(5), *parts, recipe)
         broken.restore(*states[0])
         assert broken.seconds == states[0][1]["seconds"] > 0
-    assert whole.validations == broken.validations and whole.best_loss == broken.best_loss < 3.3
+    assert whole.validations == broken.validations != other.validations and whole.best_loss == broken.best_loss < 3.3
     assert_same(whole.best_weights, broken.best_weights)
     assert torch.equal(torch.stack(whole.losses), torch.stack(broken.losses))
 
@@ -156,22 +148,14 @@ def test_the_lectures_split(lecture_list):
     assert sorted(name for part in parts for name in part) == sorted(lecture_list)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
+def test_recipes_and_lists_that_are_rejected(small, vocab):
+    for changes, message in (
         ({"steps": 0}, "steps is 0; it must be at least 1 and below"),
-        ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
         ({"lr": 0.0}, "lr is 0.0; it must be a positive number"),
         ({"optimizer": "adam"}, "optimizer is 'adam'; it must be 'adamw' or 'sgd'"),
-        ({"weight_decay": -1.0}, "weight_decay is -1.0; it must be at least 0"),
-    ],
-)
-def test_recipes_that_are_rejected(changes, message):
-    with pytest.raises(WaveNetConvError, match=message):
-        Recipe(**changes)
-
-
-def test_lists_that_are_rejected(small, vocab):
+    ):
+        with pytest.raises(WaveNetConvError, match=message):
+            Recipe(**changes)
     with pytest.raises(WaveNetConvError, match="nothing to learn from an empty list"):
         Corpus([], vocab, small())
     with pytest.raises(WaveNetConvError, match=r"name 1 \('b7'\): character '7' at position 1"):

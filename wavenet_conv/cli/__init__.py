@@ -14,16 +14,17 @@ from .. import __version__
 from ..errors import UsageError, WaveNetConvError
 from .rows import write_output
 
+DESCRIPTION = """The lecture's WaveNet, slid over whole names. Exit code 0 when done or when the reader closed the pipe,
+1 for a failed job, 2 for wrong usage, 130 for Ctrl-C."""
 COMMANDS = ("score", "sample", "train", "sweep", "find_lr", "lecture_names")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command with these arguments, by default those of the process, and return its exit code.
+    """Run the command with these arguments, by default the process's; returns its exit code.
 
-    0 is done, or that the reader closed the pipe; 1 a failed job, 2 wrong usage, 130 Ctrl-C. Options that cannot be
-    parsed, `--help` and `--version` raise `SystemExit` instead.
+    Options that cannot be parsed, `--help` and `--version` raise `SystemExit` instead.
     """
-    parser = argparse.ArgumentParser(prog="wavenet-conv", description="The lecture's WaveNet, slid over whole names.")
+    parser = argparse.ArgumentParser(prog="wavenet-conv", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in COMMANDS:

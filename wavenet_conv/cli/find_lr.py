@@ -8,9 +8,7 @@ from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TrainingError
-from ..recipe import PRESETS, split_names
-from .options import add_command, add_device, device_of, training_names
-from .train import configured
+from .options import add_command, add_device, add_recipe, configured, device_of, training_list
 
 if TYPE_CHECKING:
     import torch
@@ -31,35 +29,23 @@ the one-cycle schedule it is the peak (`wavenet-conv train --lr`). It is normal 
 def add_parser(commands: Any) -> None:
     """Add `wavenet-conv find-lr`."""
     command = add_command(commands, find_lr, "find a learning rate for a list of names", DESCRIPTION)
-    add = command.add_argument
-    add("file", metavar="FILE", help="one name per line, UTF-8")
-    add("--preset", choices=list(PRESETS), default="fast", help="model and recipe to start from (fast)")
-    add("--optimizer", choices=("adamw", "sgd"), help="in place of the preset's")
-    add("--batch-size", type=int, metavar="N", help="names per step, in place of the preset's")
-    add("--steps", type=int, default=1000, metavar="N", help="learning rates to try (1000)")
-    add("--seed", type=int, metavar="N", help="in place of the preset's")
+    command.add_argument("file", metavar="FILE", help="one name per line, UTF-8")
+    add_recipe(command, "optimizer", "batch_size", "steps", "seed")
+    command.set_defaults(steps=1000)
     add_device(command)
-    add("--plot", metavar="FILE", help="write the loss against the rate as a picture")
-    add("--json", dest="as_json", action="store_true", help="the results as one line of JSON")
+    command.add_argument("--plot", metavar="FILE", help="write the loss against the rate as a picture")
+    command.add_argument("--json", dest="as_json", action="store_true", help="the results as one line of JSON")
 
 
-def find_lr(
-    file: str, *, preset: str, device: str, plot: str | None = None, as_json: bool = False, **settings: Any
-) -> None:
-    """Run `wavenet-conv find-lr`; `settings` are fields of `Recipe`, of which None leaves the preset's.
-
-    Raises `UsageError` for what cannot be started, `TrainingError` where no loss is finite.
-    """
+def find_lr(file: str, *, preset: str, device: str, plot: str | None, as_json: bool, **settings: Any) -> None:
+    """Run the command; `settings` are fields of `Recipe`. Raises `TrainingError` where no loss is finite."""
     from ..plots import check_plot, plot_rates
     from ..training import Trainer, new_model
-    from ..vocabulary import Vocabulary
 
     if plot:
         check_plot(plot)
-    names = training_names(file)
-    parts, vocab = split_names(names), Vocabulary.from_names(names)
-    settings |= {"schedule": "constant", "ema_decay": 0.0, "patience": 0}
-    config, recipe = configured(preset, len(vocab), settings)
+    _, vocab, parts = training_list(file)
+    config, recipe = configured(preset, len(vocab), settings | {"schedule": "constant", "ema_decay": 0.0})
     trainer = Trainer(new_model(config, recipe.seed, device_of(device)), vocab, *parts[:2], recipe)
     rows = []
     if not as_json:

@@ -1,22 +1,51 @@
-"""Options that several commands share, and the checks of their values."""
+"""Options that several commands share, the checks of their values, and what is read for them."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, fields
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import CheckpointError, NamesError, UsageError
+from ..errors import CheckpointError, ConfigError, NamesError, OutputError, UsageError
+from ..recipe import PRESETS, Recipe, split_names
 
 if TYPE_CHECKING:
     import torch
 
     from ..checkpoint import Checkpoint
+    from ..model import WaveNetConfig
+    from ..vocabulary import Vocabulary
 
 MIN_NAMES = 10  # with fewer, a part of the split is empty
+
+RECIPE_HELP = {
+    "steps": "steps to take",
+    "batch_size": "names per step",
+    "optimizer": "adamw or sgd",
+    "schedule": "of the learning rate: onecycle or constant",
+    "lr": "the highest learning rate",
+    "warmup": "share of the steps in which the learning rate rises",
+    "weight_decay": "decay of the weight matrices",
+    "dropout": "probability that a linear map does not see an input channel",
+    "ema_decay": "keep the moving average of the weights with this decay per step",
+    "eval_every": "steps between validations",
+    "patience": "stop after so many validations without a lower loss; 0 does not",
+    "distill_weight": "share of the targets that teachers give",
+    "seed": "of the weights, the order of the names and dropout",
+}
+
+
+class TrainingList(NamedTuple):
+    """A list to train on: its SHA-256, its characters, and the names to train, validate and test on."""
+
+    sha256: str
+    vocab: Vocabulary
+    parts: tuple[list[str], list[str], list[str]]
 
 
 def add_command(commands: Any, run: Callable[..., None], help: str, description: str) -> argparse.ArgumentParser:
@@ -25,15 +54,6 @@ def add_command(commands: Any, run: Callable[..., None], help: str, description:
     command: argparse.ArgumentParser = commands.add_parser(run.__name__.replace("_", "-"), **texts)
     command.set_defaults(run=run)
     return command
-
-
-@contextmanager
-def usage_errors(kind: type[Exception], prefix: str = "") -> Iterator[None]:
-    """Raise errors of this kind as `UsageError`, after a prefix."""
-    try:
-        yield
-    except kind as error:
-        raise UsageError(f"{prefix}{error}") from error
 
 
 def add_device(command: argparse.ArgumentParser) -> None:
@@ -49,11 +69,39 @@ def add_model(command: argparse.ArgumentParser) -> None:
     add_device(command)
 
 
+def add_recipe(command: argparse.ArgumentParser, *names: str) -> None:
+    """Add `--preset`, and options for these fields of `Recipe`, by default all, which replace the preset's."""
+    help = "model and recipe to start from (fast); the options that follow replace parts of it"
+    command.add_argument("--preset", choices=list(PRESETS), default="fast", help=help)
+    for name in names or RECIPE_HELP:
+        kind = type(getattr(Recipe, name))
+        metavar = {int: "N", float: "X", str: "NAME"}[kind]
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=RECIPE_HELP[name])
+
+
 def positive(text: str) -> int:
     """Parse an integer of at least 1, as the `type` of an option."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return int(text)
+
+
+@contextmanager
+def usage_errors(kind: type[Exception], prefix: str = "") -> Iterator[None]:
+    """Raise errors of this kind as `UsageError`, after a prefix."""
+    try:
+        yield
+    except kind as error:
+        raise UsageError(f"{prefix}{error}") from error
+
+
+@contextmanager
+def output_errors(path: object, advice: str) -> Iterator[None]:
+    """Raise each `OSError` as an `OutputError` about a file."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror or str(error).rstrip('.')}; {advice}") from error
 
 
 def device_of(choice: str) -> torch.device:
@@ -66,6 +114,17 @@ def device_of(choice: str) -> torch.device:
     return torch.device("cuda" if cuda and choice != "cpu" else "cpu")
 
 
+def configured(preset: str, vocab_size: int, settings: dict[str, Any], where: str = "") -> tuple[WaveNetConfig, Recipe]:
+    """The preset with the settings that are not None, fields of `Recipe` and `WaveNetConfig`; raises `UsageError`."""
+    from ..model import WaveNetConfig
+
+    shape, recipe = PRESETS[preset]
+    merged = {**asdict(recipe), **shape, **{name: value for name, value in settings.items() if value is not None}}
+    given = {field.name: merged.pop(field.name) for field in fields(Recipe)}
+    with usage_errors(ConfigError, where):
+        return WaveNetConfig(vocab_size=vocab_size, **merged), Recipe(**given)
+
+
 def load_model(path: str, option: str = "--model") -> Checkpoint:
     """Load a checkpoint; raises `UsageError` naming the option if it cannot be read."""
     from ..checkpoint import load_checkpoint
@@ -74,15 +133,21 @@ def load_model(path: str, option: str = "--model") -> Checkpoint:
         return load_checkpoint(path)
 
 
-def training_names(path: str) -> list[str]:
+def sha256_of(names: Sequence[str]) -> str:
+    """What identifies a list in a checkpoint's notes."""
+    return sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def training_list(path: str) -> TrainingList:
     """Read a list of names to train on; raises `UsageError` if it cannot be read or is too short to split."""
     from ..names import read_names
+    from ..vocabulary import Vocabulary
 
     with usage_errors(NamesError):
         names = read_names(path)
     if len(names) < MIN_NAMES:
         raise UsageError(f"{path}: {len(names)} names are too few to split 80/10/10; give at least {MIN_NAMES}")
-    return names
+    return TrainingList(sha256_of(names), Vocabulary.from_names(names), split_names(names))
 
 
 def check_output(output: str, *inputs: str) -> None:

@@ -12,9 +12,7 @@ class Progress:
     `total` is the value of `completed` at the end, if known. There is no bar on a terminal that shows `rows` meanwhile.
     """
 
-    def __init__(
-        self, total: float | None = None, *, rows: bool = False, every_update: bool = False, quiet: bool = False
-    ):
+    def __init__(self, total: float | None = None, rows: bool = False, every_update: bool = False, quiet: bool = False):
         from rich import progress  # takes longer to import than a usage error to print
         from rich.console import Console
 

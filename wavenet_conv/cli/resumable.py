@@ -20,44 +20,45 @@ from torch import Tensor
 
 from .. import __version__
 from ..checkpoint import save_checkpoint
-from ..errors import OutputError, UsageError
+from ..errors import UsageError
 from ..files import write_whole
 from ..model import ConvWaveNet, WaveNetConfig
 from ..recipe import Recipe
 from ..scoring import Scorer
-from ..training import Trainer, new_model, run
+from ..training import Trainer, evaluate, new_model, run
 from ..training.ranks import rank_and_count
-from ..vocabulary import Vocabulary
-from .options import device_of
+from .options import TrainingList, device_of, output_errors
 from .progress import Progress
 
 QUANTILES = 1001  # of the training list's bits per character, for `Scorer.percentile`
+ADVICE = "fix that and start again with --resume"
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a training shares with those of its teachers; `parts` are the names to train, validate and test on."""
+    """What a training shares with those of its teachers."""
 
-    names_sha256: str
-    vocab: Vocabulary
-    parts: tuple[list[str], list[str], list[str]]
+    names: TrainingList
     device: torch.device
     dtype: str
     resume: bool
+
+    def say(self, text: str) -> None:
+        """Print a line on standard error, on the first rank."""
+        Progress(quiet=not is_first_rank()).say(text)
 
 
 class Run:
     """One training, whose state is in OUTPUT.training after each validation; `teachers` says which ones it has.
 
-    Raises:
-        UsageError: The model is too large for this machine, or there is a state that cannot be resumed.
+    Raises `UsageError` if the model is too large for this machine, or if there is a state that cannot be resumed.
     """
 
     def __init__(self, setup: Setup, output: str, config: WaveNetConfig, recipe: Recipe, teachers: Sequence[str] = ()):
         self.setup, self.output, self.state_path, self.recipe = setup, output, Path(f"{output}.training"), recipe
         # All that decides about the bits of a training; a run resumes only one with the same.
         identity = {
-            "names_sha256": setup.names_sha256,
+            "names_sha256": setup.names.sha256,
             **asdict(config),
             **asdict(recipe),
             "teachers": teachers,
@@ -76,12 +77,11 @@ class Run:
             reason = str(error).splitlines()[0]
             raise UsageError(f"this model cannot be built here ({reason}); use a smaller one: {config}") from error
 
-    def train(self, teachers: Sequence[ConvWaveNet] = (), seconds: float | None = None) -> Trainer:
-        """Trains to the end or for some seconds, from an interrupted run's state where there is one."""
+    def train(self, teachers: Sequence[ConvWaveNet] = ()) -> Trainer:
+        """Train to the end, from an interrupted run's state where there is one."""
         teachers = [teacher.to(self.model.embedding.weight) for teacher in teachers]
-        trainer = Trainer(self.model, self.setup.vocab, *self.setup.parts[:2], self.recipe, teachers)
-        steps = self.recipe.steps
-        with Progress(steps, every_update=True, quiet=not is_first_rank()) as progress:
+        trainer = Trainer(self.model, self.setup.names.vocab, *self.setup.names.parts[:2], self.recipe, teachers)
+        with Progress(self.recipe.steps, every_update=True, quiet=not is_first_rank()) as progress:
             if self.interrupted is not None:
                 trainer.restore(*self.interrupted)
                 progress.say(f"resuming after step {trainer.step:,}")
@@ -90,23 +90,23 @@ class Run:
                 if is_first_rank():
                     self._save_state(*trainer.state())
                 recent = float(torch.stack(trainer.losses[-self.recipe.eval_every :]).mean())
-                losses = (
-                    f"train {recent:.4f}, validation {trainer.validations[-1][1]:.4f}, best {trainer.best_loss:.4f}"
-                )
-                progress.update(trainer.step, f"step {trainer.step:,} of {steps:,}: {losses}")
+                step = f"step {trainer.step:,} of {self.recipe.steps:,}: train {recent:.4f}"
+                losses = f"validation {trainer.validations[-1][1]:.4f}, best {trainer.best_loss:.4f}"
+                progress.update(trainer.step, f"{step}, {losses}")
 
-            run(trainer, seconds=seconds, on_validation=record)
+            run(trainer, on_validation=record)
         return trainer
 
     def save(self, results: dict[str, Any]) -> None:
-        """Writes the checkpoint with what identifies the run and its results as notes, and deletes the state."""
-        names = {"names": sum(map(len, self.setup.parts)), "split": "80/10/10, shuffled with seed 42"}
-        save_trained(self.output, self.model, self.setup.vocab, self.setup.parts[0], names | self.identity | results)
+        """Write the checkpoint with what identifies the run and its results as notes, and delete the state."""
+        names = {"names": sum(map(len, self.setup.names.parts)), "split": "80/10/10, shuffled with seed 42"}
+        with output_errors(self.output, ADVICE):
+            save_trained(self.output, self.model, self.setup.names, names | self.identity | results)
         self.state_path.unlink(missing_ok=True)
 
     def _interrupted(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The state that an interrupted run left, if any."""
-        path, identity = self.state_path, self.identity
+        path = self.state_path
         if not path.exists():
             return None
         if not self.setup.resume:
@@ -117,33 +117,33 @@ class Run:
             before, numbers = json.loads(metadata["run"]), json.loads(metadata["numbers"])
         except Exception as error:  # safetensors raises its own error, and many others for a damaged file
             raise UsageError(f"{path}: not the state of a training ({error}); delete it to start again") from error
-        if changed := differences(before, identity):
+        if changed := differences(before, self.identity):
             raise UsageError(f"{path}: of another run: {changed}; use the same arguments, or delete it to start again")
         return tensors, numbers
 
     def _save_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         metadata = {"run": json.dumps(self.identity), "numbers": json.dumps(numbers)}
         data = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
-        try:
+        with output_errors(self.state_path, ADVICE):
             write_whole(self.state_path, data)
-        except OSError as error:
-            reason = error.strerror or error
-            raise OutputError(f"{self.state_path}: {reason}; fix that and start again with --resume") from error
 
 
-def save_trained(path: str, model: ConvWaveNet, vocab: Vocabulary, names: list[str], notes: dict[str, Any]) -> None:
-    """Writes the checkpoint of a model trained on `names`, with quantiles of their bits for `Scorer.percentile`."""
-    bits = Scorer(model, vocab).bits_per_character(names).double()
+def results_of(trainer: Trainer) -> dict[str, Any]:
+    """What a training that has ended is judged by; losses are in nats per position."""
+    return {
+        "train_loss": evaluate(trainer.model, trainer.train_corpus),
+        "validation_loss": trainer.best_loss,
+        "best_step": trainer.best_step,
+        "steps_taken": trainer.step,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+    }
+
+
+def save_trained(path: str, model: ConvWaveNet, names: TrainingList, notes: dict[str, Any]) -> None:
+    """Write a trained model's checkpoint, with quantiles of its list's bits for `Scorer.percentile`."""
+    bits = Scorer(model, names.vocab).bits_per_character(names.parts[0]).double()
     places = torch.linspace(0, len(bits) - 1, QUANTILES, dtype=torch.float64).round().long()
-    try:
-        save_checkpoint(path, model, vocab, notes, bits.sort().values[places].float())
-    except OSError as error:
-        raise OutputError(f"{path}: {error.strerror or error}; fix that and start again, with --resume") from error
-
-
-def sha256_of(names: Sequence[str]) -> str:
-    """What identifies a list in a checkpoint's notes."""
-    return sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()
+    save_checkpoint(path, model, names.vocab, notes, bits.sort().values[places].float())
 
 
 def digest(model: ConvWaveNet) -> str:
@@ -164,13 +164,10 @@ def is_first_rank() -> bool:
 
 @contextmanager
 def locked(output: str) -> Iterator[None]:
-    """Keeps a second run from writing to OUTPUT; raises `OutputError` where one is there already."""
+    """Keep a second run from writing to OUTPUT; raises `OutputError` where one is there already."""
     lock = FileLock(f"{output}.lock", timeout=0)
-    try:
+    with output_errors(f"{output}.lock", "fix that, or wait until the other training there ends"):
         lock.acquire()
-    except OSError as error:  # a Timeout is one without a reason
-        reason = error.strerror or "another process is writing there; wait until it ends"
-        raise OutputError(f"{output}.lock: {reason}") from error
     try:
         yield
     finally:

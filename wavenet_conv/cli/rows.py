@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import OutputError
 from ..files import whole_file
+from .options import output_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,11 +23,9 @@ _quoted = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Rows:
-    """Formats rows, whose numbers have as many digits as their dtype needs to be read back exactly.
+    """Formats rows as "tsv" (names as inside a JSON string) or "jsonl"; the first column is the names.
 
-    Args:
-        format: "tsv" (a name is written as inside a JSON string) or "jsonl".
-        columns: The columns' names, beginning with that of the names.
+    Numbers have as many digits as their dtype needs to be read back exactly.
     """
 
     def __init__(self, format: str, *columns: str):
@@ -61,26 +60,23 @@ def bits_per_character(names: Sequence[str], scores: Tensor) -> Tensor:
 
 @contextmanager
 def open_output(path: str | None) -> Iterator[Callable[[bytes], object]]:
-    """Give a function that writes bytes to standard output, or to a file that is replaced when all is written.
+    """Give a function that writes to standard output, or to a file that is replaced when all is written.
 
-    Raises `OutputError` if they cannot be written, `BrokenPipeError` if the reader of standard output closed the pipe.
+    Raises `OutputError` if that fails, `BrokenPipeError` if the reader of standard output closed the pipe.
     """
     if path is None:
         yield write_output
         return
-    try:
-        with whole_file(os.path.realpath(path)) as file:
-            yield file.write
-    except OSError as error:
-        raise OutputError(f"{path}: {error.strerror}; the file is as it was before") from error
+    with output_errors(path, "the file is as it was before"), whole_file(os.path.realpath(path)) as file:
+        yield file.write
 
 
 def write_output(data: bytes = b"") -> None:
     """Write bytes to standard output and flush it; raises as `open_output` does."""
-    if sys.stdout is None:
-        if data:
-            raise OutputError("standard output is closed; redirect it to a file")
+    if sys.stdout is None and not data:
         return
+    if sys.stdout is None:
+        raise OutputError("standard output is closed; redirect it to a file")
     try:
         sys.stdout.flush()
         sys.stdout.buffer.write(data)

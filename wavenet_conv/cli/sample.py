@@ -20,10 +20,9 @@ Draws names from a trained model and writes them to standard output as they are 
 of them, in bounded memory (except with --unique). The same arguments write the same names. In tsv and jsonl a name's
 natural-log likelihood and bits per character follow, as `wavenet-conv score` computes them, at temperature 1.
 
---novel and --unique skip names and draw on until N names are written; after {GIVE_UP_DRAWS:,} draws without a new one
-the job fails, and what has been written stays. --novel skips all names of the list that the checkpoint was trained on
-(its notes have the SHA-256), read from --list FILE, or from where `wavenet-conv lecture-names` puts the lecture's.
-Exit code 0 when done or when the reader closed the pipe, 1 for a failed job, 2 for wrong usage, 130 for Ctrl-C.
+--novel and --unique skip names and draw on until N are written, or fail after {GIVE_UP_DRAWS:,} draws without a new
+one. The list for --novel is the checkpoint's training list (by SHA-256), from --list FILE or `wavenet-conv
+lecture-names`.
 """
 
 
@@ -49,7 +48,7 @@ def add_parser(commands: Any) -> None:
 def sample(
     *, model: str, device: str, count: int, novel: bool, listed: str | None, unique: bool, format: str, **drawing: Any
 ) -> None:
-    """Write names that a model draws; the arguments are the command's options, `drawing` those of `sample_stream`."""
+    """Run the command; the arguments are its options, `drawing` those of `sample_stream`."""
     from ..sampling import sample_stream
     from ..scoring import Scorer
 
@@ -73,10 +72,8 @@ def sample(
             written += len(names)
             progress.update_lines(written, written)
     if written < count:
-        raise WaveNetConvError(
-            f"no new name in {GIVE_UP_DRAWS:,} draws, after {written:,} of {count:,}; "
-            f"ask for fewer with --count, or for other names with --temperature, --top-k, --top-p and --prefix"
-        )
+        found = f"no new name in {GIVE_UP_DRAWS:,} draws, after {written:,} of {count:,}"
+        raise WaveNetConvError(f"{found}; ask for fewer with --count, or draw others with --temperature or --prefix")
 
 
 def _new(drawn: Iterable[str], skipped: set[str], unique: bool) -> Iterator[str]:
@@ -106,21 +103,16 @@ def _chunks(names: Iterable[str]) -> Iterator[list[str]]:
 def _training_names(model: str, notes: dict[str, Any], path: str | None) -> set[str]:
     """The names that a model was trained on, according to its notes; raises `UsageError` if they are not available."""
     from ..names import LECTURE_SHA256, lecture_names, read_names
-    from .resumable import sha256_of
+    from .options import sha256_of
 
     trained_on = notes.get("names_sha256") or notes.get("list_sha256")
     if not trained_on:
-        raise UsageError(
-            f"--novel: the notes of --model {model} do not say which list it was trained on; "
-            f"use a checkpoint that wavenet-conv train wrote"
-        )
+        raise UsageError(f"--novel: --model {model} does not name its list; use one that wavenet-conv train wrote")
     file = path or lecture_names()
     with usage_errors(NamesError, "--list "):
         names = read_names(file) if file else []
     if sha256_of(names) != trained_on:
         fix = ", or run wavenet-conv lecture-names once" if trained_on == LECTURE_SHA256 else ""
-        raise UsageError(
-            f"--novel: --model {model} was trained on a list with SHA-256 {trained_on}, which is not "
-            f"{file or 'on this machine'}; give that list with --list FILE{fix}"
-        )
+        what = f"--model {model} was trained on a list with SHA-256 {trained_on}"
+        raise UsageError(f"--novel: {what}, which is not {file or 'on this machine'}; give it with --list FILE{fix}")
     return set(names)

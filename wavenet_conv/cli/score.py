@@ -28,7 +28,6 @@ the empty name. In tsv a name is written as inside a JSON string (\\t, \\"); NaN
 
 --output FILE replaces FILE when all rows are written; a run that fails or is interrupted leaves FILE as it was. --sort
 takes about 40 bytes of memory per line, reads the input twice, and copies standard input to a temporary file.
-Exit code 0 when done or when the reader closed the pipe, 1 for a failed job, 2 for wrong usage, 130 for Ctrl-C.
 """
 
 
@@ -40,18 +39,16 @@ def add_parser(commands: Any) -> None:
     add_model(command)
     add("--output", metavar="FILE", help="write the rows to a file instead of standard output")
     add("--format", choices=("tsv", "jsonl"), default="tsv", help="tab-separated with a header, or JSON lines")
-    help = "add the log-probability of each character and of the end"
-    add("--per-position", dest="positions", action="store_true", help=help)
+    add("--per-position", dest="positions", action="store_true", help="add each character's log-probability")
     add("--unknown", choices=("error", "nan"), default="error", help="how to score a character that the model lacks")
     add("--sort", action="store_true", help="least plausible first, nan last")
-    help = "stop after N lines; with --sort: after the first N rows"
-    add("--limit", type=positive, default=sys.maxsize, metavar="N", help=help)
+    add("--limit", type=positive, default=sys.maxsize, metavar="N", help="stop after N lines (--sort: after N rows)")
 
 
 def score(
     file: str, *, model: str, device: str, output: str | None, format: str, positions: bool, sort: bool, **reading: Any
 ) -> None:
-    """Write a row of scores per line of `file`; the arguments are the command's options."""
+    """Run the command; the arguments are its options, `reading` those of `_chunks`."""
     from ..lines import Lines
     from ..scoring import Scorer
 
@@ -88,10 +85,7 @@ def _chunks(lines: Lines, scorer: Scorer, progress: Progress, unknown: str, limi
 
 
 def _sorted_chunks(lines: Lines, scorer: Scorer, progress: Progress, unknown: str, limit: int) -> Chunks:
-    """The `limit` lines with the most bits per character, first these.
-
-    Keeps a key and an offset per line in memory; then reads the lines again and scores them again.
-    """
+    """The `limit` lines with the most bits per character, read and scored again in that order."""
     import torch
 
     bits, starts = array("d"), array("q")

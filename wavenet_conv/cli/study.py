@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from tempfile import gettempdir
 from time import monotonic
@@ -18,14 +18,12 @@ import torch
 from filelock import FileLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from ..errors import ConfigError, TrainingError, UsageError, WaveNetConvError
-from ..model import WaveNetConfig
-from ..recipe import PRESETS, Recipe, split_names
-from ..training import Trainer, evaluate, new_model, run
-from ..vocabulary import Vocabulary
-from .options import device_of, training_names, usage_errors
+from ..errors import TrainingError, UsageError, WaveNetConvError
+from ..recipe import PRESETS, Recipe
+from ..training import Trainer, new_model, run
+from .options import configured, device_of, output_errors, sha256_of, training_list
 from .progress import Progress
-from .resumable import differences, save_trained, sha256_of
+from .resumable import differences, results_of, save_trained
 
 try:
     import tomllib
@@ -41,78 +39,51 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "n_embd": (int,),
     "n_hidden": (int, list),
     "kernel_sizes": (list,),
-    "batch_norm": (bool,),
-    "bias": (bool,),
-    "gated": (bool,),
+    **dict.fromkeys(("batch_norm", "bias", "gated"), (bool,)),
 }
 
 
-@dataclass(frozen=True)
-class Space:
-    """The settings of a sweep: its path and preset, what is fixed (by the file or the preset), and what is drawn."""
+def read_space(path: str) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]]]:
+    """A TOML file, or "default": the preset, the settings without what is drawn, and the ranges of that.
 
-    path: str
-    preset: str
-    fixed: dict[str, Any]
-    ranges: dict[str, dict[str, Any]]
-
-    @classmethod
-    def read(cls, path: str) -> Space:
-        """The space in a TOML file, or "default"; raises `UsageError` naming the file, the key and the fix."""
-        try:
-            found = tomllib.loads((DEFAULT if path == "default" else Path(path)).read_bytes().decode())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path}: {error}; give a TOML file in UTF-8, or 'default'") from error
-        preset = found.pop("preset", "fast")
-        if preset not in list(PRESETS):
-            raise UsageError(f"{path}: preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
-        shape, recipe = PRESETS[preset]
-        ranges = {name: value for name, value in found.items() if isinstance(value, dict)}
-        fixed = {name: value for name, value in found.items() if name not in ranges}
-        space = cls(path, preset, {**asdict(recipe), **shape, **fixed}, ranges)
-        ends = {name: given.get("choices") or [given.get("low"), given.get("high")] for name, given in ranges.items()}
-        for name, values in {**{name: [value] for name, value in fixed.items()}, **ends}.items():
-            space._check(name, values)
-        first = {name: values[0] for name, values in ends.items()}
-        others = (first | {name: value} for name, values in ends.items() for value in values)
-        for drawn in (first, *others):  # where the ends of a range are valid, all values between are
-            space.configured(drawn, 27)
-        return space
-
-    def configured(self, drawn: dict[str, Any], vocab_size: int) -> tuple[WaveNetConfig, Recipe]:
-        """Model and recipe with the settings drawn; raises `UsageError` where they do not fit together."""
-        settings = self.fixed | drawn
-        recipe = {field.name: settings.pop(field.name) for field in fields(Recipe)}
-        with usage_errors(ConfigError, f"{self.path}: "):
-            return WaveNetConfig(vocab_size=vocab_size, **settings), Recipe(**recipe)
-
-    def draw(self, trial: Trial) -> dict[str, Any]:
-        """The settings of a new trial."""
-        for name, given in self.ranges.items():
-            if "choices" in given:  # as JSON, since a storage takes no lists
-                trial.suggest_categorical(name, [json.dumps(choice) for choice in given["choices"]])
-            else:
-                suggest: Any = trial.suggest_float if float in SETTINGS[name] else trial.suggest_int
-                suggest(name, given["low"], given["high"], log=given.get("log", False))
-        return self.drawn(trial)
-
-    def drawn(self, trial: Trial | FrozenTrial) -> dict[str, Any]:
-        """The settings that a trial drew."""
-        return {name: json.loads(v) if "choices" in self.ranges[name] else v for name, v in trial.params.items()}
-
-    def _check(self, name: str, values: list[Any]) -> None:
-        """Rejects an unknown setting, values of a wrong type, and a range without an order."""
+    Raises `UsageError` naming the file, the key and the fix.
+    """
+    try:
+        found = tomllib.loads((DEFAULT if path == "default" else Path(path)).read_bytes().decode())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {error}; give a TOML file in UTF-8, or 'default'") from error
+    preset = found.pop("preset", "fast")
+    if preset not in list(PRESETS):
+        raise UsageError(f"{path}: preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
+    for name, value in found.items():
         if name not in SETTINGS:
-            raise UsageError(f"{self.path}: {name} is not a setting; the settings are {', '.join(SETTINGS)}")
-        given = self.ranges.get(name, {})
-        for value in values:
-            if type(value) not in SETTINGS[name]:
-                kind = SETTINGS[name][0].__name__
-                fix = f"a value of type {kind}, {{low = ..., high = ...}} or {{choices = [...]}} with such values"
-                raise UsageError(f"{self.path}: {name} is {given or value!r}; give {fix}")
-        known, positive = given.keys() <= {"low", "high", "log"}, not given.get("log") or values[0] > 0
-        if given and "choices" not in given and not (known and positive and values[0] <= values[1]):
-            raise UsageError(f"{self.path}: {name} is {given}; give low <= high, and with log = true low above 0")
+            raise UsageError(f"{path}: {name} is not a setting; the settings are {', '.join(SETTINGS)}")
+        if not _is_valid(name, value):
+            fix = "{choices = [...]}, or {low = ..., high = ...} with low <= high and, if log = true, low above 0"
+            kind = SETTINGS[name][0].__name__
+            raise UsageError(f"{path}: {name} is {value!r}; give a value of type {kind}, {fix}")
+    shape, recipe = PRESETS[preset]
+    ranges = {name: value for name, value in found.items() if isinstance(value, dict)}
+    fixed = {name: value for name, value in found.items() if name not in ranges}
+    settings = {**asdict(recipe), **shape, **fixed}
+    ends = {name: given.get("choices") or [given["low"], given["high"]] for name, given in ranges.items()}
+    first = {name: values[0] for name, values in ends.items()}
+    others = (first | {name: value} for name, values in ends.items() for value in values)
+    for drawn in (first, *others):  # where the ends of a range are valid, all values between are
+        configured(preset, 27, settings | drawn, f"{path}: ")
+    return preset, settings, ranges
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    """Whether a value, a range or a list of choices has values of the setting's type, and the range an order."""
+    if not isinstance(value, dict):
+        return type(value) in SETTINGS[name]
+    if "choices" in value:
+        return bool(value["choices"]) and all(_is_valid(name, choice) for choice in value["choices"])
+    if not {"low", "high"} <= value.keys() <= {"low", "high", "log"}:
+        return False
+    low, high = value["low"], value["high"]
+    return _is_valid(name, low) and _is_valid(name, high) and low <= high and (low > 0 or not value.get("log"))
 
 
 class Work:
@@ -120,19 +91,17 @@ class Work:
 
     def __init__(self, space: str, file: str, storage: str, study: str, device: str):
         with storage_errors(UsageError, f"--storage {storage}", "give another one, such as sqlite:///sweep.db"):
-            self.space, self.device, self.name = Space.read(space), device_of(device), study
-            names = training_names(file)
-            self.train, self.valid, _ = split_names(names)
-            self.vocab = Vocabulary.from_names(names)
-            identity = {"names_sha256": sha256_of(names), "preset": self.space.preset}
-            self.study = self._study(storage, json.loads(json.dumps(identity | self.space.fixed | self.space.ranges)))
+            self.preset, self.settings, self.ranges = read_space(space)
+            self.names, self.device, self.name = training_list(file), device_of(device), study
+            identity = {"names_sha256": self.names.sha256, "preset": self.preset, **self.settings, **self.ranges}
+            self.study = self._study(storage, json.loads(json.dumps(identity)))
 
     def _study(self, storage: str, identity: dict[str, Any]) -> optuna.Study:
         """The study, new or as it is in the storage; its trials must be comparable with this sweep's."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         waits = {"connect_args": {"timeout": SQLITE_WAIT}} if storage.startswith("sqlite") else {}
         # While the learning rate still rises, losses say little.
-        pruner = optuna.pruners.MedianPruner(n_warmup_steps=int(identity["warmup"] * identity["steps"]))
+        pruner = optuna.pruners.MedianPruner(n_warmup_steps=int(self.settings["warmup"] * self.settings["steps"]))
         # Optuna creates tables without a lock, and fails where another process does so at the same moment.
         lock = f"wavenet-conv-sweep-{sha256_of([os.getcwd(), storage])[:16]}.lock"
         with FileLock(Path(gettempdir(), lock)):
@@ -142,9 +111,9 @@ class Work:
             if not before and not study.trials:
                 study.set_user_attr("sweep", before := identity)
         if before != identity:
+            changed = differences(before, identity)
             raise UsageError(
-                f"--study {self.name}: {storage} has a sweep of that name with other settings "
-                f"({differences(before, identity)}); give another --study"
+                f"--study {self.name}: {storage} has it with other settings ({changed}); give another name"
             )
         return study
 
@@ -158,8 +127,7 @@ class Work:
 
         def show(study: optuna.Study, _: FrozenTrial) -> None:
             done = self.counted()
-            ended = done[0].state.name == "COMPLETE"
-            best = f", best {done[0].value:.4f} nats (trial {done[0].number})" if ended else ""
+            best = f", best {done[0].value:.4f} nats" if done[0].state == TrialState.COMPLETE else ""
             progress.update(len(done), f"{len(done):,} of {trials:,} trials{best}")
             if len(done) >= trials:
                 study.stop()
@@ -167,12 +135,23 @@ class Work:
         if len(self.counted()) < trials:
             self.study.optimize(self._loss, callbacks=[show])
 
+    def draw(self, trial: Trial) -> dict[str, Any]:
+        """Draw the settings of a trial."""
+        for name, given in self.ranges.items():
+            if "choices" in given:  # as JSON, since a storage takes no lists
+                trial.suggest_categorical(name, [json.dumps(choice) for choice in given["choices"]])
+            else:
+                suggest: Any = trial.suggest_float if float in SETTINGS[name] else trial.suggest_int
+                suggest(name, given["low"], given["high"], log=given.get("log", False))
+        return {name: json.loads(v) if "choices" in self.ranges[name] else v for name, v in trial.params.items()}
+
     def _loss(self, trial: Trial) -> float:
-        """The lowest validation loss of a trial; keeps what it measures in the trial."""
+        """The lowest validation loss of a trial; keeps in the trial the row that --json prints."""
         # By number, so that neither a resumed sweep nor another process draws the same again.
-        seed = (self.space.fixed["seed"] * 1_000_003 + trial.number) % 2**32
+        seed = (self.settings["seed"] * 1_000_003 + trial.number) % 2**32
         self.study.sampler = optuna.samplers.TPESampler(seed=seed)
-        begin, trainer, state = monotonic(), self.trainer(self.space.draw(trial)), "ended"
+        begin, settings, state = monotonic(), self.draw(trial), "ended"
+        trainer = self.trainer(settings)
 
         def report(trainer: Trainer) -> bool:
             nonlocal state
@@ -185,43 +164,38 @@ class Work:
             run(trainer, on_validation=report)
         except (TrainingError, torch.OutOfMemoryError) as error:
             state = str(error)
-        measured = {
+        row = {
+            "trial": trial.number,
             "state": state,
-            "train_loss": evaluate(trainer.model, trainer.train_corpus) if state == "ended" else None,
-            "best_step": trainer.best_step,
-            "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+            "settings": settings,
             "seconds": round(monotonic() - begin, 1),
+            "validations": trainer.validations,
+            **(results_of(trainer) if state == "ended" else {}),
         }
-        trial.set_user_attr("measured", measured)
+        trial.set_user_attr("row", row)
         if state != "ended":
             raise optuna.TrialPruned
         return trainer.best_loss
 
     def trainer(self, drawn: dict[str, Any]) -> Trainer:
         """A training with the settings drawn, before its first step."""
-        config, recipe = self.space.configured(drawn, len(self.vocab))
-        return Trainer(new_model(config, recipe.seed, self.device), self.vocab, self.train, self.valid, recipe)
+        vocab, parts = self.names.vocab, self.names.parts
+        config, recipe = configured(self.preset, len(vocab), self.settings | drawn)
+        return Trainer(new_model(config, recipe.seed, self.device), vocab, *parts[:2], recipe)
 
-    def row(self, trial: FrozenTrial) -> dict[str, Any]:
-        """A trial as --json prints it."""
-        losses = {"validation_loss": trial.value, "validations": sorted(trial.intermediate_values.items())}
-        return {"trial": trial.number, **losses, **trial.user_attrs["measured"], "settings": self.space.drawn(trial)}
-
-    def save(self, trial: FrozenTrial, output: str, progress: Progress) -> None:
-        """Train a trial again, since no process keeps weights, and write its checkpoint."""
-        progress.say(f"training trial {trial.number} again for {output}")
-        trainer = self.trainer(self.space.drawn(trial))
+    def save(self, row: dict[str, Any], output: str) -> None:
+        """Train the trial of a row again, since no process keeps weights, and write its checkpoint."""
+        trainer = self.trainer(row["settings"])
         run(trainer)
-        if trainer.best_loss != trial.value:
-            progress.say(f"its loss is {trainer.best_loss:.6f} nats, with other bits than in the trial")
-        notes = self.row(trial) | asdict(trainer.model.config) | asdict(trainer.recipe)
-        notes |= {"validation_loss": trainer.best_loss, "preset": self.space.preset, "study": self.name}
-        save_trained(output, trainer.model, self.vocab, self.train, notes)
+        notes = row | asdict(trainer.model.config) | asdict(trainer.recipe)
+        notes |= {"validation_loss": trainer.best_loss, "preset": self.preset, "study": self.name}
+        with output_errors(output, "fix that and start again to continue"):
+            save_trained(output, trainer.model, self.names, notes)
 
 
 @contextmanager
 def storage_errors(kind: type[WaveNetConvError], where: str, fix: str) -> Iterator[None]:
-    """Raises as `kind` what Optuna and its databases raise."""
+    """Raise as `kind` what Optuna and its databases raise."""
     try:
         yield
     except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError, ImportError) as error:

@@ -17,8 +17,7 @@ to start from; every other key is a field of Recipe or of WaveNetConfig: a plain
 {low = 1e-3, high = 3e-2, log = true} is a range, and {choices = [128, 256]} a list to choose from.
 
 Trials are kept in the storage: the same command adds those missing up to --trials, and several processes may run it at
-once. In one process the same seed draws the same trials again. --output trains the best trial once more, to the same
-bits on the same machine with the same number of threads.
+once. In one process the same seed draws the same trials again.
 """
 
 
@@ -33,25 +32,14 @@ def add_parser(commands: Any) -> None:
     add("--storage", default="sqlite:///sweep.db", metavar="URL", help="where trials are kept (sqlite:///sweep.db)")
     add("--study", default="sweep", metavar="NAME", help="which of the storage's sweeps this is (sweep)")
     add_device(command)
-    add("--output", metavar="FILE", help="write the best trial's checkpoint")
+    add("--output", metavar="FILE", help="train the best trial once more and write its checkpoint")
     add("--json", dest="as_json", action="store_true", help="all trials, best first, as one line of JSON")
 
 
 def sweep(
-    space: str,
-    file: str,
-    *,
-    trials: int = 30,
-    storage: str = "sqlite:///sweep.db",
-    study: str = "sweep",
-    device: str = "auto",
-    output: str | None = None,
-    as_json: bool = False,
+    space: str, file: str, *, trials: int, storage: str, study: str, device: str, output: str | None, as_json: bool
 ) -> None:
-    """Run `wavenet-conv sweep`; the arguments are its options.
-
-    Raises `UsageError` for what cannot be started, and other `WaveNetConvError`s after that.
-    """
+    """Run the command; the arguments are its options."""
     try:
         from .progress import Progress
         from .study import Work, storage_errors
@@ -63,19 +51,15 @@ def sweep(
     with Progress(trials, every_update=True) as progress:
         with storage_errors(OutputError, storage, "fix that and start again to continue"):
             work.run(trials, progress)
-            done = work.counted()
-        rows = [work.row(trial) for trial in done]
-        if done[0].state.name != "COMPLETE":
-            raise TrainingError(f"none of {len(done)} trials came to its end; the first: {rows[0]['state']}")
+            rows = [trial.user_attrs["row"] for trial in work.counted()]
+        if rows[0]["state"] != "ended":
+            raise TrainingError(f"none of {len(rows)} trials came to its end; the first: {rows[0]['state']}")
         if output:
-            work.save(done[0], output, progress)
+            progress.say(f"training trial {rows[0]['trial']} again for {output}")
+            work.save(rows[0], output)
     if as_json:
         print(json.dumps({"study": study, "trials": rows}))
-    else:
-        _print_table(rows)
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
+        return
     ended = [row for row in rows if row["state"] == "ended"]
     print("trial  validation   train    step  seconds  parameters  settings")
     for row in ended[:SHOWN]:

@@ -34,17 +34,13 @@ class Batch:
 class Corpus:
     """A list of names whose distinct nodes are numbered once for all batches.
 
-    Args:
-        names, vocab: at least one name, and the model's vocabulary.
-        model: gives the kernel sizes, the device and the dtype.
+    The model gives the kernel sizes, the device and the dtype. An empty list and a character that `vocab` does not know
+    raise `NamesError`.
 
     Attributes:
         windows, next_tokens: of each position of the list int64 `(positions,)`: the id of its window, and what follows.
         first, outputs: of each name int64 `(names,)`: its first position, and its number of positions.
         soft_targets: `(positions, vocab)`, what teachers expect, or None.
-
-    Raises:
-        NamesError: for an empty list and for a character that `vocab` does not know.
     """
 
     def __init__(self, names: Sequence[str], vocab: Vocabulary, model: ConvWaveNet):
@@ -87,8 +83,7 @@ class Corpus:
         renumbered, multiplicities = [], []
         for layer in reversed(range(len(self.children))):
             nodes = multiplicity.nonzero()[:, 0]
-            new_ids = torch.empty_like(multiplicity)
-            new_ids[nodes] = torch.arange(len(nodes), device=nodes.device)
+            new_ids = (multiplicity > 0).cumsum(0) - 1
             renumbered.append(new_ids[references])
             references, count = self.children[layer][nodes], multiplicity[nodes]
             multiplicities.append(count[:, None].to(self.dtype))

@@ -18,13 +18,12 @@ OnValidation = Callable[[Trainer], bool | None]
 
 
 def run(trainer: Trainer, *, seconds: float | None = None, on_validation: OnValidation | None = None) -> None:
-    """Trains to the end; afterwards `trainer.model` has the best weights and is in evaluation mode.
+    """Train to the end; afterwards `trainer.model` has the best weights and is in evaluation mode.
 
     Args:
         trainer: new, or restored from a state.
         seconds: stop after the first validation that ends after so many seconds of training, earlier runs included.
-        on_validation: called after each validation, to show progress or to save `trainer.state()`; training stops
-            where it returns True.
+        on_validation: called after each validation, for example to save `trainer.state()`; True ends the training.
 
     Raises:
         TrainingError: where a loss is NaN or has exploded.
@@ -52,7 +51,7 @@ def fit(
     seconds: float | None = None,
     on_validation: OnValidation | None = None,
 ) -> Trainer:
-    """Trains a model in place, and leaves it with the best weights and in evaluation mode.
+    """Train a model in place, and leave it with the best weights and in evaluation mode.
 
     Args:
         model, vocab: the model, on any device, and its vocabulary.
@@ -89,7 +88,7 @@ def fit_preset(
     trained: dict[tuple[str, int], ConvWaveNet] | None = None,
     on_validation: OnValidation | None = None,
 ) -> Trainer:
-    """Trains a preset on the CPU, after its teachers, as `wavenet-conv train --preset` does; returns its trainer.
+    """Train a preset on the CPU, after its teachers, as `wavenet-conv train --preset` does; returns its trainer.
 
     `steps` is the share of each recipe's steps to take; `seed` is the preset's, and its teachers have those after it.
     Teachers in `trained`, by preset and seed, are not trained again, and new ones are added.

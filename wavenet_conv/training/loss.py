@@ -1,8 +1,4 @@
-"""The model on distinct nodes: each is evaluated once, and all windows of the names have their loss.
-
-Without dropout, the loss, every gradient and the batch-norm statistics are those of the tree on all windows of the
-same names (README: Training by sliding, exactly).
-"""
+"""The model on distinct nodes: loss, gradients and statistics are the tree's on all windows of the same names."""
 
 from __future__ import annotations
 
@@ -23,8 +19,6 @@ def shared_logits(
     model: ConvWaveNet, batch: Batch, dropout: float = 0.0, normalize: Normalize = BatchNorm.__call__
 ) -> Tensor:
     """Logits after each distinct window of a batch: `(windows, vocab)`, differentiable, in the model's mode.
-
-    What a node contributes to its parent at tap j is computed once; a parent is a gather, a sum and an activation.
 
     Args:
         model, batch: a model, and a batch of a corpus that was made for it.
@@ -52,7 +46,7 @@ def shared_logits(
 
 
 def _fused(conv: nn.Conv1d, x: Tensor, children: Tensor, dropout: float) -> Tensor:
-    """The linear map of a layer: `(nodes below, c_in)` to `(nodes, c_out)`."""
+    """The linear map of a layer, `(nodes below, c_in)` to `(nodes, c_out)`: once per node and tap, then gathered."""
     taps = conv.weight.permute(2, 1, 0).contiguous()  # (kernel_size, c_in, c_out)
     if dropout:
         gathered = x.index_select(0, children.flatten()).view(len(children), taps.shape[0] * taps.shape[1])

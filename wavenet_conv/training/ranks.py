@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ..errors import ModeError
 from ..model import BatchNorm, ConvWaveNet
@@ -16,13 +17,7 @@ def rank_and_count() -> tuple[int, int]:
 
 
 def batch_norm_over_ranks(norm: BatchNorm, x: Tensor, multiplicity: Tensor) -> Tensor:
-    """`norm(x, multiplicity)` with the batch statistics of all ranks; differentiable.
-
-    Args:
-        norm: in training mode; its running statistics are updated as without ranks.
-        x: `(nodes, channels)`, this rank's.
-        multiplicity: `(nodes, 1)`.
-    """
+    """`norm(x, multiplicity)` with the batch statistics of all ranks; differentiable."""
     if not norm.training:
         return norm(x, multiplicity)
     from torch.distributed.nn.functional import all_reduce  # not in every build of PyTorch
@@ -41,9 +36,7 @@ def batch_norm_over_ranks(norm: BatchNorm, x: Tensor, multiplicity: Tensor) -> T
 def sum_over_ranks(loss: Tensor, model: ConvWaveNet) -> Tensor:
     """The loss summed over the ranks; sums the gradients in place, all in one message."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    flat = torch.cat([loss.view(1), *(gradient.flatten() for gradient in gradients)])
+    flat = torch.cat([loss.view(1), parameters_to_vector(gradients)])
     dist.all_reduce(flat)
-    total, *sums = flat.split([1, *(gradient.numel() for gradient in gradients)])
-    for gradient, part in zip(gradients, sums):
-        gradient.copy_(part.view_as(gradient))
-    return total[0].clone()
+    vector_to_parameters(flat[1:], gradients)
+    return flat[0].clone()

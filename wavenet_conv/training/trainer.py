@@ -27,9 +27,8 @@ class Trainer:
     """One training: a model (trained in place, in its dtype and on its device), a recipe and two lists of names.
 
     On the CPU the same arguments and number of threads give the same bits. In a `torch.distributed` group each rank
-    takes its share of each batch; losses, gradients and batch statistics are summed over the ranks. `run` takes a
-    trainer to its end. With teachers (in evaluation mode, of the same vocabulary and any shape) the mean of their
-    predictions is a share of the targets (distillation; Hinton et al. 2015, arXiv:1503.02531).
+    takes its share of each batch. With teachers (in evaluation mode, of the same vocabulary and any shape) the mean of
+    their predictions is a share of the targets (distillation; Hinton et al. 2015, arXiv:1503.02531).
 
     Attributes:
         step, seconds: steps taken, and seconds spent in `run`.
@@ -64,11 +63,10 @@ class Trainer:
             self._average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
         self._rank, self._ranks = rank_and_count()
         self._normalize: Normalize = batch_norm_over_ranks if self._ranks > 1 else BatchNorm.__call__
-        self.step, self.seconds = 0, 0.0
         self.losses: list[Tensor] = []
         self.validations: list[tuple[int, float]] = []
         self._epoch, self._order = -1, torch.zeros(0, dtype=torch.int64)
-        self.best_step, self.best_loss = 0, inf
+        self.step, self.seconds, self.best_step, self.best_loss = 0, 0.0, 0, inf
         self.best_weights: dict[str, Tensor] = {}
 
     @property
@@ -92,7 +90,7 @@ class Trainer:
         return self._order[place * size :][:size].to(self.device)
 
     def advance(self) -> None:
-        """Takes one step."""
+        """Take one step."""
         dropout, seed, rows = self.recipe.dropout, self.recipe.seed, self.next_rows()
         batch = self.train_corpus.batch(rows[self._rank :: self._ranks], self._soft_share)
         positions = batch.positions if self._ranks == 1 else int(self.train_corpus.outputs[rows].sum())
@@ -111,10 +109,9 @@ class Trainer:
             self._average.update_parameters(self.model)
 
     def validate(self) -> float:
-        """The validation loss in nats per position; keeps the weights where it is the lowest so far.
+        """Measure the validation loss in nats per position, and keep the weights where it is the lowest so far.
 
-        Raises:
-            TrainingError: where it, or the loss of a step since the last validation, is NaN or has exploded.
+        Raises `TrainingError` where it, or the loss of a step since the last validation, is NaN or has exploded.
         """
         since = self.validations[-1][0] if self.validations else 0
         limit = 10 * log(self.train_corpus.vocab_size + 1)  # ten times the loss of a uniform guess
@@ -146,17 +143,12 @@ class Trainer:
         return tensors, numbers
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Continues from a `state`, to the same bits; the trainer must have been made with the same arguments.
-
-        Raises:
-            KeyError, RuntimeError: where it is the state of another model.
-        """
+        """Continue from a `state`, to the same bits; the trainer must have been made with the same arguments."""
         self.model.load_state_dict(_part(tensors, "model."))
         if self._average is not None:
             self._average.load_state_dict(_part(tensors, "average."))
         slots = {}
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for index, parameter in enumerate(parameters):
+        for index, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
             slots[index] = _part(tensors, f"optimizer.{index}.")
             for name, value in slots[index].items():
                 if value.shape == parameter.shape:  # a fused optimizer needs the parameter's own memory layout
