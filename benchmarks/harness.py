@@ -35,11 +35,10 @@ Results = dict[str, Any]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A question, how it is answered, and how the answer is printed.
+    """A question, how it is answered (`run` returns what goes into the JSON), and how the answer is printed.
 
-    `run` returns what goes into the JSON; it raises `UsageError` for options that cannot be carried out, before any
-    work. Where `["equality"]["equal"]` is false the exit code is 1, unless `["caveat"]` says why that proves nothing;
-    without such a key no tables are printed then. `tables` makes the tables of such results.
+    If `["equality"]["equal"]` is false the exit code is 1 and no tables are printed, unless `["caveat"]` says why that
+    proves nothing.
     """
 
     name: str
@@ -129,11 +128,10 @@ def machine(device: torch.device) -> str:
 def time_calls(
     methods: dict[Any, Call], calls: int, device: torch.device, *, block: int = 20, tick: Call = lambda: None
 ) -> dict[Any, list[float]]:
-    """Times methods fairly: they take turns in blocks, so that a slow moment of the machine falls on all of them.
+    """Times methods fairly, in microseconds of each of at least `calls` calls: they take turns in blocks.
 
-    The caller has warmed them up. CUDA is timed by events on the device, the CPU by the clock. In a block a method
-    finds its own weights in the cache. Returns the microseconds of each call per method, of at least `calls` calls;
-    `tick` is called after each round.
+    A slow moment of the machine falls on all of them, and in a block a method finds its own weights in the cache. The
+    caller has warmed them up. CUDA is timed by events on the device, the CPU by the clock.
     """
     samples: dict[Any, list[float]] = {method: [] for method in methods}
     for _ in range(-(-calls // block)):
@@ -222,10 +220,7 @@ def spread(key: str, values: Iterable[float]) -> dict[str, float]:
 
 
 def count_launches(call: Call, device: torch.device) -> int | None:
-    """What one call starts, as the profiler sees it: kernels on CUDA, operators called from Python on the CPU.
-
-    None where the profiler sees no kernel at all, as on some machines: unseen is not zero.
-    """
+    """Kernels that one call starts on CUDA, operators that it calls from Python on the CPU; None if none are seen."""
     on_cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda) as profiler:
         call()

@@ -32,18 +32,14 @@ TOLERANCE = 0.015  # nats
 
 
 class Rung(NamedTuple):
-    """One line of the lecture's log.
-
-    network: of `reference.NETWORKS`; None counts bigrams. published: the validation loss, if any. drop_at: the step, of
-    200,000, at which the rate becomes a tenth. unscaled: parameters start as standard normals, as in part 2.
-    """
+    """One line of the lecture's log."""
 
     name: str
-    network: str | None = None
-    published: float | None = None
-    drop_at: int = 150_000
+    network: str | None = None  # of `reference.NETWORKS`; None counts bigrams
+    published: float | None = None  # validation loss
+    drop_at: int = 150_000  # the step, of 200,000, at which the rate becomes a tenth
     per_position: bool = False
-    unscaled: bool = False
+    unscaled: bool = False  # parameters start as standard normals, as in part 2
 
 
 # Parts 1, 2 and 3 of the lectures, then part 5's log; parts 2 and 3 drop the rate at half time.

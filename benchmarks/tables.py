@@ -13,16 +13,11 @@ Row = dict[str, Any]
 
 
 class Table(NamedTuple):
-    """A table and the remark below it.
+    """A table of rows from the results, and the remark below it.
 
-    Args:
-        title: Stands above the table.
-        columns: `title=key format` per column, separated by `;`. A key is a path into the row such as `methods.0.us`,
-            or the title where it is left out; `~us` are the quartiles that `spread` has put beside `us`; `us/loop` is
-            how many times faster the row is than the row of the method `loop`. The format is Python's; numbers in a
-            list are formatted singly. A value that is not there is a dash; a column without any value is left out.
-        rows: From the results.
-        remark: Stands below the table.
+    `columns` has `title=key format` per column, separated by `;`. A key is a path into the row such as `methods.0.us`,
+    by default the title; `~us` are the quartiles beside `us`; `us/loop` is how many times faster the row is than that
+    of the method `loop`. A missing value is a dash; a column without any value is left out.
     """
 
     title: str

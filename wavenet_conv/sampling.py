@@ -75,8 +75,7 @@ def sample_stream(
         max_length: Most characters per name, the prefix included; longer names are cut.
         seed: Another seed draws other names.
         batch_size: Names drawn together. Changes speed and memory, not the names.
-        device: Where to compute. Default: the model's device. Only the CPU has been run.
-        dtype: What to compute in. Default: the model's dtype, at least float32.
+        device, dtype: Where and in what to compute. Default: as the model, in at least float32.
 
     Raises:
         ConfigError: An option is wrong; the message names it.
@@ -98,10 +97,8 @@ def sample_stream(
             raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1")
     start = vocab.encode([prefix], context=1)[0][0, 1:].tolist()
     if len(start) > max_length:
-        raise ConfigError(
-            f"the prefix {prefix[:40]!r} has {len(start)} characters and max_length is {max_length}; "
-            f"give a max_length of at least {len(start)}"
-        )
+        given = f"the prefix {prefix!r:.40} has {len(start)} characters and max_length is {max_length}"
+        raise ConfigError(f"{given}; give a max_length of at least {len(start)}")
     dtype = model.embedding.weight.dtype if dtype is None else dtype
     shared = SharedNodes(fold(model, device, dtype if dtype.itemsize >= 4 else torch.float32))
     limits = UNBOUNDED if n is None else min(n, UNBOUNDED), min(max_length, UNBOUNDED)
@@ -114,12 +111,8 @@ def uniform(seed: int, names: Tensor, positions: Tensor) -> Tensor:
     """The number in [0, 1) by which each name's character at each position is drawn: float64, multiples of 2**-53.
 
     Three rounds of SplitMix64's mixing function, so that each number can be computed without the others.
+    `names` (the names' numbers) and `positions` are int64 and broadcast; `seed` is from 0 to 2**63 - 1.
     Source: Steele, Lea and Flood 2014, Fast Splittable Pseudorandom Number Generators, figure 17.
-
-    Args:
-        seed: From 0 to 2**63 - 1.
-        names: int64, the names' numbers.
-        positions: int64, broadcast against names.
     """
     mixed = _mix(_mix(torch.tensor(seed, device=names.device)) + names)
     return _shift(_mix(mixed + positions), 11).double() * 2.0**-53

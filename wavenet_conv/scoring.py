@@ -51,8 +51,7 @@ class Scorer:
     Args:
         model: A `ConvWaveNet` in any mode; it is copied, and batch norm is folded.
         vocab: The vocabulary of the model.
-        device: Where to compute. Default: the model's device.
-        dtype: What to compute in. Default: the model's dtype. float32 is IEEE, also on CUDA.
+        device, dtype: Where and in what to compute. Default: as the model. float32 is IEEE, also on CUDA.
         quantiles: float32 `(q,)`, ascending bits per character of the training list, for `percentile`.
         remember: Whether nodes that one call has evaluated serve the next calls too. This takes some hundred MiB at
             most, and changes no score.
@@ -93,12 +92,7 @@ class Scorer:
 
     @classmethod
     def load(cls, path: str | Path = "default", **options: Any) -> Scorer:
-        """A scorer from a checkpoint.
-
-        Args:
-            path: A file, or "default" for the model that ships with the package.
-            options: As in `Scorer(...)`.
-        """
+        """A scorer from a checkpoint; "default" ships with the package. Options are those of `Scorer(...)`."""
         checkpoint = load_checkpoint(path)
         return cls(checkpoint.model, checkpoint.vocab, **{"quantiles": checkpoint.quantiles} | options)
 
@@ -108,15 +102,13 @@ class Scorer:
         Args:
             names: Any iterable of strings, or `(tokens, lengths)` as `vocab.encode(names, context=scorer.context)`
                 returns them.
-            unknown: What to do with a name that has a character outside the vocabulary: "error" raises, "nan" gives
-                NaN.
+            unknown: What a name with a character outside the vocabulary does: "error" raises, "nan" gives NaN.
 
         Returns:
             `(names,)` in nats, on the CPU, in the scorer's dtype.
 
         Raises:
-            NamesError: A character is outside the vocabulary; the message names it, the name and the position.
-            ShapeError: Tokens and lengths do not fit each other.
+            NamesError, ShapeError: A character is outside the vocabulary; tokens and lengths do not fit each other.
         """
         return torch.cat([torch.zeros(0, dtype=self.dtype), *self.stream(names, unknown=unknown)])
 

@@ -83,6 +83,13 @@ def test_gated_layers_and_a_plot(train, tmp_path, out):
         assert config.gated and config.kernel_sizes == (2, 3) and plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_epochs_and_seconds_limit_the_steps(train, out):
+    options = ["--n-embd", "2", "--n-hidden", "4", "--batch-size", "64", "--eval-every", "2", "--json"]
+    assert json.loads(train(*options, "--epochs", "2")[1])["steps_taken"] == 10  # of 320 names
+    assert json.loads(train(*options, "--seconds", "0")[1])["steps_taken"] == 2
+    assert "steps is 0; it must be at least 1" in train(*options, "--epochs", "0")[2]
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_it_ends_with_the_same_bits(train, tmp_path, listed, out):
     whole, arguments = tmp_path / "whole", [*SMALL, "--dropout", "0.1", "--ema-decay", "0.9", "--steps", "60"]

@@ -27,7 +27,7 @@ def test_without_triton_the_kernel_is_rejected_and_one_warning_is_given(monkeypa
     spec = importlib.util.spec_from_file_location("wavenet_conv.engine.kernel_without_triton", kernel.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert not module.AVAILABLE and not module.usable("cuda", torch.float32)
+    assert not module.AVAILABLE and module.why_not("cuda", torch.float32)
     with pytest.raises(module.KernelError, match="pip install triton"):
         module.last_layer(*last_layer_problem(10))
     with pytest.warns(RuntimeWarning, match="run `pip install triton`"):

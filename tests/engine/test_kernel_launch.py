@@ -11,7 +11,7 @@ import torch
 from engine.cases import ABC, last_layer_problem, random_conv
 
 from wavenet_conv import Scorer
-from wavenet_conv.engine.kernel import KernelError, last_layer, last_layer_ref, usable
+from wavenet_conv.engine.kernel import KernelError, last_layer, last_layer_ref, why_not
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 # A logit sums up to 200 products, and each step rounds a sum below 8 by up to 2.4e-7: 200^0.5 such steps at random make
@@ -55,7 +55,7 @@ def test_another_dtype_or_a_larger_vocabulary_is_rejected():
     contributions, *others = last_layer_problem(10, device=DEVICE)
     with pytest.raises(KernelError, match=r"float32, not torch\.float64"):
         last_layer(contributions.double(), *others)
-    assert usable(DEVICE, torch.float32, 1024) and not usable(DEVICE, torch.float32, 1025)
+    assert not why_not(DEVICE, torch.float32, 1024) and why_not(DEVICE, torch.float32, 1025)
 
 
 def test_a_scorer_gives_the_scores_of_float64(names):

@@ -77,8 +77,8 @@ class Run:
             reason = str(error).splitlines()[0]
             raise UsageError(f"this model cannot be built here ({reason}); use a smaller one: {config}") from error
 
-    def train(self, teachers: Sequence[ConvWaveNet] = ()) -> Trainer:
-        """Train to the end, from an interrupted run's state where there is one."""
+    def train(self, teachers: Sequence[ConvWaveNet] = (), seconds: float | None = None) -> Trainer:
+        """Train to the end or for `seconds`, from an interrupted run's state where there is one."""
         teachers = [teacher.to(self.model.embedding.weight) for teacher in teachers]
         trainer = Trainer(self.model, self.setup.names.vocab, *self.setup.names.parts[:2], self.recipe, teachers)
         with Progress(self.recipe.steps, every_update=True, quiet=not is_first_rank()) as progress:
@@ -94,7 +94,7 @@ class Run:
                 losses = f"validation {trainer.validations[-1][1]:.4f}, best {trainer.best_loss:.4f}"
                 progress.update(trainer.step, f"{step}, {losses}")
 
-            run(trainer, on_validation=record)
+            run(trainer, seconds=seconds, on_validation=record)
         return trainer
 
     def save(self, results: dict[str, Any]) -> None:

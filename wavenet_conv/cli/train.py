@@ -36,6 +36,8 @@ def add_parser(commands: Any) -> None:
     add("file", metavar="FILE", help="one name per line, UTF-8")
     add("-o", "--output", required=True, metavar="OUTPUT", help="where the checkpoint is written")
     add_recipe(command)
+    add("--epochs", type=int, metavar="N", help="times to see every name, in place of --steps")
+    add("--seconds", type=float, metavar="S", help="stop after the validation that ends after S seconds of training")
     add("--kernel-sizes", type=_integers, metavar="2,2,2", help="how many nodes each layer fuses, lowest first")
     add("--n-embd", type=int, metavar="N", help="width of the embedding")
     add("--n-hidden", type=int, metavar="N", help="width of every layer")
@@ -62,6 +64,8 @@ def train(
     output: str,
     *,
     preset: str,
+    epochs: int | None,
+    seconds: float | None,
     teacher: list[str],
     dtype: str,
     device: str,
@@ -74,16 +78,21 @@ def train(
     """Run the command; the arguments are its options, `settings` as in `configured`."""
     from ..plots import check_plot, plot_losses
     from ..training import Corpus, evaluate
-    from .resumable import Run, Setup, digest, distributed, is_first_rank, locked, results_of
+    from .resumable import Run, Setup, digest, distributed, is_first_rank, locked, rank_and_count, results_of
 
     names = training_list(file)
     config, recipe = configured(preset, len(names.vocab), settings)
+    if epochs is not None:
+        settings["steps"] = epochs * -(-len(names.parts[0]) // recipe.batch_size)
+        config, recipe = configured(preset, len(names.vocab), settings)
     check_output(output, file, *teacher)
     if plot:
         check_plot(plot)
     given = [_loaded(path, names.vocab) for path in teacher]
     presets = teachers_of(preset, recipe.seed) if recipe.distill_weight and not given else []
     with distributed(device) as place, locked(output) if is_first_rank() else nullcontext():
+        if seconds is not None and rank_and_count()[1] > 1:
+            raise UsageError("--seconds: ranks do not stop at the same step; give --steps under torchrun")
         setup = Setup(names, place, dtype, resume)
         sizes = " / ".join(f"{len(part):,}" for part in names.parts)
         setup.say(f"{file}: {sum(map(len, names.parts)):,} names, split {sizes} to train, validate and test on")
@@ -91,11 +100,11 @@ def train(
         run = Run(setup, output, config, recipe, identities)
         paths = [Path(f"{output}.teacher-{own.seed}") for _, _, own in presets]
         trained = [_teacher(setup, str(path), *own) for path, own in zip(paths, presets)]
-        trainer = run.train(given + [model for model, _ in trained])
+        trainer = run.train(given + [model for model, _ in trained], seconds)
         if not is_first_rank():
             return
-        seconds = round(trainer.seconds + sum(spent for _, spent in trained), 1)
-        results = {"preset": preset, "seconds": seconds, **results_of(trainer)}
+        spent = round(trainer.seconds + sum(spent for _, spent in trained), 1)
+        results = {"preset": preset, "seconds": spent, **results_of(trainer)}
         if test:
             results["test_loss"] = evaluate(trainer.model, Corpus(names.parts[2], names.vocab, trainer.model))
         run.save(results)

@@ -74,8 +74,7 @@ def node_ids(
         table: Ids assigned earlier, which are extended where a table can hold the keys.
 
     Returns:
-        The children of each new distinct node, int64 `(distinct, kernel_size)`, and the id of the node at each
-        position, int32 or int64 `(positions,)`.
+        Children of the new distinct nodes, int64 `(distinct, kernel_size)`, and the id at each position `(positions,)`.
     """
     space = kinds ** len(taps)
     if space >= 2**62:  # more tuples than int64 has numbers: first pairs, then tuples of pairs

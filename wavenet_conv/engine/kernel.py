@@ -69,19 +69,12 @@ def last_layer(contributions: Tensor, children: Tensor, targets: Tensor, head: T
     return out
 
 
-def usable(device: torch.device | str, dtype: torch.dtype, vocab: int = 1) -> bool:
-    """Whether `last_layer` runs on this device with weights of this dtype and this many tokens."""
-    return not why_not(device, dtype, vocab)
-
-
 def why_not(device: torch.device | str, dtype: torch.dtype, vocab: int = 1) -> str:
     """Why `last_layer` cannot run there, and the fix; empty if it can."""
     kind = torch.device(device).type
     if not AVAILABLE:
         return "Triton cannot be imported; run `pip install triton`"
-    compiled, in_triton = isinstance(last_layer_kernel, triton.JITFunction), isinstance(tl.sum, triton.JITFunction)
-    if compiled != in_triton:
-        return "TRITON_INTERPRET changed after Triton was imported; set it before Python starts"
+    compiled = isinstance(last_layer_kernel, triton.JITFunction)
     if not compiled and kind != "cpu":
         return f"Triton was imported with TRITON_INTERPRET=1, which is for the CPU, not {kind}; start without it"
     if compiled and kind != "cuda":

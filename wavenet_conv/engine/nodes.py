@@ -88,13 +88,9 @@ def widen(weights: Weights, width: int) -> Weights:
             taps, bias = _pad(taps, c_in, c_out), _pad(bias, c_out)
         residual, skip = _pad_affine(layer.residual, c_out, c_in), _pad_affine(layer.skip, c_out, c_in)
         layers.append(replace(layer, taps=taps, bias=bias, residual=residual, skip=skip))
-    return replace(
-        weights,
-        embedding=_pad(weights.embedding, outer[0]),
-        layers=tuple(layers),
-        hidden=_pad_affine(weights.hidden, outer[0], outer[0]),
-        head=Affine(_pad(weights.head.weight, outer[-1], weights.head.weight.shape[1]), weights.head.bias),
-    )
+    embedding, hidden = _pad(weights.embedding, outer[0]), _pad_affine(weights.hidden, outer[0], outer[0])
+    head = Affine(_pad(weights.head.weight, outer[-1], weights.head.weight.shape[1]), weights.head.bias)
+    return replace(weights, embedding=embedding, layers=tuple(layers), hidden=hidden, head=head)
 
 
 def _pad(tensor: Tensor, *shape: int) -> Tensor:

@@ -15,17 +15,12 @@ TILE_ROWS = 128  # rows of every matrix product of a sampler, so that a row's bi
 
 
 class Ring:
-    """The last children of one layer, in every row.
-
-    Attributes:
-        backs: How many steps back the child of each tap is, oldest first.
-        padding: The child that `.` alone gives, `(c_in,)`; of the lowest layer its id, `()`.
-        nodes: `(size, rows, c_in)`, or int64 `(size, rows)`; the child of step t is entry `t % size`.
-    """
+    """The last children of one layer, in every row."""
 
     def __init__(self, kernel_size: int, dilation: int, padding: Tensor, rows: int):
-        self.backs = [(kernel_size - 1 - tap) * dilation for tap in range(kernel_size)]
-        self.padding = padding
+        self.backs = [(kernel_size - 1 - tap) * dilation for tap in range(kernel_size)]  # steps back per tap
+        self.padding = padding  # the child that `.` alone gives, (c_in,); of the lowest layer its id, ()
+        # (size, rows, c_in), or int64 (size, rows); the child of step t is entry t % size.
         self.nodes = padding.expand(self.backs[0] + 1, rows, *padding.shape).clone()
 
     def push(self, child: Tensor, clock: int, ages: Tensor, settled: int) -> list[Tensor]:
@@ -48,27 +43,21 @@ class TorchSteps:
     """A backend: the state of all rows, and a step that never waits for the device.
 
     Layers that `SharedNodes` tabulates need no ring: the last tokens of a row are a key into the table.
-
-    Attributes:
-        kinds: Keys of the table.
-        clock: Steps taken.
-        ages: int64 `(rows,)`, steps since each row was reset.
-        keys: int64 `(rows,)`, each row's newest node in the table.
-        rings: Per layer above the table, lowest first.
-        settled: Steps since the last reset of any row.
     """
 
     @torch.no_grad()
     def __init__(self, shared: SharedNodes, rows: int, tile: int | None = None):
         self.tile = rows if tile is None else tile  # rows of one matrix product
         self.nodes, self.first = shared.nodes, shared.tabulated
-        self.kinds = shared.vocab_size ** self.nodes.dilations[self.first]
+        self.kinds = shared.vocab_size ** self.nodes.dilations[self.first]  # keys of the table
         contributions, values = shared.table
         self.table = contributions[:, : self.kinds].contiguous()
         self.values = None if values is None else values[: self.kinds].contiguous()
-        self.clock, self.settled = 0, 0
-        self.keys = torch.zeros(rows, dtype=torch.int64, device=self.table.device)
-        self.ages = torch.zeros_like(self.keys)
+        self.clock, self.settled = 0, 0  # steps taken, and since the last reset of any row
+        self.keys = torch.zeros(
+            rows, dtype=torch.int64, device=self.table.device
+        )  # each row's newest node in the table
+        self.ages = torch.zeros_like(self.keys)  # steps since each row was reset
         self.rings = self._new_rings(rows)
 
     def _new_rings(self, rows: int) -> list[Ring]:

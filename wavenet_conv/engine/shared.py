@@ -32,12 +32,7 @@ Readable = tuple[Tensor, Tensor | None]
 def shared_logits_ref(weights: Weights, windows: Tensor) -> tuple[Tensor, Tensor]:
     """Logits after every distinct window: the definition, one `torch.unique` per layer.
 
-    Args:
-        weights: A model.
-        windows: int64 `(n, context)`.
-
-    Returns:
-        Logits `(distinct, vocab)`, and for every window its row, int64 `(n,)`.
+    Windows int64 `(n, context)` to logits `(distinct, vocab)` and each window's row of them, int64 `(n,)`.
     """
     h, ids = weights.embedding, windows
     s = torch.zeros_like(h)
@@ -119,14 +114,9 @@ class SharedNodes:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits after every distinct window of a list of names.
+        """Logits after every distinct window, `(distinct, vocab)`; for each output its row, and the token that follows.
 
-        Args:
-            tokens: uint8 or int64 `(time,)`, names end to end as `Vocabulary.pack` returns them.
-            lengths: int64 `(names,)`, characters per name.
-
-        Returns:
-            Logits `(distinct, vocab)`; for each output its row, int64 `(outputs,)`; and the token that follows it.
+        Names lie end to end in `tokens` `(time,)`, as `Vocabulary.pack` returns them with their lengths `(names,)`.
         """
         readable, children, rows, targets = self._below_last(tokens, lengths, NodeCache())
         return self._logits(readable, children), rows, targets
@@ -164,7 +154,7 @@ class SharedNodes:
         head, cache = self.nodes.head, NodeCache() if cache is None else cache
         if head.weight.is_cuda and not self.gated:
             kernel.warn_once_without_triton()
-        by_kernel = not self.gated and kernel.usable(head.weight.device, head.weight.dtype, self.vocab_size)
+        by_kernel = not self.gated and not kernel.why_not(head.weight.device, head.weight.dtype, self.vocab_size)
         cache.trim()
         used = cache.ids.windows.count
         readable, children, rows, targets = self._below_last(tokens, lengths, cache, cache_windows=not by_kernel)

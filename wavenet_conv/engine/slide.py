@@ -19,15 +19,10 @@ from .weights import Weights, fold
 
 
 class FoldedWaveNet:
-    """A frozen model for inference: batch norm folded into matrices that are made once.
+    """A frozen model for inference: batch norm folded into matrices that are made once (`weights`).
 
-        fast = fold_batch_norm(conv)
-        logits = fast(tokens)  # as conv.eval()(tokens), to rounding
-
-    Attributes:
-        weights: The matrices.
-        config: The shape of the model that was folded.
-        context: Tokens that one prediction sees.
+    fast = fold_batch_norm(conv)
+    logits = fast(tokens)  # as conv.eval()(tokens), to rounding
     """
 
     def __init__(self, weights: Weights):
@@ -42,15 +37,8 @@ class FoldedWaveNet:
     def __call__(self, tokens: Tensor) -> Tensor:
         """Computes the logits of the token after every window, without gradients.
 
-        Args:
-            tokens: int64 `(batch, time)`, as `ConvWaveNet.forward` takes them.
-
-        Returns:
-            Logits `(batch, time - context + 1, vocab)`; output t reads tokens `[t, t + context)`.
-
-        Raises:
-            ShapeError: Tokens have another shape, dtype or device, or are fewer than the context.
-            TokenError: A token is outside the vocabulary.
+        Tokens int64 `(batch, time)` to logits `(batch, time - context + 1, vocab)`, with the errors of
+        `ConvWaveNet.forward`.
         """
         weights, vocab_size = self.weights, self.config.vocab_size
         check_sequences(tokens, self.context, vocab_size, self.device, values=self.device.type != "cpu")
@@ -88,11 +76,8 @@ def fold_batch_norm(conv: ConvWaveNet) -> FoldedWaveNet:
     Args:
         conv: A `ConvWaveNet` in any mode, with or without batch norm.
 
-    Returns:
-        A frozen model with the logits of `conv.eval()`, to rounding, and without its operator calls.
-
     Raises:
-        MappingError: `conv` is not a `ConvWaveNet`.
+        MappingError: `conv` is something else.
     """
     return FoldedWaveNet(fold(conv))
 

@@ -37,8 +37,7 @@ class Stream:
     Args:
         model: A `ConvWaveNet`, gated or not, in any mode.
         batch_size: Rows.
-        device: Where to compute. Default: the model's device.
-        dtype: What to compute in. Default: the model's dtype. float32 is IEEE, also on CUDA.
+        device, dtype: Where and in what to compute. Default: as the model. float32 is IEEE, also on CUDA.
         compiled: Whether Numba's loops take the steps, or PyTorch. Default: loops where they can run, which is on the
             CPU in float32 or float64 with at most 8 rows and the extra "fast". They are compiled at the first step, in
             some seconds, and kept beside the package.
@@ -61,8 +60,6 @@ class Stream:
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ShapeError(f"batch_size is {batch_size!r}; it must be an integer of at least 1")
-        if compiled not in (None, True, False):
-            raise ConfigError(f"compiled is {compiled!r}; it must be True, False or None")
         weights = fold(model, device, dtype)
         self.batch_size, self.context, self.vocab_size = batch_size, model.context, model.config.vocab_size
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
@@ -86,15 +83,10 @@ class Stream:
     def step(self, tokens: Tensor) -> Tensor:
         """Reads one token per row.
 
-        Args:
-            tokens: int64 `(batch_size,)`.
-
-        Returns:
-            Logits of the next token, `(batch_size, vocab)`.
+        Tokens int64 `(batch_size,)` to the logits of the next ones, `(batch_size, vocab)`.
 
         Raises:
-            ShapeError: Tokens of another shape, dtype or device.
-            TokenError: A token outside the vocabulary. No row has then read anything.
+            ShapeError, TokenError: Another shape, dtype or device; a token outside the vocabulary. No row reads then.
         """
         if not isinstance(tokens, Tensor) or tokens.shape != (self.batch_size,) or tokens.dtype != torch.int64:
             found = f"{tokens.dtype} of shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
@@ -122,8 +114,7 @@ class Stream:
             Logits of what follows each prefix, `(batch_size, vocab)`.
 
         Raises:
-            ShapeError: Other shapes.
-            TokenError: A token outside the vocabulary. No row has then read anything.
+            ShapeError, TokenError: Other shapes, a token outside the vocabulary. Then nothing is read.
         """
         columns = _columns_of(tokens, lengths, self.batch_size)
         check_tokens(columns, self.vocab_size)
@@ -157,8 +148,6 @@ class Stream:
         mine = self.backend.state()
         if not torch.equal(state.get("model", torch.zeros(0)).cpu(), self._digest):
             raise StateError("this state is of another model or dtype; load it into a stream of that one")
-        if len(state.get("ages", mine["ages"])) != self.batch_size:
-            raise StateError(f"this state is of {len(state['ages'])} rows; load it into a stream of that batch_size")
         for name, part in mine.items():
             if name not in state or (state[name].shape, state[name].dtype) != (part.shape, part.dtype):
                 raise StateError(f"{name!r} of this state is missing or has another shape; it is damaged, make another")

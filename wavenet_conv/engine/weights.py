@@ -69,16 +69,8 @@ def fold(conv: ConvWaveNet, device: torch.device | str | None = None, dtype: tor
     Batch norm is then an affine map per channel: `scale = gamma / sqrt(var + eps)` multiplies the weights, and the bias
     becomes `beta + (bias - mean) * scale`.
 
-    Args:
-        conv: A model in any mode, with or without batch norm, gated or not.
-        device: Where the weights go. Default: where they are.
-        dtype: What to fold in. Default: the model's dtype.
-
-    Returns:
-        Weights that share no memory with `conv`.
-
-    Raises:
-        MappingError: `conv` is not a `ConvWaveNet`.
+    The model may be in any mode, gated or not. `device` and `dtype` are those of the result and of the folding; by
+    default the model's. Raises `MappingError` if `conv` is not a `ConvWaveNet`.
     """
     if not isinstance(conv, ConvWaveNet):
         raise MappingError(f"got a {type(conv).__name__}, not a ConvWaveNet; map a tree with from_tree first")

@@ -16,19 +16,12 @@ from ..vocabulary import Vocabulary, checked_names
 
 @dataclass(frozen=True)
 class Batch:
-    """The windows of some names as their distinct nodes, numbered within the batch.
+    """The windows of some names as their distinct nodes, which have ids within the batch."""
 
-    Attributes:
-        children: per layer, lowest first, int64 `(nodes, kernel_size)`: ids of nodes of the layer below, or tokens.
-        multiplicities: per layer `(nodes, 1)`, how many windows contain the node, in the dtype of the weights.
-        targets: `(windows, vocab)` in that dtype, how often each token follows each distinct window, or is expected to.
-        positions: how many predictions the batch has; the sum of `targets`.
-    """
-
-    children: list[Tensor]
-    multiplicities: list[Tensor]
-    targets: Tensor
-    positions: int
+    children: list[Tensor]  # per layer, lowest first, int64 (nodes, kernel_size): ids of the layer below, or tokens
+    multiplicities: list[Tensor]  # per layer (nodes, 1), in the dtype of the weights
+    targets: Tensor  # (windows, vocab), how often each token follows each distinct window, or is expected to
+    positions: int  # predictions of the batch, the sum of `targets`
 
 
 class Corpus:

@@ -51,7 +51,7 @@ def fit(
     seconds: float | None = None,
     on_validation: OnValidation | None = None,
 ) -> Trainer:
-    """Train a model in place, and leave it with the best weights and in evaluation mode.
+    """Train a model in place, and leave it with the best weights and in evaluation mode; returns the trainer.
 
     Args:
         model, vocab: the model, on any device, and its vocabulary.
@@ -59,9 +59,6 @@ def fit(
         recipe: how to train (default: the preset "fast").
         teachers: models in evaluation mode from which it learns too (`Recipe.distill_weight`).
         seconds, on_validation: see `run`.
-
-    Returns:
-        The trainer at its end: `best_loss`, `best_step`, `losses`, `validations`.
     """
     trainer = Trainer(model, vocab, train, valid, recipe or Recipe(), teachers)
     run(trainer, seconds=seconds, on_validation=on_validation)

@@ -35,7 +35,6 @@ class Trainer:
         losses: of each step, in nats per position: scalars on the device.
         validations: `(step, loss)` of each validation, in nats per position.
         best_step, best_loss, best_weights: of the lowest validation loss; the weights are a `state_dict`.
-        train_corpus, valid_corpus: the names.
     """
 
     def __init__(
