@@ -141,7 +141,7 @@ def test_unknown_characters_are_rejected_or_give_nan(character):
 def test_a_model_uses_the_kernel_where_it_runs_unless_it_is_gated(names, monkeypatch, gated):
     """The kernel's last layer is a tanh."""
     expected, calls = small_scorer(gated=gated).score(names[::50]), []
-    monkeypatch.setattr(kernel, "usable", lambda *_: True)
+    monkeypatch.setattr(kernel, "why_not", lambda *_: "")
     monkeypatch.setattr(kernel, "last_layer", lambda *args: [calls.append(1), kernel.last_layer_ref(*args)][1])
     assert (small_scorer(gated=gated).score(names[::50]) - expected).abs().max() < 2e-4  # up to 20 positions of 1e-5
     assert len(calls) == 1 - gated
