@@ -95,11 +95,15 @@ class BatchNorm1d(Layer):
 
 
 class Tanh(Layer):
+    """tanh of every element."""
+
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x)
 
 
 class ReLU(Layer):
+    """The greater of 0 and every element."""
+
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x)
 

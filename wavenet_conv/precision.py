@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,11 @@ def exact_float32() -> Iterator[None]:
     finally:
         for (_, write, _), value in zip(switches, found):
             write(value)
+
+
+def exact_float32_on(device: torch.device) -> AbstractContextManager[None]:
+    """`exact_float32()` on CUDA. Nothing on the CPU, where entering it takes longer than a short step."""
+    return exact_float32() if device.type == "cuda" else nullcontext()
 
 
 def _switches() -> list[tuple[Callable[[], Any], Callable[[Any], None], Any]]:

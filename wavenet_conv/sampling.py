@@ -7,7 +7,6 @@ seed, the name's number, the position and the logits after the window, and all o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -22,7 +21,7 @@ from .engine.shared import NodeCache, SharedNodes
 from .engine.weights import fold
 from .errors import ConfigError, SamplingError
 from .model import ConvWaveNet
-from .precision import exact_float32
+from .precision import exact_float32_on
 from .vocabulary import END, Vocabulary
 
 BATCH = 2**17  # names drawn together,
@@ -64,8 +63,7 @@ def sample_stream(
     the names are those that the lecture's loop draws from the tree for the same numbers.
 
     Args:
-        model: A `ConvWaveNet` in any mode; it is copied.
-        vocab: The vocabulary of the model.
+        model, vocab: A `ConvWaveNet` in any mode, which is copied, and its vocabulary.
         n: How many names. Default: without end.
         temperature: Divides the logits; at 0 the most likely character is taken.
         top_k: Draw from the k most likely characters only.
@@ -101,8 +99,8 @@ def sample_stream(
         raise ConfigError(f"{given}; give a max_length of at least {len(start)}")
     dtype = model.embedding.weight.dtype if dtype is None else dtype
     shared = SharedNodes(fold(model, device, dtype if dtype.itemsize >= 4 else torch.float32))
-    limits = UNBOUNDED if n is None else min(n, UNBOUNDED), min(max_length, UNBOUNDED)
-    sampler = Sampler(shared, vocab, draw, start, seed, *limits)
+    count = UNBOUNDED if n is None else min(n, UNBOUNDED)
+    sampler = Sampler(shared, vocab, draw, start, seed, count, min(max_length, UNBOUNDED))
     side_by_side = min(BATCH if batch_size is None else batch_size, max(1, sampler.count))
     return sampler.by_stream(side_by_side) if shared.context > LONG else sampler.by_prefix(side_by_side)
 
@@ -196,7 +194,7 @@ class Sampler:
             if first >= self.count:
                 return
             names = torch.arange(first, min(first + batch_size, self.count), device=self.device)
-            with self._exact():
+            with exact_float32_on(self.device):
                 tokens = self._tokens(names, cache)
             yield from self._text(tokens).split(END)[:-1]
 
@@ -211,7 +209,7 @@ class Sampler:
         while first < self.count:
             parts = []
             for _ in range(STREAM_STEPS):
-                with self._exact():
+                with exact_float32_on(self.device):
                     summed = self.draw.cumulative(steps.step(tokens))
                 tokens = tokens_at(summed, uniform(self.seed, active, positions))
                 if self.start:
@@ -273,6 +271,3 @@ class Sampler:
     def _failure(self, window: Tensor) -> SamplingError:
         text = self._text(window.cpu().numpy()).lstrip(END)
         return SamplingError(f"the logits after {text!r} are NaN or infinite; train the model again")
-
-    def _exact(self) -> AbstractContextManager[None]:
-        return exact_float32() if self.device.type == "cuda" else nullcontext()

@@ -45,7 +45,7 @@ class Scorer:
         scorer.score(["emma", "xqzvkj"])
 
     Scores are batch-invariant: a name has the same bits alone, in any batch, in any order and in any chunk size, on the
-    same device with the same number of threads. Every matrix product has one fixed shape, whatever it is part of; the
+    same device with the same number of threads. Every matrix product has a fixed shape for any number of names; the
     positions of a name are added in order, in float64, and rounded once.
 
     Args:

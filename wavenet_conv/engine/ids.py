@@ -1,4 +1,4 @@
-"""Node ids: integers that name distinct nodes. Reads tokens and ids, knows nothing of weights.
+"""Node ids: integers that name distinct nodes. Reads tokens and ids only.
 
 A node's value depends on the tokens that it covers and on nothing else. So a node's identity is the tuple of its
 children's ids, and the ids of a layer are assigned to the distinct tuples (`torch.unique` defines this).

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ShapeError, StateError
 from ..model import ConvWaveNet
-from ..precision import exact_float32
+from ..precision import exact_float32_on
 from ..vocabulary import check_tokens
 from .rings import TorchSteps
 from .shared import SharedNodes
@@ -71,7 +70,7 @@ class Stream:
                 f"pip install 'wavenet-conv[fast]', or leave out compiled=True"
             )
         self.compiled = loops_can_run and compiled is not False
-        with _exact(self.device):
+        with exact_float32_on(self.device):
             shared = SharedNodes(weights)
             if self.compiled:
                 from .loops import CompiledSteps  # Numba takes 0.3 s to import
@@ -99,7 +98,7 @@ class Stream:
 
     def advance(self, tokens: Tensor) -> Tensor:
         """`step` without its checks; the next step overwrites the logits."""
-        with _exact(self.device):
+        with exact_float32_on(self.device):
             return self.backend.step(tokens)
 
     def push(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -158,10 +157,6 @@ class Stream:
 
     def __reduce_ex__(self, protocol: object) -> tuple:
         raise StateError("a Stream is not copied or pickled; make another of the same model and give it the state()")
-
-
-def _exact(device: torch.device) -> AbstractContextManager[None]:
-    return exact_float32() if device.type == "cuda" else nullcontext()
 
 
 def _columns_of(tokens: Tensor, lengths: Tensor, rows: int) -> Tensor:
