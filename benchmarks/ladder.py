@@ -79,10 +79,8 @@ def lecture_list() -> str:
     """The path of the lecture's list; raises `UsageError` where it is not on this machine."""
     path = lecture_names()
     if path is None:
-        raise UsageError(
-            "the published losses are of the lecture's list, which is not here: run `wavenet-conv lecture-names`, "
-            "name it in WAVENET_CONV_LECTURE_NAMES, or give another list with --names"
-        )
+        fix = "run `wavenet-conv lecture-names`, name it in WAVENET_CONV_LECTURE_NAMES, or give another list by --names"
+        raise UsageError(f"the published losses are of the lecture's list, which is not here: {fix}")
     return str(path)
 
 

@@ -81,11 +81,7 @@ def sample_stream(
         SamplingError: From the iterator: logits are NaN or infinite.
     """
     draw = Draw(temperature, top_k, top_p)
-    if len(vocab) != model.config.vocab_size:
-        raise ConfigError(
-            f"the vocabulary has {len(vocab)} tokens and the model {model.config.vocab_size}; "
-            f"use the vocabulary that the model was trained with"
-        )
+    vocab.check_size(model.config.vocab_size)
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ConfigError(f"seed is {seed!r}; it must be an integer from 0 to 2**63 - 1")
     if n is not None and (not isinstance(n, int) or n < 0):

@@ -70,11 +70,7 @@ class Scorer:
         quantiles: Tensor | None = None,
         remember: bool = False,
     ):
-        if len(vocab) != model.config.vocab_size:
-            raise ConfigError(
-                f"the vocabulary has {len(vocab)} tokens and the model {model.config.vocab_size}; "
-                f"use the vocabulary that the model was trained with"
-            )
+        vocab.check_size(model.config.vocab_size)
         self.vocab, self.quantiles, self.context, self.remember = vocab, quantiles, model.context, remember
         weights = fold(model, device, dtype)
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype

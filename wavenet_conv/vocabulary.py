@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import NamesError, ShapeError, TokenError
+from .errors import ConfigError, NamesError, ShapeError, TokenError
 
 END = "."  # token 0: the padding before a name and the end after it
 
@@ -115,6 +115,12 @@ class Vocabulary:
         codes = torch.frombuffer(bytearray(text.encode("utf-32-le", errors="surrogatepass")), dtype=torch.int32)
         place = torch.searchsorted(self._codes, codes).clamp_(max=len(self._codes) - 1)
         return torch.where(self._codes[place] == codes, place + 1, 0)
+
+    def check_size(self, vocab_size: int) -> None:
+        """Raises `ConfigError` unless this vocabulary has as many tokens as a model."""
+        if len(self) != vocab_size:
+            found = f"the vocabulary has {len(self)} tokens and the model {vocab_size}"
+            raise ConfigError(f"{found}; use the vocabulary that the model was trained with")
 
     def unknown_character_error(self, names: Sequence[str]) -> NamesError:
         """The error, to be raised, for the first character of `names` that is not in the vocabulary."""

@@ -88,6 +88,7 @@ def test_epochs_and_seconds_limit_the_steps(train, out):
     assert json.loads(train(*options, "--epochs", "2")[1])["steps_taken"] == 10  # of 320 names
     assert json.loads(train(*options, "--seconds", "0")[1])["steps_taken"] == 2
     assert "steps is 0; it must be at least 1" in train(*options, "--epochs", "0")[2]
+    assert train(*options, "--epochs", "1", "--steps", "9")[0] == 2
 
 
 @pytest.mark.slow

@@ -51,7 +51,8 @@ def read_space(path: str) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]
     try:
         found = tomllib.loads((DEFAULT if path == "default" else Path(path)).read_bytes().decode())
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: {error}; give a TOML file in UTF-8, or 'default'") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path}: {reason}; give a TOML file in UTF-8, or 'default'") from error
     preset = found.pop("preset", "fast")
     if preset not in list(PRESETS):
         raise UsageError(f"{path}: preset is {preset!r}; it must be one of {', '.join(PRESETS)}")

@@ -83,6 +83,8 @@ def train(
     names = training_list(file)
     config, recipe = configured(preset, len(names.vocab), settings)
     if epochs is not None:
+        if settings["steps"] is not None:
+            raise UsageError("--steps and --epochs are both given; give one of them")
         settings["steps"] = epochs * -(-len(names.parts[0]) // recipe.batch_size)
         config, recipe = configured(preset, len(names.vocab), settings)
     check_output(output, file, *teacher)
