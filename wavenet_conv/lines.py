@@ -87,7 +87,8 @@ class Lines:
 
     def _line_at(self, start: int) -> bytes:
         self._file.seek(start)
-        return self._file.readline().removesuffix(b"\n") + b"\n"
+        line = self._file.readline()
+        return line if line.endswith(b"\n") else line + b"\r\n"  # so that a bare CR before it stays
 
     def _decoded(self, raw: list[bytes], first: int) -> list[str]:
         data = b"".join(raw)

@@ -110,11 +110,6 @@ def test_methods_take_turns_in_blocks():
     assert harness.spread("us", [7]) == {"us": 7, "q1_us": 7, "q3_us": 7}
 
 
-def test_launches_are_operators_that_python_calls():
-    a = torch.ones(2, 2)
-    assert harness.count_launches(lambda: a + a @ a, CPU) == 2
-
-
 @pytest.mark.parametrize("gated", [False, True])
 def test_nodes_are_counted_and_not_computed_from_a_formula(gated):
     conv = from_tree(reference.build((3, 2), n_embd=4, n_hidden=(5, 6), gated=gated).eval())

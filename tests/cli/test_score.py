@@ -80,6 +80,7 @@ def test_rows_have_the_scorers_bits(score, save_random, monkeypatch, tmp_path, l
         (b"\xef\xbb\xbfemma\r\n\r\nava\r\n", ["emma", "", "ava"]),
         (b'\n\n a b \n\t"\\\x00\nzo\xc3\xab\n', ["", "", " a b ", '\t"\\\x00', "zoë"]),
         ("a\u2028b\n\x85\na\rb\n".encode(), ["a\u2028b", "\x85", "a\rb"]),
+        (b"emma\r\nxq\r", ["emma", "xq\r"]),
     ],
 )
 def test_each_line_is_a_row(score, monkeypatch, tmp_path, data, names):

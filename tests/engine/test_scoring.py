@@ -58,6 +58,7 @@ def test_scores_in_other_vocabularies_are_the_trees(characters):
         ((2, 2, 2), dict(n_embd=9, n_hidden=(9, 10, 11))),
         ((2, 2, 2), dict(n_embd=9, n_hidden=(7, 40, 9), gated=True)),
         ((2, 2, 2), dict(n_embd=48, n_hidden=40, gated=True)),
+        ((2, 2, 2), dict(n_embd=21, n_hidden=17, dtype=torch.float64)),
     ],
     ids=str,
 )
@@ -66,7 +67,7 @@ def test_a_name_has_the_same_bits_alone_and_in_any_batch(
 ):
     """Widths of the lecture's size, where a matrix product has other kernels for other shapes, and narrow ones."""
     names, order = [*names[::16], *NAMES, "", "a" * 50], random.Random(0)
-    conv = random_conv(kernel_sizes, dtype=torch.float32, **widths)
+    conv = random_conv(kernel_sizes, **{"dtype": torch.float32} | widths)
     scorer = Scorer(conv, ABC, device=device, remember=remember)
     scores = scorer.score(names)
     for size in (*[1] * 20, 2, 3, 7, 64, 511, 512, 513, len(names)):

@@ -148,7 +148,9 @@ def save_trained(path: str, model: ConvWaveNet, names: TrainingList, notes: dict
 
 def digest(model: ConvWaveNet) -> str:
     """What identifies a teacher."""
-    return sha256(b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())).hexdigest()
+    return sha256(
+        b"".join(tensor.flatten().view(torch.uint8).numpy().tobytes() for tensor in model.state_dict().values())
+    ).hexdigest()
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from .weights import Affine, LayerWeights, Weights
 
-COLUMNS = 16  # no matrix product has fewer columns: in narrower ones equal rows can differ in their last bits
+COLUMNS = (
+    16  # the columns of a matrix product are a multiple of this: otherwise equal rows can differ in their last bits
+)
 
 
 @dataclass(frozen=True)
 class NodeWeights:
-    """Weights laid out for evaluating nodes one by one, each width at least `COLUMNS`."""
+    """Weights laid out for evaluating nodes one by one, with columns in multiples of `COLUMNS`."""
 
     taps: tuple[Tensor, ...]  # per layer (kernel_size, c_in, c_out)
     biases: tuple[Tensor, ...]  # per layer (c_out,)
@@ -72,12 +74,11 @@ class NodeWeights:
 
 
 def widen(weights: Weights, width: int) -> Weights:
-    """An equal model whose embedding and layers have at least `width` channels; the new ones are zero."""
+    """An equal model in which matrix products have a multiple of `width` columns; the new channels are zero."""
     gated = weights.hidden is not None
-    inner = [max(layer.taps.shape[2] // (1 + gated), width) for layer in weights.layers]
-    outer = [max(weights.embedding.shape[1], width)] * (len(inner) + 1)
-    if not gated:
-        outer[1:] = inner
+    inner = [-(layer.taps.shape[2] // (1 + gated) // -width) * width for layer in weights.layers]
+    n_embd = weights.embedding.shape[1]  # a number of columns only in a gated model
+    outer = [-(n_embd // -width) * width] * (len(inner) + 1) if gated else [max(n_embd, width), *inner]
     layers = []
     for layer, c_in, c_out in zip(weights.layers, outer, inner):
         taps, bias = layer.taps, layer.bias
