@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import load_checkpoint, save_checkpoint
+    from .config import WaveNetConfig
     from .engine.slide import FoldedWaveNet, fold_batch_norm
     from .engine.stream import Stream
     from .equivalence import verify
     from .errors import WaveNetConvError
     from .mapping import from_tree
-    from .model import ConvWaveNet, WaveNetConfig
+    from .model import ConvWaveNet
     from .precision import exact_float32
     from .sampling import sample, sample_stream
     from .scoring import Scorer
@@ -40,12 +41,13 @@ __all__ = [
 # PyTorch is imported with the first public name that is used, so that commands start fast.
 _NAMES = {
     "checkpoint": ("load_checkpoint", "save_checkpoint"),
+    "config": ("WaveNetConfig",),
     "engine.slide": ("FoldedWaveNet", "fold_batch_norm"),
     "engine.stream": ("Stream",),
     "equivalence": ("verify",),
     "errors": ("WaveNetConvError",),
     "mapping": ("from_tree",),
-    "model": ("ConvWaveNet", "WaveNetConfig"),
+    "model": ("ConvWaveNet",),
     "precision": ("exact_float32",),
     "sampling": ("sample", "sample_stream"),
     "scoring": ("Scorer",),

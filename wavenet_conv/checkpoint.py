@@ -22,9 +22,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .config import WaveNetConfig
 from .errors import CheckpointError, WaveNetConvError
 from .files import write_whole
-from .model import ConvWaveNet, WaveNetConfig
+from .model import ConvWaveNet
 from .vocabulary import Vocabulary
 
 FORMAT = "wavenet-conv"

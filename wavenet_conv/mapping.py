@@ -16,8 +16,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from .config import WaveNetConfig
 from .errors import MappingError
-from .model import ConvWaveNet, WaveNetConfig
+from .model import ConvWaveNet
 
 FLATTEN = ("FlattenConsecutive", "Flatten")
 GATED_HEAD = ("ReLU", "Linear", "ReLU", "Linear")
@@ -70,7 +71,7 @@ def from_tree(tree: Any) -> ConvWaveNet:
         n_embd=table.shape[1],
         n_hidden=tuple(_matrix(parts.linear).shape[1] for parts in layers),
         kernel_sizes=tuple(parts.kernel_size for parts in layers),
-        batch_norm=_all_or_none(layers, lambda parts: parts.norm is not None, "batch norm"),
+        norm="batch" if _all_or_none(layers, lambda parts: parts.norm is not None, "batch norm") else "none",
         bias=_all_or_none(layers, lambda parts: getattr(parts.linear, "bias", None) is not None, "bias"),
     )
     _check_shape(len(modules) - 1, head, (len(_matrix(head)), len(table)), "the head, with one logit per token,")
@@ -79,7 +80,7 @@ def from_tree(tree: Any) -> ConvWaveNet:
         conv.embedding.weight.copy_(table)
         for layer, parts in zip(conv.layers, layers):
             _copy_linear(layer.conv, parts.linear)
-            if config.batch_norm:
+            if parts.norm is not None:
                 _copy_batch_norm(layer.norm, parts.norm, parts.place + 1)
         _copy_linear(conv.head, head)
     return conv

@@ -20,7 +20,6 @@ The convolutions are valid, never zero-padded: the padding before a name is toke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -29,69 +28,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .config import ACTIVATIONS, WaveNetConfig
 from .errors import ConfigError, ModeError
 from .vocabulary import check_sequences
-
-
-@dataclass(frozen=True)
-class WaveNetConfig:
-    """The shape of a model. The defaults are the lecture's last network (76,579 parameters).
-
-    Args:
-        vocab_size: Number of tokens, including `.`.
-        n_embd: Width of the embedding.
-        n_hidden: Width of every layer, or one width per layer.
-        kernel_sizes: How many consecutive nodes each layer fuses, lowest layer first.
-        batch_norm: Batch norm in every layer. Default: yes, unless the model is gated.
-        bias: Bias in every layer's linear map. Default: only without batch norm, which has a shift of its own.
-        gated: Layers are `GatedLayer`s, `n_embd` wide outside and `n_hidden` inside the gate, without batch norm.
-
-    Raises:
-        ConfigError: A field is wrong; the message names it.
-    """
-
-    vocab_size: int = 27
-    n_embd: int = 24
-    n_hidden: int | tuple[int, ...] = 128
-    kernel_sizes: tuple[int, ...] = (2, 2, 2)
-    batch_norm: bool | None = None
-    bias: bool | None = None
-    gated: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.kernel_sizes, Sequence) or not self.kernel_sizes:
-            raise ConfigError(f"kernel_sizes is {self.kernel_sizes!r}; a model needs at least one, such as (2, 2, 2)")
-        widths = self.n_hidden if isinstance(self.n_hidden, Sequence) else (self.n_hidden,) * len(self.kernel_sizes)
-        if len(widths) != len(self.kernel_sizes):
-            raise ConfigError(f"n_hidden has {len(widths)} widths for {len(self.kernel_sizes)} layers; give one each")
-        sizes = [("vocab_size", self.vocab_size), ("n_embd", self.n_embd)]
-        sizes += [(f"kernel_sizes[{i}]", size) for i, size in enumerate(self.kernel_sizes)]
-        sizes += [(f"n_hidden[{i}]", width) for i, width in enumerate(widths)]
-        for name, size in sizes:
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ConfigError(f"{name} is {size!r}; it must be an integer of at least 1")
-        if self.gated and (self.batch_norm or self.bias is False):
-            raise ConfigError("gated layers have biases and no batch norm; leave batch_norm and bias out")
-        object.__setattr__(self, "batch_norm", not self.gated if self.batch_norm is None else self.batch_norm)
-        object.__setattr__(self, "kernel_sizes", tuple(self.kernel_sizes))
-        object.__setattr__(self, "n_hidden", tuple(widths))
-        object.__setattr__(self, "bias", not self.batch_norm if self.bias is None else self.bias)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """`n_hidden`, one per layer."""
-        assert isinstance(self.n_hidden, tuple)  # since __post_init__
-        return self.n_hidden
-
-    @property
-    def context(self) -> int:
-        """Tokens that one prediction sees: the product of the kernel sizes."""
-        return prod(self.kernel_sizes)
-
-    @property
-    def dilations(self) -> tuple[int, ...]:
-        """Per layer, the distance between two taps: the product of the kernel sizes below it."""
-        return tuple(prod(self.kernel_sizes[:layer]) for layer in range(len(self.kernel_sizes)))
 
 
 class BatchNorm(nn.Module):
@@ -130,19 +69,49 @@ class BatchNorm(nn.Module):
         return (x - mean) / torch.sqrt(var + self.eps) * self.weight.view(per_channel) + self.bias.view(per_channel)
 
 
-class Layer(nn.Module):
-    """The lecture's layer: fuses `kernel_size` nodes, `dilation` apart, by a linear map, batch norm and tanh."""
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over the channels of one node. It reads no other node, so windows can share its result.
 
-    def __init__(self, c_in: int, c_out: int, *, kernel_size: int, dilation: int, norm: bool, bias: bool, **kw: Any):
+    Source: Ba et al. 2016, arXiv:1607.06450.
+    """
+
+    def forward(self, x: Tensor, multiplicity: Tensor | None = None) -> Tensor:
+        """Normalizes x `(n, channels)` or `(n, channels, time)`; how often a node counts changes nothing."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def norm_of(kind: str, channels: int, **kw: Any) -> BatchNorm | LayerNorm | None:
+    """A new norm by its name in `WaveNetConfig`."""
+    return {"batch": BatchNorm, "layer": LayerNorm}[kind](channels, **kw) if kind != "none" else None
+
+
+class Layer(nn.Module):
+    """The lecture's layer: fuses `kernel_size` nodes, `dilation` apart, by a linear map, a norm and an activation.
+
+    `activation` is a key of `ACTIVATIONS`; the lecture's is tanh, after batch norm.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        *,
+        kernel_size: int,
+        dilation: int,
+        norm: str = "batch",
+        activation: str = "tanh",
+        bias: bool = False,
+        **kw: Any,
+    ):
         super().__init__()
-        self.kernel_size, self.dilation = kernel_size, dilation
+        self.kernel_size, self.dilation, self.activation = kernel_size, dilation, activation
         self.conv = nn.Conv1d(c_in, c_out, kernel_size, dilation=dilation, bias=bias, **kw)
-        self.norm = BatchNorm(c_out, **kw) if norm else None
+        self.norm = norm_of(norm, c_out, **kw)
 
     def forward(self, x: Tensor, multiplicity: Tensor | None = None) -> Tensor:
         """Maps x `(batch, c_in, time)` to `(batch, c_out, time - (kernel_size - 1) * dilation)`."""
         h = self.conv(x)
-        return torch.tanh(h if self.norm is None else self.norm(h, multiplicity))
+        return ACTIVATIONS[self.activation](h if self.norm is None else self.norm(h, multiplicity))
 
 
 class GatedLayer(nn.Module):
@@ -176,7 +145,8 @@ class GatedLayer(nn.Module):
 class ConvWaveNet(nn.Module):
     """Predicts the next token at every position of a sequence in one convolutional pass.
 
-    The head of a gated model reads the skip sums through ReLU, `hidden`, ReLU; in other models `hidden` is None.
+    The head is one more linear map, which may fuse nodes as a layer does, and `head_norm` its norm or None. In a gated
+    model it reads the skip sums through ReLU, `hidden`, ReLU; in other models `hidden` is None.
     Source: van den Oord et al. 2016, arXiv:1609.03499, section 2.1 (gated: 2.3, 2.4).
     """
 
@@ -188,21 +158,25 @@ class ConvWaveNet(nn.Module):
         self.config, self.context, self.dilations = config, config.context, config.dilations
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd, **kw)
         self.layers, channels = nn.ModuleList(), config.n_embd
-        for kernel_size, dilation, width in zip(config.kernel_sizes, config.dilations, config.widths):
+        last = len(config.kernel_sizes) - 1
+        for index, (kernel_size, dilation) in enumerate(zip(config.kernel_sizes, config.dilations)):
             taps: dict[str, Any] = {"kernel_size": kernel_size, "dilation": dilation, **kw}
+            width, norm, activation = config.widths[index], config.norms[index], config.activations[index]
             if config.gated:
-                is_last = len(self.layers) == len(config.kernel_sizes) - 1
-                self.layers.append(GatedLayer(channels, width, is_last=is_last, **taps))
+                self.layers.append(GatedLayer(channels, width, is_last=index == last, **taps))
             else:
-                self.layers.append(Layer(channels, width, norm=bool(config.batch_norm), bias=bool(config.bias), **taps))
+                bias = config.biases[index]
+                self.layers.append(Layer(channels, width, norm=norm, activation=activation, bias=bias, **taps))
                 channels = width
         self.hidden = nn.Conv1d(channels, channels, 1, **kw) if config.gated else None
-        self.head = nn.Conv1d(channels, config.vocab_size, 1, **kw)
+        span, size = prod(config.kernel_sizes), config.head_kernel_size
+        self.head = nn.Conv1d(channels, config.vocab_size, size, dilation=span, **kw)
+        self.head_norm = norm_of(config.head_norm, config.vocab_size, **kw)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The lecture's initialization: normal weights over sqrt(inputs), zero biases, a ten times smaller head."""
+        """The lecture's initialization: normal weights over sqrt(inputs), zero biases, ten times smaller logits."""
         self.embedding.weight.normal_()
         for conv in (module for module in self.modules() if isinstance(module, nn.Conv1d)):
             inputs, taps, weight = conv.in_channels * conv.kernel_size[0], conv.kernel_size[0], conv.weight
@@ -211,7 +185,10 @@ class ConvWaveNet(nn.Module):
             conv.weight.copy_(weight.normal_(std=inputs**-0.5))
             if conv.bias is not None:
                 conv.bias.zero_()
-        self.head.weight.mul_(0.1)
+        if self.head_norm is None:
+            self.head.weight.mul_(0.1)
+        else:
+            self.head_norm.weight.fill_(0.1)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Computes the logits of the token after every window.
@@ -232,19 +209,24 @@ class ConvWaveNet(nn.Module):
             s = torch.zeros_like(x)
             for layer in self.layers:
                 x, s = layer(x, s)
-            x = torch.relu(self.hidden(torch.relu(s)))
+            x = self.head(torch.relu(self.hidden(torch.relu(s))))
         else:
-            counts = self.multiplicities(tokens, lengths) if self.training else [None] * len(self.layers)
+            counts = self.multiplicities(tokens, lengths) if self.training else [None] * (len(self.layers) + 1)
             for layer, multiplicity in zip(self.layers, counts):
                 x = layer(x, multiplicity)
-        return rearrange(self.head(x), "batch vocab time -> batch time vocab").contiguous()
+            x = self.head(x) if self.head_norm is None else self.head_norm(self.head(x), counts[-1])
+        return rearrange(x, "batch vocab time -> batch time vocab").contiguous()
 
     def multiplicities(self, tokens: Tensor, lengths: Tensor | None = None) -> Sequence[Tensor | None]:
-        """Per layer `(batch, 1, time)`, how many windows have each node in their tree: the sum over its parents."""
+        """Per layer, and then for the head, `(batch, 1, time)`: how many windows have each node in their tree.
+
+        That is 1 for each output of the head, and below it the sum over a node's parents.
+        """
         outputs = torch.arange(tokens.shape[1] - self.context + 1, device=tokens.device)
         last = outputs[-1] if lengths is None else torch.as_tensor(lengths, device=tokens.device)[:, None]
         counts = [(outputs <= last).expand(len(tokens), -1)[:, None].to(self.embedding.weight.dtype)]
-        for kernel_size, d in zip(self.config.kernel_sizes[:0:-1], self.dilations[:0:-1]):  # top layer first
-            pads = [(tap * d, (kernel_size - 1 - tap) * d) for tap in range(kernel_size)]
+        for conv in [self.head, *(layer.conv for layer in self.layers[:0:-1])]:  # top first
+            size, d = conv.kernel_size[0], conv.dilation[0]
+            pads = [(tap * d, (size - 1 - tap) * d) for tap in range(size)]
             counts.insert(0, torch.stack([F.pad(counts[0], pad) for pad in pads]).sum(0))
         return counts

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..checkpoint import Checkpoint
-    from ..model import WaveNetConfig
+    from ..config import WaveNetConfig
     from ..vocabulary import Vocabulary
 
 MIN_NAMES = 10  # with fewer, a part of the split is empty
@@ -116,7 +116,7 @@ def device_of(choice: str) -> torch.device:
 
 def configured(preset: str, vocab_size: int, settings: dict[str, Any], where: str = "") -> tuple[WaveNetConfig, Recipe]:
     """The preset with the settings that are not None, fields of `Recipe` and `WaveNetConfig`; raises `UsageError`."""
-    from ..model import WaveNetConfig
+    from ..config import WaveNetConfig
 
     shape, recipe = PRESETS[preset]
     merged = {**asdict(recipe), **shape, **{name: value for name, value in settings.items() if value is not None}}

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from .. import __version__
 from ..checkpoint import save_checkpoint
+from ..config import WaveNetConfig
 from ..errors import UsageError
 from ..files import write_whole
-from ..model import ConvWaveNet, WaveNetConfig
+from ..model import ConvWaveNet
 from ..recipe import Recipe
 from ..scoring import Scorer
 from ..training import Trainer, evaluate, new_model, run

@@ -134,7 +134,7 @@ def _teacher(
 ) -> tuple[ConvWaveNet, float]:
     """A teacher of a preset, and the seconds that its training took; one that an interrupted run left is read."""
     from ..checkpoint import load_checkpoint
-    from ..model import WaveNetConfig
+    from ..config import WaveNetConfig
     from .resumable import Run, is_first_rank
 
     run = Run(setup, output, WaveNetConfig(vocab_size=len(setup.names.vocab), **shape), recipe)

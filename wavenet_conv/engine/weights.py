@@ -11,8 +11,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..config import WaveNetConfig
 from ..errors import MappingError
-from ..model import ConvWaveNet, GatedLayer, Layer, WaveNetConfig
+from ..model import ConvWaveNet, GatedLayer, Layer
 
 
 class Affine(NamedTuple):

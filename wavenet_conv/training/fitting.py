@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..model import ConvWaveNet, WaveNetConfig
+from ..config import WaveNetConfig
+from ..model import ConvWaveNet
 from ..recipe import PRESETS, Recipe, teachers_of
 from ..vocabulary import Vocabulary
 from .trainer import Trainer
