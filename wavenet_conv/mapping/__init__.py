@@ -1,0 +1,168 @@
+"""Maps a notebook's model to the equal `ConvWaveNet`, by what it computes.
+
+The model runs once on windows of tokens, and every operator that it calls is followed (`trace`, `rules`). What comes
+out is a chain of linear maps of neighbours, norms and activations, which `assemble` writes as convolutions:
+
+    Conv1d.weight = rearrange(Linear.weight, "(j c) o -> o c j")
+
+Then both models run on windows in which every token stands at every position, and have to agree.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import MappingError, ShapeError
+from ..model import ConvWaveNet
+from ..notebook import as_function, left_as_found, logits_in
+from ..precision import exact_float32
+from .assemble import assemble, describe
+from .rules import logits_of
+from .trace import Tracer
+from .values import WINDOWS
+
+CONTEXTS = (*range(1, 257), 512, 1024, 2048, 4096)  # tokens per window that are tried
+TRACED = 8  # of these, how many are traced
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.01}
+TOKENS_AT_ONCE = 2**17  # in the windows that both models read together
+MOST_TOKENS = 2**22  # in all windows that are compared
+
+
+def from_tree(model: Any, *, context: int | None = None) -> ConvWaveNet:
+    """Maps a model of windows to the convolutional model that computes the same logits at every position.
+
+    The model is run, not read: classes, attributes and wrappers may have any names. It looks up a table by the tokens;
+    then any number of layers merge k neighbours each (k may differ per layer), by a linear map, batch norm, layer norm
+    over channels or no norm, and tanh, ReLU, GELU, SiLU, sigmoid or no activation; a last linear map gives the logits.
+    The gated block of the WaveNet paper is known too (`GatedLayer`). Other arithmetic with constants per channel
+    becomes part of a linear map. A batch norm stays one where its parts can be told, which are
+    `(x - mean) / sqrt(var + eps) * gamma + beta` in any order or `torch.nn.BatchNorm1d`, so that training can go on;
+    one that is spelled out has a momentum of 0.1.
+
+    The model runs in evaluation mode without gradients. Its flags, attributes, statistics, weights and the random state
+    are afterwards what they were. Tokens keep their numbers: where the notebook's `stoi` is not `.` as 0 and sorted
+    characters as 1, 2, ..., take `Vocabulary.from_mapping(stoi)`.
+
+        conv = from_tree(model)
+        print(verify(model, conv, names, Vocabulary.from_mapping(stoi)))
+
+    Args:
+        model: Maps tokens int64 `(windows, context)` to logits `(windows, vocab)`, floating, or to a tuple or dict that
+            holds them: a module, a function, any callable, or a list of layers to call in order.
+        context: Tokens per window. Default: the number for which the model makes one prediction per window.
+
+    Returns:
+        The model in evaluation mode, on the device and in the dtype of the embedding.
+
+    Raises:
+        MappingError: The model computes something that has no equal, or `context` has to be given. The message has all
+            that is wrong: the operator, where the model calls it, why, and the fix.
+    """
+    if isinstance(model, ConvWaveNet):
+        raise MappingError("the model is a ConvWaveNet already; from_tree takes a model of windows")
+    if context is not None and (not isinstance(context, int) or isinstance(context, bool) or context < 1):
+        raise MappingError(f"context is {context!r}; it must be an integer of at least 1")
+    try:
+        function = as_function(model)
+    except ShapeError as error:
+        raise MappingError(str(error)) from error
+    with left_as_found(model) as tensors, exact_float32():
+        device = next((tensor.device for tensor in tensors if tensor.is_floating_point()), torch.device("cpu"))
+        contexts = [context] if context is not None else _contexts(function, device)
+        traces = [_trace(model, function, size, device) for size in contexts[:TRACED]]
+        failed = [trace for trace in traces if trace.conv is None]
+        if failed:
+            raise _error(failed[-1], tensors)
+        if len(contexts) > 1:
+            sizes = ", ".join(map(str, contexts[:TRACED]))
+            raise MappingError(f"the model makes one prediction from {sizes} tokens, and so on; give context=")
+        _prove(function, traces[0])
+    return traces[0].conv
+
+
+@dataclass
+class Trace:
+    """What one run has shown: the model, or what is wrong; and the operators that have been followed."""
+
+    conv: ConvWaveNet | None
+    complaints: tuple[str, ...]
+    operators: list[str]
+
+
+def _contexts(function: Callable[[Tensor], Any], device: torch.device) -> list[int]:
+    """The numbers of tokens for which a model makes one prediction per window."""
+    found, errors = [], dict[int, Exception]()
+    for size in CONTEXTS:
+        if found and size > 256:
+            break
+        try:
+            logits_in(function(torch.zeros(WINDOWS, size, dtype=torch.int64, device=device)), WINDOWS)
+            found.append(size)
+        except Exception as error:  # any kind, since it is the model's
+            errors[size] = error
+    if not found:
+        raise MappingError(
+            f"the model makes one prediction per window for none of 1 to 256, 512, 1024, 2048 and 4096 tokens; for "
+            f"8 tokens: {_text(errors[8])}; give it with context=, or wrap the model in a function of the windows alone"
+        )
+    return found
+
+
+def _trace(model: Any, function: Callable[[Tensor], Any], size: int, device: torch.device) -> Trace:
+    """Runs a model on windows of `size` tokens and follows them."""
+    windows = torch.zeros(WINDOWS, size, dtype=torch.int64, device=device)
+    tracer = Tracer(model, windows)
+    try:
+        with tracer:
+            logits = logits_in(function(windows), WINDOWS)
+    except Exception as error:  # any kind, since it is the model's
+        complaint = f"the model cannot run on windows of shape {tuple(windows.shape)}: {_text(error)}"
+        return Trace(None, (*tracer.written, complaint), tracer.operators)
+    value = logits_of(tracer, tracer.values.get(logits))
+    complaints = (*tracer.written, *value.complaints)
+    if complaints or value.stage is None:
+        return Trace(None, complaints, tracer.operators)
+    try:
+        return Trace(assemble(value.stage, device), (), tracer.operators)
+    except MappingError as error:
+        return Trace(None, (str(error),), tracer.operators)
+
+
+def _error(trace: Trace, tensors: list[Tensor]) -> MappingError:
+    complaints = list(trace.complaints)
+    if any(tensor.is_floating_point() and not tensor.isfinite().all() for tensor in tensors):
+        complaints.append("a tensor of the model is NaN or infinite")
+    text = complaints[0] if len(complaints) == 1 else "".join(f"\n- {complaint}" for complaint in complaints)
+    return MappingError(f"the model has no equal convolutional model: {text}")
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, ShapeError) else f"{type(error).__name__}: {error}"
+
+
+def _prove(function: Callable[[Tensor], Any], trace: Trace) -> None:
+    """Raises `MappingError` unless both models agree on windows in which every token is at every position."""
+    conv = trace.conv
+    assert conv is not None
+    exact, device, vocab_size = copy.deepcopy(conv).double(), conv.embedding.weight.device, conv.config.vocab_size
+    rotated = (torch.arange(vocab_size)[:, None] + torch.arange(conv.context)) % vocab_size
+    drawn = torch.randint(vocab_size, (64, conv.context), generator=torch.Generator().manual_seed(0))
+    windows = torch.cat([drawn, rotated])[: max(64, MOST_TOKENS // conv.context)].to(device)
+    tolerance, largest, allowed = TOLERANCE[conv.embedding.weight.dtype], 0.0, 0.0
+    for part in windows.split(max(1, TOKENS_AT_ONCE // conv.context)):
+        expected, found, real = logits_in(function(part), len(part)).double(), conv(part)[:, 0], exact(part)[:, 0]
+        rounding = 16 * float((found - real).abs().max())  # what the dtype does to this model
+        difference = (expected - found).abs()
+        largest = max(largest, float(difference.nan_to_num(nan=torch.inf).max()))
+        if not (difference <= tolerance * expected.abs().clamp(min=1) + rounding).all():
+            raise MappingError(
+                f"the model computes something else than its trace shows, with a largest difference of {largest:.3g}; "
+                f"does it depend on the values of tokens in Python?\n- traced: {', '.join(trace.operators)}\n"
+                f"- mapped: {describe(conv)}"
+            )
