@@ -89,7 +89,7 @@ def left_as_found(model: Any) -> Iterator[list[Tensor]]:
     Afterwards flags, attributes, lists, tensors and the random state are what they were.
     """
     parts = parts_of(model)
-    containers = [(part, part.copy()) for part in parts if isinstance(part, (dict, list))]
+    containers: list[tuple[Any, Any]] = [(part, part.copy()) for part in parts if isinstance(part, (dict, list))]
     tensors = [(part, part.detach().clone()) for part in parts if isinstance(part, Tensor)]
     for part, _ in containers:
         if isinstance(part, dict) and isinstance(part.get("training"), bool):
@@ -104,12 +104,11 @@ def left_as_found(model: Any) -> Iterator[list[Tensor]]:
             yield [tensor for tensor, _ in tensors]
         finally:
             for part, saved in containers:
-                if isinstance(part, dict):
-                    if part.keys() != saved.keys() or any(part[key] is not saved[key] for key in saved):
-                        part.clear()
-                        part.update(saved)
-                elif len(part) != len(saved) or any(new is not old for new, old in zip(part, saved)):
+                if isinstance(part, list):
                     part[:] = saved
+                elif part.keys() != saved.keys() or any(part[key] is not saved[key] for key in saved):
+                    part.clear()
+                    part.update(saved)
             for tensor, values in tensors:
                 if not torch.equal(tensor.nan_to_num(), values.nan_to_num()):
                     tensor.copy_(values)

@@ -82,22 +82,23 @@ def from_tree(model: Any, *, context: int | None = None) -> ConvWaveNet:
         if len(contexts) > 1:
             sizes = ", ".join(map(str, contexts[:TRACED]))
             raise MappingError(f"the model makes one prediction from {sizes} tokens, and so on; give context=")
-        _prove(function, traces[0])
-    return traces[0].conv
+        (trace,) = traces
+        _prove(function, trace)
+    return trace.conv
 
 
 @dataclass
 class Trace:
     """What one run has shown: the model, or what is wrong; and the operators that have been followed."""
 
-    conv: ConvWaveNet | None
+    conv: Any  # a ConvWaveNet, or None
     complaints: tuple[str, ...]
     operators: list[str]
 
 
 def _contexts(function: Callable[[Tensor], Any], device: torch.device) -> list[int]:
     """The numbers of tokens for which a model makes one prediction per window."""
-    found, errors = [], dict[int, Exception]()
+    found, errors = list[int](), dict[int, Exception]()
     for size in CONTEXTS:
         if found and size > 256:
             break
@@ -149,20 +150,19 @@ def _text(error: Exception) -> str:
 def _prove(function: Callable[[Tensor], Any], trace: Trace) -> None:
     """Raises `MappingError` unless both models agree on windows in which every token is at every position."""
     conv = trace.conv
-    assert conv is not None
     exact, device, vocab_size = copy.deepcopy(conv).double(), conv.embedding.weight.device, conv.config.vocab_size
     rotated = (torch.arange(vocab_size)[:, None] + torch.arange(conv.context)) % vocab_size
     drawn = torch.randint(vocab_size, (64, conv.context), generator=torch.Generator().manual_seed(0))
     windows = torch.cat([drawn, rotated])[: max(64, MOST_TOKENS // conv.context)].to(device)
-    tolerance, largest, allowed = TOLERANCE[conv.embedding.weight.dtype], 0.0, 0.0
+    tolerance = TOLERANCE[conv.embedding.weight.dtype]
     for part in windows.split(max(1, TOKENS_AT_ONCE // conv.context)):
         expected, found, real = logits_in(function(part), len(part)).double(), conv(part)[:, 0], exact(part)[:, 0]
         rounding = 16 * float((found - real).abs().max())  # what the dtype does to this model
         difference = (expected - found).abs()
-        largest = max(largest, float(difference.nan_to_num(nan=torch.inf).max()))
         if not (difference <= tolerance * expected.abs().clamp(min=1) + rounding).all():
             raise MappingError(
-                f"the model computes something else than its trace shows, with a largest difference of {largest:.3g}; "
+                f"the model computes something else than its trace shows, with a largest difference of "
+                f"{float(difference.nan_to_num(nan=torch.inf).max()):.3g}; "
                 f"does it depend on the values of tokens in Python?\n- traced: {', '.join(trace.operators)}\n"
                 f"- mapped: {describe(conv)}"
             )

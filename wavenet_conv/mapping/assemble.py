@@ -57,7 +57,7 @@ def describe(conv: ConvWaveNet) -> str:
 
 def _has_gate(stage: Stage) -> bool:
     while not isinstance(stage, (Gate, Table)):
-        stage = stage.new if isinstance(stage, Skip) else stage.below
+        stage = stage.below
     return isinstance(stage, Gate)
 
 
@@ -105,27 +105,28 @@ def _chain(last: Stage) -> tuple[Table, list[Parts]]:
 
 def _identity(stage: Stage) -> Linear:
     eye = torch.eye(stage.channels).double()
-    return Linear(stage.positions, stage.channels, stage, eye[None], torch.zeros(stage.channels).double())
+    return Linear(*stage.sizes, stage, eye[None], torch.zeros(stage.channels).double())
 
 
 def _gated(last: Stage, device: torch.device) -> ConvWaveNet:
     head = _expect(last, Linear)
     hidden = _expect(_under_relu(head), Linear)
-    skips, s = [], _under_relu(hidden)
+    skips: list[Linear] = []
+    s = _under_relu(hidden)
     while isinstance(s, Skip):
-        skips.insert(0, _expect(s.new, Linear))
+        skips.insert(0, _expect(s.below, Linear))
         s = s.old
     skips.insert(0, _expect(s, Linear))
     gates = [_expect(skip.below, Gate) for skip in skips]
-    filters = [_expect(gate.f, Linear) for gate in gates]
+    filters = [_expect(gate.below, Linear) for gate in gates]
     residuals, h = [], filters[0].below
     table = _expect(h, Table)
     for gate, f in zip(gates, filters[1:]):
-        skip = _expect(f.below, Skip)
-        residuals.append(_expect(skip.new, Linear))
-        if residuals[-1].below is not gate or skip.old is not h:
+        total = _expect(f.below, Skip)
+        residuals.append(_expect(total.below, Linear))
+        if residuals[-1].below is not gate or total.old is not h:
             raise MappingError(GATED)
-        h = skip
+        h = total
     sizes = tuple(len(f.taps) for f in filters)
     widths = tuple(len(gate.f_channels) for gate in gates)
     conv = _blank(WaveNetConfig(len(table.weight), table.channels, widths, sizes, gated=True), table, device)

@@ -1,17 +1,18 @@
 """Follows the tokens of a window through every operator of a model while it runs.
 
-Each ATen operator that reads a tensor which depends on the tokens is looked up in `RULES`, and its rule gives a `Value`.
+Each ATen operator that reads a tensor which depends on the tokens has a rule in `RULES`, which gives a `Value`.
 Operators that read constants alone run as they are. An operator without a rule is a complaint that names the place
 where the model calls it; the trace goes on, so that independent complaints come together.
 """
 
 from __future__ import annotations
 
+import inspect
 import linecache
-import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .values import Linear, Norm, Stage, Tokens, Value, folded
+from .values import Linear, Norm, Stage, Step, Tokens, Value, affine, batch_norm_in
 
 MOVES = (  # operators that only move elements
     *("view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "numpy_T", "squeeze", "expand"),
@@ -49,6 +50,7 @@ MOVES = (  # operators that only move elements
         "diagonal",
     ),
 )
+POWERS = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
 SHAPES_ONLY = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_empty", "new_full")
 _HERE, _TORCH = str(Path(__file__).parent.parent), str(Path(torch.__file__).parent)
 PER_POSITION = "uses constants that differ per position (learned positions?): a node must not depend on where it stands"
@@ -56,16 +58,13 @@ STATISTICS = (
     "uses statistics per position: a node must not depend on where it stands; let the batch norm reduce over all axes "
     "but the last, (0, 1) for three axes, and train again"
 )
-Rule = Callable[..., "Value | list[Value]"]
+Kind = TypeVar("Kind", bound=Stage)
+Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}  # by the name of the operator, without the underscore of its in-place form
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return register
+def values_in(*arguments: Any) -> list[Value]:
+    return [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Value)]
 
 
 class Tracer(TorchDispatchMode):
@@ -79,8 +78,9 @@ class Tracer(TorchDispatchMode):
         self.noise = WeakTensorKeyDictionary()  # random constants: the complaint
         self.written: list[str] = []  # complaints about constants that the model changes
         self.operators: list[str] = []
-        self.memo: dict[Any, Stage] = {}  # equal steps are one stage
-        self.values[windows] = Value.of(Tokens(windows.shape[1], 1), torch.arange(windows.numel()).view(windows.shape))
+        self.memo: dict[Any, Any] = {}  # equal steps are one stage
+        ids = torch.arange(windows.numel()).view(windows.shape)
+        self.values[windows] = Value(Tokens(windows.shape[1], 1, None), ids)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -102,20 +102,22 @@ class Tracer(TorchDispatchMode):
         args, kwargs = pytree.tree_map(
             lambda leaf: self.values.get(leaf, leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs)
         )
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Value)]
-        if self.func._schema.is_mutable and not isinstance(args[0], Value) and outputs[0]._is_view():
+        given, in_place = values_in(args, kwargs), self.func.overloadpacket.__name__.endswith("_")
+        if in_place and not isinstance(args[0], Value) and outputs[0]._is_view():  # noqa: SLF001
             self.written.append(f"{self.where()} writes into a tensor of constants; compute a new tensor instead")
-        if all(value.stage is None for value in given):
-            found: Any = Value(None, {})
+        unknown = sum(value.stage is None for value in given)
+        if unknown == len(given) or (unknown and torch.Tag.pointwise not in self.func.tags):
+            found: Any = Value(None, None)
         elif torch.Tag.nondeterministic_seeded in self.func.tags:
             found = given[0].but(self._noise())
         else:
-            found = RULES.get(self.name, RULES["unknown"])(self, *args, **kwargs)
+            try:
+                found = RULES.get(self.name, RULES["unknown"])(self, *args, **kwargs)
+            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+                found = self.nothing(f"is used in a way that is not known: {error}")
         complaints = tuple(text for value in given for text in value.complaints)
         for tensor, value in zip(outputs, found if isinstance(found, list) else [found] * len(outputs)):
-            self.values[tensor] = Value(value.stage, value.parts, value.eps, value.momentum).but(
-                *complaints, *value.complaints
-            )
+            self.values[tensor] = replace(value, complaints=tuple(dict.fromkeys(complaints + value.complaints)))
 
     def _remember_constant(self, given: list[Tensor], outputs: list[Tensor], args: Any) -> None:
         """Keeps of a constant whether it is random, and whether it is a root, as in a batch norm."""
@@ -126,31 +128,21 @@ class Tracer(TorchDispatchMode):
             self.noise[tensor] = noise[0]
         known = self.roots.get(given[0]) if given else None
         var, eps, power = known or (given[0] if given else None, 0.0, 1.0)
-        if self.name == "add" and len(args) > 1 and known is None and isinstance(args[1], (int, float)):
-            root = (var, float(args[1]), 1.0)
-        elif self.name == "add" and len(args) > 1 and isinstance(args[0], (int, float)):
-            root = (var, float(args[0]), 1.0)
-        elif (exponent := self._exponent(args)) is not None:
-            root = (var, eps, power * exponent)
+        second = args[1] if len(args) == 2 and isinstance(args[1], (int, float)) else None
+        if self.name == "add" and known is None and second is not None:
+            self.roots[outputs[0]] = (var, float(second), 1.0)
+        elif self.name in POWERS or (self.name == "pow" and second is not None):
+            self.roots[outputs[0]] = (var, eps, power * (POWERS.get(self.name) or float(second or 0)))
         elif self.name in MOVES and known and len(outputs) == 1:
-            root = (self.func(var, *args[1:]), eps, power)
-        else:
-            return
-        self.roots[outputs[0]] = root
-
-    def _exponent(self, args: Any) -> float | None:
-        """The power to which an operator raises a constant."""
-        if self.name == "pow" and len(args) == 2 and isinstance(args[1], (int, float)):
-            return float(args[1])
-        return {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}.get(self.name)
+            self.roots[outputs[0]] = (self.func(var, *args[1:]), eps, power)
 
     def _noise(self) -> str:
         return f"{self.where()} draws random numbers (dropout in training mode?); put it into evaluation mode"
 
     def where(self) -> str:
         """The operator, and the module or the line of the notebook that calls it."""
-        path, line, frame = "", "", sys._getframe()
-        while frame.f_back is not None and not path:
+        path, line, frame = "", "", inspect.currentframe()
+        while frame is not None and frame.f_back is not None and not path:
             frame = frame.f_back
             file, owner = frame.f_code.co_filename, frame.f_locals.get("self")
             if not line and not file.startswith((_HERE, _TORCH)):
@@ -163,48 +155,65 @@ class Tracer(TorchDispatchMode):
     def complaint(self, value: Value, reason: str) -> Value:
         return value.but(f"{self.where()} {reason}")
 
+    def then(self, value: Value, kind: str, constant: Tensor, *root: float) -> Value:
+        """The value after one more step; `root` is eps and momentum."""
+        return replace(value, steps=(*value.steps, Step(kind, constant, self.where(), *root)))
+
+    def per_position(self, value: Value, steps: tuple[Step, ...], varies: Callable[[Tensor], bool]) -> Value:
+        """The value with a complaint about the first step whose constant varies with the position."""
+        step = next((step for step in steps if varies(step.constant)), steps[0])
+        return value.but(f"{step.where} {STATISTICS if batch_norm_in(steps) else PER_POSITION}")
+
     def nothing(self, reason: str) -> Value:
         """What cannot be followed, with the reason."""
-        return self.complaint(Value(None, {}), reason)
+        return self.complaint(Value(None, None), reason)
 
     def number(self, constant: Any) -> Tensor:
         """A constant as float64 in the shape of the output."""
         return torch.as_tensor(constant).detach().cpu().double().expand(self.shape)
 
     def fold(self, value: Value) -> Value | None:
-        """The value with its affine map and batch norm made part of the stage; None where they differ per position.
+        """The value with its steps made part of the stage; None where their constants differ per position.
 
-        A batch norm stays one if it follows a linear map; elsewhere it is an affine map.
+        A batch norm stays one after a linear map. Elsewhere its steps become part of a linear map, as all others do.
         """
-        if not (isinstance(value.stage, Linear) and "var" in value.parts):
-            value = value.collapsed()
-        columns = {name: value.per_channel(name) for name in value.parts if name != "ids"}
-        if value.stage is None or not all(same for _, same in columns.values()):
+        norm = batch_norm_in(value.steps) if isinstance(value.stage, Linear) else None
+        before, *statistics, after = norm or (value.steps, ())
+        numbers = [*affine(before, value.ids.shape), *(step.constant for step in statistics)]
+        numbers += affine(after, value.ids.shape) if norm else []
+        columns, same = zip(*map(value.per_channel, numbers))
+        if not all(same):
             return None
-        numbers = {name: column for name, (column, _) in columns.items()}
-        key = (value.stage, value.eps, *((name, column.numpy().tobytes()) for name, column in numbers.items()))
+        roots = tuple((step.eps, step.momentum) for step in statistics)
+        key = (value.stage, roots, *(column.numpy().tobytes() for column in columns))
         if key not in self.memo:
-            stage = folded(value.stage, numbers["scale"], numbers["shift"])
-            if "var" in numbers:
-                weights = [numbers[name] for name in ("gamma", "beta")]
-                statistics = {name: numbers[name] for name in ("mean", "var")}
-                sizes = (stage.positions, stage.channels, stage)
-                stage = Norm(*sizes, *weights, value.eps, **statistics, momentum=value.momentum)
+            stage = folded(value.stage, *columns[:2])
+            if norm:
+                mean, var, gamma, beta = columns[2:]
+                stage = Norm(*stage.sizes, stage, gamma, beta, roots[1][0], mean, var, roots[1][1])
             self.memo[key] = stage
-        return Value.of(self.memo[key], value["ids"], value.complaints)
+        return Value(self.memo[key], value.ids, (), value.complaints)
 
     def settle(self, value: Value) -> Value:
-        """As `fold`, with a complaint where that cannot be."""
+        """As `fold`, with a complaint where constants differ per position."""
         if found := self.fold(value):
             return found
-        assert value.stage is not None
-        reason, value = STATISTICS if "var" in value.parts else PER_POSITION, value.collapsed()
-        scale, shift = (value.per_channel(name)[0] for name in ("scale", "shift"))
-        return self.complaint(Value.of(folded(value.stage, scale, shift), value["ids"]), reason)
+        columns = (value.per_channel(numbers)[0] for numbers in affine(value.steps, value.ids.shape))
+        settled = Value(folded(value.stage, *columns), value.ids, (), value.complaints)
+        return self.per_position(settled, value.steps, lambda constant: not value.per_channel(constant)[1])
 
-    def step(self, kind: type[Stage], below: Stage, *arguments: Any) -> Stage:
-        """A stage of this kind with as many positions and channels as the one below; equal steps are one stage."""
-        key = (kind, below, *arguments)
+    def stage(self, kind: type[Kind], *arguments: Any) -> Kind:
+        """A stage of this kind; equal steps are one stage."""
+        key = (kind, *(id(part) if isinstance(part, Tensor) else part for part in arguments))
         if key not in self.memo:
-            self.memo[key] = kind(below.positions, below.channels, below, *arguments)
+            self.memo[key] = kind(*arguments)
         return self.memo[key]
+
+
+def folded(stage: Stage, scale: Tensor, shift: Tensor) -> Stage:
+    """`scale * stage + shift` per channel: part of a linear map, or a new one that maps each channel to itself."""
+    if bool((scale == 1).all()) and not shift.any():
+        return stage
+    if not isinstance(stage, Linear):
+        return Linear(*stage.sizes, stage, torch.diag(scale)[None], shift)
+    return replace(stage, taps=stage.taps * scale, bias=stage.bias * scale + shift)

@@ -1,33 +1,38 @@
-"""What a tensor inside a model holds: for each of its elements, which node's channel it is, and an affine map of it.
+"""What a tensor inside a model holds: for each element, which number of which step of the model it is.
 
-A `Stage` is one step of what the model computes, at every position at once: `(positions, channels)` per window. A
-`Value` says of a tensor of any shape which element of its stage stands where. Operators that only move elements are
-applied to these numbers just as they are applied to the tensor, so nothing has to be known about axes.
+A `Stage` is a step of the model at every position at once, `(positions, channels)` per window. A `Value` says of a
+tensor of any shape which element of its stage stands where. An operator that only moves elements is applied to these
+numbers as it is applied to the tensor, so nothing has to be known about axes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-WINDOWS = 2  # windows that are traced, so that mixing of windows shows
+WINDOWS = 2  # that are traced together, so that mixing them shows
 
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """A step at `positions` positions per window, with `channels` numbers at each; `where` names it in errors."""
+    """A step at `positions` positions per window, with `channels` numbers at each; it reads the stage `below`."""
 
     positions: int
     channels: int
-    where: str = field(default="", kw_only=True)
+    below: Any
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.positions, self.channels
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens(Stage):
-    """The window itself."""
+    """The window itself, which reads nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +46,6 @@ class Table(Stage):
 class Linear(Stage):
     """A linear map of `kernel_size` consecutive positions of another stage: taps `(kernel_size, c_in, c_out)`."""
 
-    below: Stage
     taps: Tensor
     bias: Tensor
 
@@ -50,7 +54,6 @@ class Linear(Stage):
 class Norm(Stage):
     """Batch norm with these statistics, or layer norm over channels if there are none."""
 
-    below: Stage
     weight: Tensor
     bias: Tensor
     eps: float
@@ -63,15 +66,13 @@ class Norm(Stage):
 class Activation(Stage):
     """A function of each number."""
 
-    below: Stage
     name: str
 
 
 @dataclass(frozen=True, eq=False)
 class Gate(Stage):
-    """tanh(f) * sigmoid(g) for pairs of channels of two linear maps."""
+    """tanh(below) * sigmoid(g) for pairs of channels of two linear maps."""
 
-    f: Stage
     g: Stage
     f_channels: Tensor
     g_channels: Tensor
@@ -79,114 +80,90 @@ class Gate(Stage):
 
 @dataclass(frozen=True, eq=False)
 class Skip(Stage):
-    """A linear map plus the rightmost child, `old`."""
+    """A linear map plus the rightmost child, a node of `old`."""
 
-    new: Stage
     old: Stage
 
 
 @dataclass(frozen=True)
-class Value:
-    """A tensor that depends on the window; element i is `gamma * (x - mean) / sqrt(var + eps) + beta`.
+class Step:
+    """An operator with a constant in the shape of the tensor: "add", "sub", "mul", or "root".
 
-    There x is `scale * stage + shift`, and without a batch norm under way the element is x. All parts have the shape of
-    the tensor. `stage` is None where an operator gave something that cannot be followed. `complaints` are what was
-    wrong on the way here.
+    "root" divides by `sqrt(constant + eps)`, as a batch norm does; the constant is then its variance.
     """
 
-    stage: Stage | None
-    parts: dict[str, Tensor]  # ids int64; scale, shift, mean, var, gamma, beta float64
+    kind: str
+    constant: Tensor
+    where: str = ""  # in the model, for errors
     eps: float = 0.0
     momentum: float = 0.1
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor that depends on the window: the elements `ids` of a stage, int64 in its shape, and then `steps`.
+
+    `stage` is None where an operator gave something that cannot be followed. `complaints` are what was wrong up to here.
+    """
+
+    stage: Any  # a Stage, or None
+    ids: Any  # a Tensor, or None
+    steps: tuple[Step, ...] = ()
     complaints: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, stage: Stage, ids: Tensor, complaints: tuple[str, ...] = ()) -> Value:
-        """The elements `ids` of a stage as they are."""
-        parts = {"ids": ids, "scale": torch.ones(ids.shape).double(), "shift": torch.zeros(ids.shape).double()}
-        return cls(stage, parts, complaints=complaints)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.parts[name]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Value:
         """The value after an operator that only moves elements."""
-        return replace(self, parts={name: function(part) for name, part in self.parts.items()})
-
-    def with_parts(self, **parts: Tensor) -> Value:
-        return replace(self, parts=self.parts | parts)
+        if self.stage is None:
+            return self
+        steps = tuple(replace(step, constant=function(step.constant)) for step in self.steps)
+        return replace(self, ids=function(self.ids), steps=steps)
 
     def but(self, *complaints: str) -> Value:
         """The value with more complaints."""
         return replace(self, complaints=tuple(dict.fromkeys(self.complaints + complaints)))
 
-    def is_whole(self) -> bool:
-        """Whether the elements are those of the stage as they are, in any order."""
-        return len(self.parts) == 3 and bool((self["scale"] == 1).all()) and not self["shift"].any()
+    def places(self) -> Tensor:
+        """Window, position and channel of each element, stacked."""
+        nodes, positions = self.ids // self.stage.channels, self.stage.positions
+        return torch.stack([nodes // positions, nodes % positions, self.ids % self.stage.channels])
 
-    def places(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Window, position and channel of each element."""
-        assert self.stage is not None
-        nodes, channels = self["ids"] // self.stage.channels, self["ids"] % self.stage.channels
-        return nodes // self.stage.positions, nodes % self.stage.positions, channels
-
-    def per_channel(self, name: str) -> tuple[Tensor, bool]:
-        """A part as one number per channel `(channels,)`, and whether it is the same at all positions."""
-        assert self.stage is not None
-        channels = self.places()[2].flatten()
-        out = torch.full((self.stage.channels,), float(name in ("scale", "var", "gamma"))).double()
-        out[channels] = self[name].flatten()
-        return out, bool((out[channels] == self[name].flatten()).all())
-
-    def collapsed(self) -> Value:
-        """The same elements with a batch norm written as scale and shift."""
-        if "mean" not in self.parts:
-            return self
-        scale = self["gamma"] / torch.sqrt(self["var"] + self.eps) if "var" in self.parts else self["gamma"]
-        shift = self["beta"] + (self["shift"] - self["mean"]) * scale
-        return replace(self, parts={"ids": self["ids"], "scale": self["scale"] * scale, "shift": shift})
-
-    # Arithmetic with constants of the shape of the tensor.
-
-    def plus(self, c: Tensor) -> Value:
-        if "var" in self.parts:
-            return self.with_parts(beta=self["beta"] + c)
-        value = self.collapsed()
-        return value.with_parts(shift=value["shift"] + c)
-
-    def minus(self, c: Tensor) -> Value:
-        """The first step of a batch norm, if there is none under way."""
-        if "var" in self.parts:
-            return self.with_parts(beta=self["beta"] - c)
-        value = self.collapsed()
-        return value.with_parts(mean=c, gamma=torch.ones_like(c), beta=torch.zeros_like(c))
-
-    def times(self, c: Tensor) -> Value:
-        if "mean" in self.parts:
-            return self.with_parts(gamma=self["gamma"] * c, beta=self["beta"] * c)
-        return self.with_parts(scale=self["scale"] * c, shift=self["shift"] * c)
-
-    def over_root(self, var: Tensor, eps: float) -> Value:
-        """Divided by sqrt(var + eps): the second step of a batch norm, after `minus`."""
-        if "mean" in self.parts and "var" not in self.parts and not self["beta"].any():
-            return replace(self.with_parts(var=var), eps=eps)
-        return self.times(1 / torch.sqrt(var + eps))
+    def per_channel(self, numbers: Tensor) -> tuple[Tensor, bool]:
+        """Numbers in the shape of the tensor as one per channel, and whether they are the same at all positions."""
+        channels = self.places()[2]
+        column = torch.ones(self.stage.channels).double()
+        column[channels] = numbers
+        return column, torch.equal(column[channels], numbers)
 
 
-def same_stage(values: Sequence[Value]) -> list[Value] | None:
-    """The values, written alike, if all are of one stage; else None."""
+def affine(steps: Sequence[Step], shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """The scale and the shift, float64 `shape`, that the steps amount to."""
+    scale, shift = torch.ones(shape).double(), torch.zeros(shape).double()
+    for step in steps:
+        if step.kind in ("add", "sub"):
+            shift = shift + step.constant if step.kind == "add" else shift - step.constant
+        else:
+            factor = step.constant if step.kind == "mul" else 1 / torch.sqrt(step.constant + step.eps)
+            scale, shift = scale * factor, shift * factor
+    return scale, shift
+
+
+def batch_norm_in(steps: tuple[Step, ...]) -> tuple[tuple[Step, ...], Step, Step, tuple[Step, ...]] | None:
+    """Steps before a batch norm, its mean, its variance and its gamma and beta; None if there is no batch norm."""
+    root = next((index for index, step in enumerate(steps) if step.kind == "root"), 0)
+    start = max((index for index in range(root) if steps[index].kind != "mul"), default=-1)
+    if start < 0 or steps[start].kind != "sub":
+        return None
+    return steps[:start], steps[start], steps[root], steps[start + 1 : root] + steps[root + 1 :]
+
+
+def alike(values: Sequence[Value]) -> list[Value] | None:
+    """The values with steps of the same kinds, if all are of one stage; else None."""
     if any(value.stage is not values[0].stage or value.stage is None for value in values):
         return None
-    if any((value.parts.keys(), value.eps) != (values[0].parts.keys(), values[0].eps) for value in values):
-        return [value.collapsed() for value in values]
-    return list(values)
-
-
-def folded(stage: Stage, scale: Tensor, shift: Tensor) -> Stage:
-    """`scale * stage + shift` per channel: part of a linear map, or a new one that maps each channel to itself."""
-    if bool((scale == 1).all()) and not shift.any():
-        return stage
-    if not isinstance(stage, Linear):
-        taps = torch.diag(scale)[None]
-        return Linear(stage.positions, stage.channels, stage, taps, shift, where=stage.where)
-    return replace(stage, taps=stage.taps * scale, bias=stage.bias * scale + shift)
+    kinds = {tuple((step.kind, step.eps) for step in value.steps) for value in values}
+    if len(kinds) == 1:
+        return list(values)
+    pairs = [affine(value.steps, value.ids.shape) for value in values]
+    return [
+        replace(value, steps=(Step("mul", scale), Step("add", shift))) for value, (scale, shift) in zip(values, pairs)
+    ]
