@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ModeError, NamesError, ShapeError
+from .errors import NamesError, ShapeError
+from .notebook import as_function, left_as_found, logits_in
+from .precision import exact_float32_on
 from .vocabulary import Vocabulary, checked_names
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -52,41 +53,44 @@ class Report:
         )
 
 
-@torch.no_grad()
 def verify(
     tree: Any, conv: Any, names: Iterable[str], vocab: Vocabulary, *, on_progress: Callable[[int], Any] | None = None
 ) -> Report:
     """Runs `tree` on every window of every name and `conv` on every whole name, and compares all logits.
 
-    Both models are in float64 or in float32. Run a float32 comparison on CUDA inside `exact_float32()`.
+    Both run in evaluation mode, without gradients and without TF32, and are afterwards what they were. Both are in
+    float64 or in float32. Equal models read the same tokens in the same way, whatever these mean: if the notebook's
+    numbering is not `.` as 0 and sorted characters as 1, 2, ..., `vocab` is `Vocabulary.from_mapping(stoi)`.
 
     Args:
-        tree: Tokens `(windows, context)` to logits `(windows, vocab)`; a list of layers is called in order.
+        tree: What `from_tree` takes: tokens int64 `(windows, context)` to logits `(windows, vocab)`, which may be in a
+            tuple or a dict and have axes of 1; a list of layers is called in order.
         conv: A `ConvWaveNet` or a `FoldedWaveNet`.
         names: The names, at least one.
         vocab: The vocabulary of both models.
         on_progress: Called with the number of names in each chunk when it is done.
 
     Raises:
-        ModeError: A model is in training mode.
+        ConfigError: The vocabulary has another number of tokens than the model.
         NamesError: There are no names, or a character is unknown.
         ShapeError: The logits have other shapes or dtypes, or the tree does not run.
     """
     if not callable(conv) or not hasattr(conv, "context"):
         found = type(conv).__name__
         raise ShapeError(f"the second model is a {found}; call verify(tree, conv, names, vocab) with a ConvWaveNet")
-    _reject_training(tree, "tree")
-    _reject_training(conv, "conv")
+    if hasattr(conv, "config"):
+        vocab.check_size(conv.config.vocab_size)
     names = checked_names(names)
     if not names:
         raise NamesError("there are no names to compare; give at least one (the empty name '' has one position)")
     if not set(vocab.characters).issuperset("".join(names)):
         raise vocab.unknown_character_error(names)
-    reports = []
-    for chunk in _chunks(names, conv.context):
-        reports.append(_compare(tree, conv, chunk, vocab))
-        if on_progress is not None:
-            on_progress(len(chunk))
+    reports, function = [], as_function(tree)
+    with left_as_found(tree), left_as_found(conv), exact_float32_on(_device(conv)):
+        for chunk in _chunks(names, conv.context):
+            reports.append(_compare(function, conv, chunk, vocab))
+            if on_progress is not None:
+                on_progress(len(chunk))
     return replace(
         max(reports, key=lambda report: report.max_abs_diff),
         equal=all(report.equal for report in reports),
@@ -96,7 +100,7 @@ def verify(
     )
 
 
-def _compare(tree: Any, conv: Any, names: list[str], vocab: Vocabulary) -> Report:
+def _compare(tree: Callable[[Tensor], Any], conv: Any, names: list[str], vocab: Vocabulary) -> Report:
     """The report for some names, all in one batch."""
     tokens, lengths = (tensor.to(_device(conv)) for tensor in vocab.encode(names, context=conv.context))
     inside = torch.arange(tokens.shape[1] - conv.context + 1, device=tokens.device) <= lengths[:, None]
@@ -142,11 +146,10 @@ def _chunks(names: list[str], context: int) -> Iterator[list[str]]:
         yield chunk
 
 
-def _run(tree: Any, windows: Tensor) -> Tensor:
-    """The tree's logits; a list of layers is run in order."""
+def _run(tree: Callable[[Tensor], Any], windows: Tensor) -> Tensor:
     try:
-        return tree(windows) if callable(tree) else reduce(lambda x, layer: layer(x), tree, windows)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        return logits_in(tree(windows), len(windows))
+    except Exception as error:  # any kind, since it is the model's
         raise ShapeError(f"the tree cannot run windows of shape {tuple(windows.shape)}: {error}") from error
 
 
@@ -154,16 +157,3 @@ def _device(conv: Any) -> torch.device:
     """Where the model's weights are: a module's parameters, or the weights of a folded model."""
     first = next(conv.parameters(), None) if isinstance(conv, nn.Module) else conv.weights.embedding
     return torch.device("cpu") if first is None else first.device
-
-
-def _reject_training(model: Any, role: str) -> None:
-    """Raises `ModeError` for a module or plain layer in training mode, anywhere inside."""
-    if getattr(model, "training", False):
-        raise ModeError(
-            f"{role} is in training mode ({type(model).__name__}.training is true); call .eval(), or set "
-            "layer.training = False on every layer"
-        )
-    inside = list(model.children()) if isinstance(model, nn.Module) else []
-    layers = model if isinstance(model, (list, tuple)) else getattr(model, "layers", ())
-    for part in [*inside, *(layers if isinstance(layers, (list, tuple)) else ())]:
-        _reject_training(part, role)

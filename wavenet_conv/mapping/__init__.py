@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..errors import MappingError, ShapeError
 from ..model import ConvWaveNet
 from ..notebook import as_function, left_as_found, logits_in
-from ..precision import exact_float32
+from ..precision import exact_float32_on
 from .assemble import assemble, describe
 from .rules import logits_of
 from .trace import Tracer
@@ -72,8 +73,9 @@ def from_tree(model: Any, *, context: int | None = None) -> ConvWaveNet:
         function = as_function(model)
     except ShapeError as error:
         raise MappingError(str(error)) from error
-    with left_as_found(model) as tensors, exact_float32():
+    with left_as_found(model) as tensors, ExitStack() as stack:
         device = next((tensor.device for tensor in tensors if tensor.is_floating_point()), torch.device("cpu"))
+        stack.enter_context(exact_float32_on(device))
         contexts = [context] if context is not None else _contexts(function, device)
         traces = [_trace(model, function, size, device) for size in contexts[:TRACED]]
         failed = [trace for trace in traces if trace.conv is None]

@@ -295,7 +295,7 @@ def layer_norm(trace: Tracer, x: Any, shape: Any, weight: Any, bias: Any, eps: f
     one = torch.ones(inputs)
     defaults = zip((weight, bias), (one, 0 * one))
     gamma, beta = ((default if given is None else given).cpu().double().flatten() for given, default in defaults)
-    stage = Norm(*below.stage.sizes, below.stage, gamma, beta, eps)
+    stage = trace.stage(Norm, *below.stage.sizes, below.stage, gamma, beta, eps)
     return Value(stage, below.ids.view(x.ids.shape), (), below.complaints)
 
 

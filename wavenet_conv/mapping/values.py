@@ -101,7 +101,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor that depends on the window: the elements `ids` of a stage, int64 in its shape, and then `steps`.
+    """A tensor that depends on the window: elements `ids` of a stage, int64 of its shape, and then `steps`.
 
     `stage` is None where an operator gave something that cannot be followed. `complaints` are what was wrong up to here.
     """
