@@ -59,7 +59,7 @@ def from_tree(model: Any, *, context: int | None = None) -> ConvWaveNet:
         context: Tokens per window. Default: the number for which the model makes one prediction per window.
 
     Returns:
-        The model in evaluation mode, on the device and in the dtype of the embedding.
+        The model in evaluation mode, on the device and in the dtype of the logits.
 
     Raises:
         MappingError: The model computes something that has no equal, or `context` has to be given. The message has all
@@ -132,7 +132,7 @@ def _trace(model: Any, function: Callable[[Tensor], Any], size: int, device: tor
     if complaints or value.stage is None:
         return Trace(None, complaints, tracer.operators)
     try:
-        return Trace(assemble(value.stage, device), (), tracer.operators)
+        return Trace(assemble(value.stage, logits), (), tracer.operators)
     except MappingError as error:
         return Trace(None, (str(error),), tracer.operators)
 

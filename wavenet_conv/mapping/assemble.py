@@ -36,9 +36,9 @@ class Parts:
         return "none" if self.norm is None else "layer" if self.norm.mean is None else "batch"
 
 
-def assemble(last: Stage, device: torch.device) -> ConvWaveNet:
-    """The model whose logits are the stage `last`, in evaluation mode, in the dtype of the embedding."""
-    return _gated(last, device) if _has_gate(last) else _plain(last, device)
+def assemble(last: Stage, like: Tensor) -> ConvWaveNet:
+    """The model whose logits are the stage `last`, in evaluation mode, on the device and in the dtype of `like`."""
+    return _gated(last, like) if _has_gate(last) else _plain(last, like)
 
 
 def describe(conv: ConvWaveNet) -> str:
@@ -61,7 +61,7 @@ def _has_gate(stage: Stage) -> bool:
     return isinstance(stage, Gate)
 
 
-def _plain(last: Stage, device: torch.device) -> ConvWaveNet:
+def _plain(last: Stage, like: Tensor) -> ConvWaveNet:
     table, layers = _chain(last)
     head = layers.pop() if layers[-1].activation == "none" else Parts(_identity(last))
     if not layers:  # a model has at least one layer
@@ -78,7 +78,7 @@ def _plain(last: Stage, device: torch.device) -> ConvWaveNet:
         head_kernel_size=len(head.linear.taps),
         head_norm=head.norm_name,
     )
-    conv = _blank(config, table, device)
+    conv = _blank(config, table, like)
     for layer, parts in zip(conv.layers, layers):
         _fill(layer.conv, parts.linear.taps, parts.linear.bias)
         _fill_norm(layer.norm, parts.norm)
@@ -108,7 +108,7 @@ def _identity(stage: Stage) -> Linear:
     return Linear(*stage.sizes, stage, eye[None], torch.zeros(stage.channels).double())
 
 
-def _gated(last: Stage, device: torch.device) -> ConvWaveNet:
+def _gated(last: Stage, like: Tensor) -> ConvWaveNet:
     head = _expect(last, Linear)
     hidden = _expect(_under_relu(head), Linear)
     skips: list[Linear] = []
@@ -129,7 +129,7 @@ def _gated(last: Stage, device: torch.device) -> ConvWaveNet:
         h = total
     sizes = tuple(len(f.taps) for f in filters)
     widths = tuple(len(gate.f_channels) for gate in gates)
-    conv = _blank(WaveNetConfig(len(table.weight), table.channels, widths, sizes, gated=True), table, device)
+    conv = _blank(WaveNetConfig(len(table.weight), table.channels, widths, sizes, gated=True), table, like)
     for layer, gate, f, skip, residual in zip(conv.layers, gates, filters, skips, [*residuals, None]):
         g = _expect(gate.g, Linear)
         if g.below is not f.below:
@@ -157,10 +157,10 @@ def _under_relu(linear: Linear) -> Stage:
     return relu.below
 
 
-def _blank(config: WaveNetConfig, table: Table, device: torch.device) -> ConvWaveNet:
+def _blank(config: WaveNetConfig, table: Table, like: Tensor) -> ConvWaveNet:
     """A model in evaluation mode with this embedding; its other weights are still to be copied."""
     # Built on the meta device, so that mapping draws no random numbers.
-    conv = ConvWaveNet(config, device="meta", dtype=table.weight.dtype).to_empty(device=device).eval()
+    conv = ConvWaveNet(config, device="meta", dtype=like.dtype).to_empty(device=like.device).eval()
     conv.embedding.weight.data.copy_(table.weight)
     return conv
 

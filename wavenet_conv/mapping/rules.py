@@ -83,9 +83,9 @@ def lookup(trace: Tracer, table: Any, *args: Any, **kwargs: Any) -> Any:
     """Rows of a table by the tokens, or a selection of elements."""
     if isinstance(table, Value) and trace.name != "embedding":
         return moved(trace, table, *args, **kwargs)
-    by_rows = {"embedding": True, "index": len(args[0]) == 1, "index_select": args[0] == 0}
     tokens = values_in(args, kwargs)[0]
-    if isinstance(table, Value) or not isinstance(tokens.stage, Tokens) or not by_rows[trace.name] or table.ndim != 2:
+    by_rows = args[0] == 0 if trace.name == "index_select" else trace.name == "embedding" or len(args[0]) == 1
+    if isinstance(table, Value) or not isinstance(tokens.stage, Tokens) or not by_rows or table.ndim != 2:
         return trace.nothing("looks up something else than the rows of a table (vocab, channels) by the tokens")
     stage = trace.stage(Table, tokens.stage.positions, table.shape[1], tokens.stage, table)
     return Value(stage, tokens.ids[..., None] * table.shape[1] + torch.arange(table.shape[1]))
@@ -94,7 +94,13 @@ def lookup(trace: Tracer, table: Any, *args: Any, **kwargs: Any) -> Any:
 @rule("scatter")
 def one_hot(trace: Tracer, zeros: Any, dim: int, tokens: Any, source: Any, **_: Any) -> Value:
     """As `torch.nn.functional.one_hot` does it: rows of the identity."""
-    if isinstance(zeros, Value) or zeros.any() or dim not in (-1, zeros.ndim - 1) or source != 1:
+    ones = 0 if isinstance(zeros, Value) else int(zeros.count_nonzero())  # they are there already if it was in place
+    if (
+        isinstance(zeros, Value)
+        or ones not in (0, tokens.ids.numel())
+        or dim not in (-1, zeros.ndim - 1)
+        or source != 1
+    ):
         return unknown(trace, tokens)
     trace.name = "embedding"
     return lookup(trace, torch.eye(zeros.shape[-1]), tokens.map(lambda part: part.squeeze(-1)))
@@ -234,7 +240,8 @@ def convolution(
 
 def linear(trace: Tracer, value: Value, weight: Tensor) -> Value:
     """`value @ weight` for rows `(rows, inputs)` of nodes and a constant `(inputs, outputs)`: k neighbours per row."""
-    value = trace.fold(value) or value
+    if isinstance(value.stage, Linear):  # what comes after another step becomes part of this linear map
+        value = trace.fold(value) or value
     stage = value.stage
     if stage is None or isinstance(stage, Tokens):
         return unknown(trace, value)

@@ -84,6 +84,10 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        with self:  # operators that are made of others, which inference mode does not take apart
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
         out = func(*args, **kwargs)
         self.func, self.name = func, func.overloadpacket.__name__.rstrip("_")
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -133,7 +137,7 @@ class Tracer(TorchDispatchMode):
             self.roots[outputs[0]] = (var, float(second), 1.0)
         elif self.name in POWERS or (self.name == "pow" and second is not None):
             self.roots[outputs[0]] = (var, eps, power * (POWERS.get(self.name) or float(second or 0)))
-        elif self.name in MOVES and known and len(outputs) == 1:
+        elif self.name in ("mul", *MOVES) and known and len(outputs) == 1 and (second in (1, None)):
             self.roots[outputs[0]] = (self.func(var, *args[1:]), eps, power)
 
     def _noise(self) -> str:

@@ -103,7 +103,7 @@ class Step:
 class Value:
     """A tensor that depends on the window: elements `ids` of a stage, int64 of its shape, and then `steps`.
 
-    `stage` is None where an operator gave something that cannot be followed. `complaints` are what was wrong up to here.
+    `stage` is None where an operator gave something that cannot be followed. `complaints` say what was wrong so far.
     """
 
     stage: Any  # a Stage, or None
