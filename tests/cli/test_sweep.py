@@ -153,7 +153,7 @@ def test_a_study_of_another_sweep_or_program_is_rejected(sweep, folder):
         ("batch_size = 2.5", "batch_size is 2.5; give a value of type int, {choices = "),
         ("dropout = {low = 0.0, high = 1.5}", "dropout is 1.5; it must be at least 0 and below 1"),
         ("lr = {low = 2, high = 1}", "lr is {'low': 2, 'high': 1}; give a value of type float"),
-        ("n_hidden = [4, 5]\nkernel_sizes = {choices = [[2, 2], [8]]}", "n_hidden has 2 widths for 1 layers"),
+        ("n_hidden = [4, 5]\nkernel_sizes = {choices = [[2, 2], [8]]}", "n_hidden has 2 entries for 1 layers"),
     ],
 )
 def test_spaces_that_are_rejected(sweep, folder, text, message):

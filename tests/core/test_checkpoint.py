@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from helpers import ALPHABET, random_tree
+from torch import nn
 
 from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig
 from wavenet_conv.checkpoint import load_checkpoint, save_checkpoint
@@ -31,6 +32,10 @@ def small(config=SMALL, dtype=torch.float32, value=1.0) -> ConvWaveNet:
         tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
     model.head.bias.data[0] = value
     return model
+
+
+def norms_of(model) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "eps")]
 
 
 def parts(path: Path) -> tuple[dict, dict]:
@@ -65,11 +70,11 @@ def path(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("sizes", [{"bias": True}, {"batch_norm": False}, MIXED, MIXED | {"gated": True}], ids=str)
+@pytest.mark.parametrize("sizes", [{"bias": True}, {"norm": "none"}, MIXED, MIXED | {"gated": True}], ids=str)
 def test_every_bit_comes_back(tmp_path, sizes, dtype):
     model = small(WaveNetConfig(**{"vocab_size": 3, "n_embd": 2, "n_hidden": 3, **sizes}), dtype)
-    for layer in model.layers if model.config.batch_norm else ():
-        layer.norm.eps, layer.norm.momentum = 1e-3 / 7, 0.2 / 3
+    for norm in norms_of(model):
+        norm.eps, norm.momentum = 1e-3 / 7, 0.2 / 3
     model.train()
     save_checkpoint(tmp_path / "m", model, AB)
     loaded = load_checkpoint(tmp_path / "m")
@@ -78,8 +83,8 @@ def test_every_bit_comes_back(tmp_path, sizes, dtype):
     assert loaded.notes == {} and loaded.quantiles is None
     for (name, tensor), saved in zip(loaded.model.state_dict().items(), model.state_dict().values(), strict=True):
         assert tensor.dtype == dtype and torch.equal(tensor.view(torch.uint8), saved.view(torch.uint8)), name
-    for layer in loaded.model.layers if model.config.batch_norm else ():
-        assert (layer.norm.eps, layer.norm.momentum) == (1e-3 / 7, 0.2 / 3)
+    for norm in norms_of(loaded.model):
+        assert (norm.eps, norm.momentum) == (1e-3 / 7, 0.2 / 3)
 
 
 @pytest.mark.parametrize(("config", "version"), [(SMALL, "1"), (GATED, "2")], ids=["plain", "gated"])
@@ -118,7 +123,7 @@ def test_default_checkpoint_is_trained_and_draws_no_random_numbers():
 
 
 def test_truncated_file_and_flipped_bit_of_the_header_are_rejected(path):
-    save_checkpoint(path, small(WaveNetConfig(3, 1, 1, (2,), batch_norm=False)), AB, quantiles=torch.ones(2))
+    save_checkpoint(path, small(WaveNetConfig(3, 1, 1, (2,), norm="none")), AB, quantiles=torch.ones(2))
     data, rejected = path.read_bytes(), 0
     for wrong in [*(data[:length] for length in range(0, len(data), 3)), data[:-1], data + b"123"]:
         path.write_bytes(wrong)
@@ -168,14 +173,14 @@ def test_other_file_is_rejected(path):
 NAN = torch.tensor([1.0, torch.nan, torch.inf])
 MISFITS = [
     ({"format": "pt"}, "another model: its format is not 'wavenet-conv'"),
-    ({"version": "3"}, "its version is '3', not '1' or '2'; install a newer"),
+    ({"version": "4"}, "its version is '4', not one of 1, 2, 3; install a newer"),
     ({"notes": "{"}, "its notes is not a JSON object"),
     ({"vocabulary": "abc"}, "its vocabulary 'abc' is not the 2 characters of the model"),
     ({"config": {"width": 3}}, "other fields or types than this library's"),
     ({"without": "fan_ins"}, "other fields"),
     ({"config": {"fan_ins": [2, 0]}}, "kernel_sizes[1] is 0"),
     ({"config": {"batch_norm": "no"}}, "types"),
-    ({"config": {"norms": [[1e-5, 0.1], [float("nan"), 0.1]]}}, "not eps and momentum of 2 layers"),
+    ({"config": {"norms": [[1e-5, 0.1], [float("nan"), 0.1]]}}, "not eps, and momentum of batch norms, of 2 norms"),
     ({"config": {"n_embd": 10**18}}, "cannot be built"),
     ({"config": {"n_embd": 10**11}}, "'embedding.weight' is (3, 2) in the file and (3, 100000000000) in the model"),
     ({"without": "head.bias"}, "'head.bias' is missing in the file and (3,) in the model"),

@@ -69,9 +69,9 @@ def test_tokens_that_are_no_sequences_are_rejected(tokens, message):
         (dict(kernel_sizes=(2, 0, 2)), r"kernel_sizes\[1\] is 0"),
         (dict(kernel_sizes=(True, 2)), r"kernel_sizes\[0\] is True"),
         (dict(kernel_sizes=8), "at least one"),
-        (dict(n_hidden=(4, 5)), "2 widths.* 3 layers"),
+        (dict(n_hidden=(4, 5)), "n_hidden has 2 entries for 3 layers"),
         (dict(vocab_size="27"), "vocab_size is '27'"),
-        (dict(gated=True, batch_norm=True), "gated.*leave"),
+        (dict(gated=True, norm="batch"), "gated.*leave"),
     ],
 )
 def test_config_of_an_impossible_model_is_rejected(config, message):

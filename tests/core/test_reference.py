@@ -37,9 +37,10 @@ def test_batch_norm_uses_the_unbiased_variance_and_keeps_statistics(shape):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_folded_tree_is_equal_and_has_no_batch_norm(kind):
     tree = random_tree((3, 2), n_embd=4, n_hidden=(5, 6), **kind)
-    if norms_of(tree):
-        tree.layers[2].bias = torch.randn(5, dtype=torch.float64)
-    tokens = torch.randint(27, (3, 11))
+    for before, layer in zip(tree.layers, tree.layers[1:]):
+        if isinstance(layer, BatchNorm1d):  # a bias before batch norm is folded too
+            before.bias = torch.randn_like(layer.beta)
+    tokens = torch.randint(27, (3, 16))
     expected = reference.window_logits(tree, tokens)
     folded = reference.fold_batch_norm(tree)
     assert not norms_of(folded) and all(p.requires_grad and p.is_leaf for p in folded.parameters())
@@ -51,7 +52,7 @@ def test_folded_tree_is_equal_and_has_no_batch_norm(kind):
     [
         (lambda: reference.build((2, 0)), r"kernel sizes \(2, 0\).*give integers of at least 1"),
         (lambda: reference.build((2, 2), n_hidden=[3]), r"widths \[3\]: give .* one per layer"),
-        (lambda: reference.build(gated=True, batch_norm=True), "a gated tree has no batch norm, leave"),
+        (lambda: reference.build(gated=True, norm="batch"), "a gated tree has no norm.*leave"),
         (lambda: BatchNorm1d(5)(torch.ones(1, 1, 5)), "one value per channel has no variance; give it more"),
         (lambda: BatchNorm1d(5, per_position=True)(torch.ones(1, 4, 5)), "no variance"),
         (lambda: FlattenConsecutive(3)(torch.ones(2, 4, 3)), r"FlattenConsecutive\(3\) got 4 nodes"),
@@ -76,7 +77,7 @@ def test_examples_are_windows_and_the_next_token():
     assert Y.tolist() == [1, 2, 0, 0, 2, 0]
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_norm": False}, {"per_position": True}])
+@pytest.mark.parametrize("options", [{}, {"norm": "none"}, {"per_position": True}])
 def test_three_steps_are_those_written_by_hand_to_the_bit(options):
     def small_tree():
         generator = torch.Generator().manual_seed(0)

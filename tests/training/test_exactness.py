@@ -100,11 +100,11 @@ def test_loss_gradients_and_statistics_are_the_trees(kernel_sizes, names, gated,
     assert_same_gradients(tree, conv)
 
 
-@pytest.mark.parametrize("batch_norm", [True, False])
-def test_twenty_steps_are_the_trees(names, vocab, batch_norm):
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_twenty_steps_are_the_trees(names, vocab, norm):
     """From the same start, with the same names per step, the two are still alike after twenty steps of SGD."""
     few = names[:600]
-    tree = random_tree(n_embd=6, n_hidden=16, batch_norm=batch_norm).train()
+    tree = random_tree(n_embd=6, n_hidden=16, norm=norm).train()
     conv = from_tree(tree)
     recipe = Recipe(steps=20, batch_size=32, optimizer="sgd", schedule="constant", lr=0.1, weight_decay=0.0, seed=3)
     trainer = Trainer(conv, vocab, few, names[600:650], recipe)
