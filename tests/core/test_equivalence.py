@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import EXACT, conv_of, random_tree, to_exact, trees_and_names
+from helpers import EXACT, MIXED, conv_of, random_tree, to_exact, trees_and_names
 from hypothesis import given, settings
 
 import reference
@@ -69,11 +69,11 @@ def test_any_tree_is_equal_on_any_names(problem):
             assert (together[row, : len(name) + 1] - alone).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["tanh", "gated"])
+@pytest.mark.parametrize("kind", [{}, {"gated": True}, MIXED], ids=["tanh", "gated", "mixed"])
 @pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (3,), (4, 1, 3)], ids=str)
-def test_receptive_field_is_the_context(device, kernel_sizes, gated):
+def test_receptive_field_is_the_context(device, kernel_sizes, kind):
     """Changing one token changes exactly the outputs whose window contains it."""
-    conv, time = from_tree(random_tree(kernel_sizes, n_embd=24, n_hidden=12, gated=gated, device=device)), 40
+    conv, time = conv_of(random_tree(kernel_sizes, n_embd=24, n_hidden=12, **kind, device=device)), 40
     tokens = torch.randint(1, 27, (1, time), generator=torch.Generator().manual_seed(0)).to(device)
     outputs = torch.arange(time - conv.context + 1, device=device)
     for model in (conv, fold_batch_norm(conv)):
