@@ -23,6 +23,14 @@ AB = Vocabulary("ab")
 SMALL = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, kernel_sizes=(2, 2))
 GATED = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, kernel_sizes=(2, 2), gated=True)
 MIXED = {"n_hidden": (5, 1, 4), "kernel_sizes": (3, 1, 2)}
+LATER = {"norm": ("layer", "none", "batch"), "activation": ("gelu", "none", "tanh"), "head_kernel_size": 2}
+THIRD = WaveNetConfig(
+    vocab_size=3, n_embd=2, n_hidden=3, kernel_sizes=(2, 2), norm=("layer", "none"), head_norm="batch"
+)
+
+
+SHAPES: list[dict] = [{"bias": True}, {"norm": "none"}, MIXED, MIXED | {"gated": True}, MIXED | LATER]
+SHAPES += [{"head_norm": "layer"}, LATER | {"head_norm": "batch", "bias": False}, {"activation": "relu"}]
 
 
 def small(config=SMALL, dtype=torch.float32, value=1.0) -> ConvWaveNet:
@@ -70,11 +78,11 @@ def path(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("sizes", [{"bias": True}, {"norm": "none"}, MIXED, MIXED | {"gated": True}], ids=str)
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
 def test_every_bit_comes_back(tmp_path, sizes, dtype):
     model = small(WaveNetConfig(**{"vocab_size": 3, "n_embd": 2, "n_hidden": 3, **sizes}), dtype)
-    for norm in norms_of(model):
-        norm.eps, norm.momentum = 1e-3 / 7, 0.2 / 3
+    for place, norm in enumerate(norms_of(model), start=7):
+        vars(norm).update({"eps": 1e-3 / place, "momentum": 0.2 / place})
     model.train()
     save_checkpoint(tmp_path / "m", model, AB)
     loaded = load_checkpoint(tmp_path / "m")
@@ -83,22 +91,39 @@ def test_every_bit_comes_back(tmp_path, sizes, dtype):
     assert loaded.notes == {} and loaded.quantiles is None
     for (name, tensor), saved in zip(loaded.model.state_dict().items(), model.state_dict().values(), strict=True):
         assert tensor.dtype == dtype and torch.equal(tensor.view(torch.uint8), saved.view(torch.uint8)), name
-    for norm in norms_of(loaded.model):
-        assert (norm.eps, norm.momentum) == (1e-3 / 7, 0.2 / 3)
+    for place, norm in enumerate(norms_of(loaded.model), start=7):
+        assert norm.eps == 1e-3 / place and getattr(norm, "momentum", 0.2 / place) == 0.2 / place
 
 
-@pytest.mark.parametrize(("config", "version"), [(SMALL, "1"), (GATED, "2")], ids=["plain", "gated"])
-def test_file_has_the_names_that_older_releases_read(path, config, version):
+FIRST = '{"vocab_size": 3, "n_embd": 2, "n_hidden": [3, 3], "batch_norm": true, "bias": false, "fan_ins": [2, 2], '
+FIRST += '"norms": [[1e-05, 0.1], [1e-05, 0.1]]}'
+SECOND = '{"vocab_size": 3, "n_embd": 2, "n_hidden": [3, 3], "batch_norm": false, "bias": true, "gated": true, '
+SECOND += '"fan_ins": [2, 2], "norms": []}'
+
+
+@pytest.mark.parametrize(
+    ("config", "version", "text"), [(SMALL, "1", FIRST), (GATED, "2", SECOND)], ids=["plain", "gated"]
+)
+def test_file_has_the_bytes_that_older_releases_write_and_read(path, config, version, text):
     save_checkpoint(path, small(config), AB)
     tensors, metadata = parts(path)
-    fields = json.loads(metadata["config"])
-    assert metadata["version"] == version and fields.get("gated", False) is config.gated
-    asked = {"vocab_size", "n_embd", "n_hidden", "fan_ins", "batch_norm", "bias", "norms"}
-    assert set(fields) == asked | ({"gated"} if config.gated else set()) and fields["fan_ins"] == [2, 2]
+    assert (metadata["version"], metadata["config"]) == (version, text)
     inside = ["conv.weight", "skip.weight"] if config.gated else ["conv.weight", "norm.running_mean"]
     assert {f"levels.{layer}.{name}" for layer in (0, 1) for name in inside} <= set(tensors)
     assert not any(name.startswith("layers") for name in tensors)
     assert load_checkpoint(path).model.config == config
+
+
+def test_other_kinds_are_version_3(path):
+    save_checkpoint(path, small(THIRD), AB)
+    tensors, metadata = parts(path)
+    fields = json.loads(metadata["config"])
+    assert metadata["version"] == "3" and fields["norms"] == [[1e-5], [1e-5, 0.1]] and "batch_norm" not in fields
+    assert (fields["norm"], fields["head_norm"], fields["bias"]) == (["layer", "none"], "batch", True)
+    assert {"levels.0.norm.weight", "head.weight", "head_norm.running_var"} <= set(tensors)
+    for other in SHAPES[4:]:
+        save_checkpoint(path, small(WaveNetConfig(3, 2, **({"n_hidden": 3} | other))), AB)
+        assert parts(path)[1]["version"] == "3"
 
 
 def test_notes_quantiles_and_any_vocabulary_come_back(path):
@@ -189,6 +214,22 @@ MISFITS = [
     ({"tensors": {"head.bias": torch.ones(3).double()}}, "its weights are of ['torch.float32', 'torch.float64']"),
     ({"tensors": {"quantiles": torch.ones(3).double()}}, "quantiles must be torch.float32"),
     ({"tensors": {"quantiles": torch.tensor([2.0, 1.0])}}, "ascending"),
+    (
+        {"saved": THIRD, "config": {"norms": [[1e-5, 0.1], [1e-5, 0.1]]}},
+        "not eps, and momentum of batch norms, of 2 norms",
+    ),
+    ({"saved": THIRD, "config": {"norms": [[float("inf")], [1e-5, 0.1]]}}, "of 2 norms"),
+    ({"saved": THIRD, "config": {"norms": [["a"], [1e-5, 0.1]]}}, "of 2 norms"),
+    (
+        {"saved": THIRD, "config": {"activation": ["tanh", "tan"]}},
+        "activation is 'tan'; it must be one of",
+    ),
+    ({"saved": THIRD, "config": {"norm": None}}, "other fields or types"),
+    ({"saved": THIRD, "config": {"gated": 0}}, "other fields or types"),
+    ({"saved": THIRD, "config": {"bias": "no"}}, "bias is 'no'; it must be one of None, True, False"),
+    ({"saved": THIRD, "config": {"head_kernel_size": 2}}, "'head.weight' is (3, 3, 1) in the file and (3, 3, 2)"),
+    ({"saved": THIRD, "version": "1"}, "other fields"),
+    ({"version": "3"}, "other fields"),
     ({"saved": GATED, "config": {"gated": False}}, "'layers.0.conv.weight' is (6, 2, 2) in the file and (3, 2, 2)"),
 ]
 

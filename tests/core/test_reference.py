@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import KINDS, norms_of, random_tree
+from helpers import KINDS, conv_of, norms_of, random_tree
 
 import reference
 from reference import NETWORKS, BatchNorm1d, FlattenConsecutive
@@ -32,6 +32,26 @@ def test_batch_norm_uses_the_unbiased_variance_and_keeps_statistics(shape):
     mean, var = norm.running_mean.clone(), norm.running_var.clone()
     assert torch.allclose(norm(x), (x - mean) / torch.sqrt(var + 1e-5), atol=1e-12)
     assert torch.equal(norm.running_mean, mean) and torch.equal(norm.running_var, var) and mean.numel() == 5
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 4, 5)])
+def test_layer_norm_and_activations_are_those_of_torch(shape):
+    norm, x = reference.LayerNorm(5, eps=1e-3), torch.randn(shape, dtype=torch.float64) * 3 + 1
+    norm.gamma, norm.beta = torch.rand(2, 5, dtype=torch.float64)
+    assert torch.allclose(norm(x), F.layer_norm(x, (5,), norm.gamma, norm.beta, 1e-3), rtol=0, atol=1e-12)
+    for layer, function in ((reference.GELU, F.gelu), (reference.SiLU, F.silu), (reference.Sigmoid, torch.sigmoid)):
+        assert torch.allclose(layer()(x), function(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_tree_comes_back_from_its_convolutional_model(kind):
+    tree = random_tree((3, 2), n_embd=4, n_hidden=(5, 6), **kind)
+    for norm in (layer for layer in tree.layers if hasattr(layer, "eps")):
+        norm.eps = 1e-3
+    back, tokens = reference.from_conv(conv_of(tree)), torch.randint(27, (3, 16))
+    assert [type(layer) for layer in back.layers] == [type(layer) for layer in tree.layers]
+    assert torch.equal(reference.window_logits(back, tokens), reference.window_logits(tree, tokens))
+    assert reference.context_of(back) == 6 * kind.get("head_kernel_size", 1)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
