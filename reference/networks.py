@@ -67,9 +67,11 @@ def build(
     widths, norms = _per_layer(n_hidden, count), _per_layer(norm or ("none" if gated else "batch"), count)
     activations = _per_layer(activation, count)
     sizes = (*kernel_sizes, *widths, n_embd, vocab_size, head_kernel_size)
-    if not 0 < count == len(widths) or not all(isinstance(size, int) and size > 0 for size in sizes):
+    if not 0 < count == len(widths) == len(norms) == len(activations) or not all(
+        isinstance(size, int) and size > 0 for size in sizes
+    ):
         raise ValueError(
-            f"kernel sizes {kernel_sizes}, widths {widths}: give integers of at least 1, and one per layer"
+            f"kernel sizes {kernel_sizes}, widths {widths}: give integers of at least 1, and one of each per layer"
         )
     if gated and ({*norms, *activations, head_norm} != {"none", "tanh"} or head_kernel_size > 1 or per_position):
         raise ValueError("a gated tree has no norm, other activation or merging head; leave these arguments out")
@@ -98,7 +100,8 @@ def _norm(kind: str, width: int, per_position: bool = False) -> list[Any]:
     """A list with the norm of this kind, or an empty one."""
     if kind == "none":
         return []
-    return [NORMS[kind](width, **({"per_position": True} if per_position and kind == "batch" else {}))]
+    options = {"per_position": per_position} if kind == "batch" else {}
+    return [NORMS[kind](width, **options)]
 
 
 def lecture_network(name: str, *, per_position: bool = False, generator: torch.Generator | None = None) -> Sequential:

@@ -71,7 +71,7 @@ def test_folded_tree_is_equal_and_has_no_batch_norm(kind):
     ("call", "message"),
     [
         (lambda: reference.build((2, 0)), r"kernel sizes \(2, 0\).*give integers of at least 1"),
-        (lambda: reference.build((2, 2), n_hidden=[3]), r"widths \[3\]: give .* one per layer"),
+        (lambda: reference.build((2, 2), n_hidden=[3]), r"widths \[3\]: give .* one of each per layer"),
         (lambda: reference.build(gated=True, norm="batch"), "a gated tree has no norm.*leave"),
         (lambda: BatchNorm1d(5)(torch.ones(1, 1, 5)), "one value per channel has no variance; give it more"),
         (lambda: BatchNorm1d(5, per_position=True)(torch.ones(1, 4, 5)), "no variance"),

@@ -26,7 +26,7 @@ OPTIONS = st.fixed_dictionaries(
 
 CHOICES = [{"temperature": 0}, {"temperature": 0.5}, {"temperature": 2.5}, {"top_k": 1}, {"top_k": 2}, {"top_p": 0.5}]
 CHOICES += [{"top_k": 4, "top_p": 0.6, "temperature": 1.5}, {"top_k": 100, "top_p": 1.0}, {"top_p": 1e-9}]
-OTHER = {"n_hidden": (40, 128, 9)} | LAYER_NORM | {"head_kernel_size": 2}
+OTHER = {"kernel_sizes": (2, 2), "n_hidden": (40, 9)} | LAYER_NORM | {"head_kernel_size": 2}
 MODELS = [({}, characters) for characters in ("é-ß😀z", "\0a", "".join(chr(0x4E00 + i) for i in range(300)))]
 for sizes in (
     {"gated": True},

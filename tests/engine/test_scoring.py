@@ -61,7 +61,6 @@ def test_scores_in_other_vocabularies_are_the_trees(characters):
         ((2, 2, 2), dict(n_embd=21, n_hidden=17, dtype=torch.float64)),
         ((2, 2, 2), dict(n_embd=24, n_hidden=(128, 90, 7), **LAYER_NORM)),
         ((2, 2), dict(n_embd=9, n_hidden=(70, 128), **MIXED)),
-        ((2, 2), dict(n_embd=9, n_hidden=(70, 128), **MIXED, dtype=torch.float64)),
     ],
     ids=str,
 )
