@@ -3,7 +3,20 @@
 # ruff: noqa: F401
 
 from .conversion import fold_batch_norm, from_conv
-from .layers import BatchNorm1d, Embedding, FlattenConsecutive, GatedBlock, Linear, ReLU, Sequential, Tanh
+from .layers import (
+    GELU,
+    BatchNorm1d,
+    Embedding,
+    FlattenConsecutive,
+    GatedBlock,
+    LayerNorm,
+    Linear,
+    ReLU,
+    Sequential,
+    Sigmoid,
+    SiLU,
+    Tanh,
+)
 from .networks import NETWORKS, build, lecture_network
 from .running import context_of, loop_logits, window_logits, windows
 from .sampling import inverse_cdf, multinomial, sample_loop

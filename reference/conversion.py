@@ -9,7 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .layers import BatchNorm1d, Embedding, FlattenConsecutive, GatedBlock, Layer, Linear, ReLU, Sequential, Tanh
+from .layers import BatchNorm1d, Embedding, FlattenConsecutive, GatedBlock, Layer, LayerNorm, Linear, ReLU, Sequential
+from .networks import ACTIVATIONS
 
 
 def from_conv(conv: Any) -> Sequential:
@@ -20,9 +21,15 @@ def from_conv(conv: Any) -> Sequential:
     with torch.random.fork_rng(devices=[]):  # a new layer draws weights, which are replaced
         layers = [_filled(Embedding(*conv.embedding.weight.shape), weight=conv.embedding.weight)]
         for layer in conv.layers:
-            layers += [_block(layer)] if hasattr(layer, "skip") else _parts(layer, conv.training)
+            if hasattr(layer, "skip"):
+                layers.append(_block(layer))
+            else:
+                layers += [FlattenConsecutive(layer.kernel_size), _linear(layer.conv), *_norms(layer.norm)]
+                layers += [ACTIVATIONS[layer.activation]()] if layer.activation != "none" else []
         layers += [] if conv.hidden is None else [ReLU(), _linear(conv.hidden), ReLU()]
-        return Sequential([*layers, _linear(conv.head)]).requires_grad()
+        size = conv.head.kernel_size[0]
+        layers += [*([FlattenConsecutive(size)] if size > 1 else []), _linear(conv.head), *_norms(conv.head_norm)]
+        return Sequential(layers).requires_grad()
 
 
 @torch.no_grad()
@@ -40,14 +47,16 @@ def fold_batch_norm(tree: Sequential) -> Sequential:
     return Sequential(layers).requires_grad()
 
 
-def _parts(layer: Any, training: bool) -> list[Layer]:
-    parts: list[Layer] = [FlattenConsecutive(layer.kernel_size), _linear(layer.conv)]
-    if layer.norm is not None:
-        norm = BatchNorm1d(len(layer.norm.weight), eps=layer.norm.eps, momentum=layer.norm.momentum)
-        norm.training = training
-        statistics = dict(running_mean=layer.norm.running_mean, running_var=layer.norm.running_var)
-        parts.append(_filled(norm, gamma=layer.norm.weight, beta=layer.norm.bias, **statistics))
-    return [*parts, Tanh()]
+def _norms(norm: Any) -> list[Layer]:
+    """The tree's norm in a list, or an empty list for None."""
+    if norm is None:
+        return []
+    weights = dict(gamma=norm.weight, beta=norm.bias)
+    if not hasattr(norm, "running_mean"):
+        return [_filled(LayerNorm(len(norm.weight), eps=norm.eps), **weights)]
+    copied = BatchNorm1d(len(norm.weight), eps=norm.eps, momentum=norm.momentum)
+    copied.training = norm.training
+    return [_filled(copied, **weights, running_mean=norm.running_mean, running_var=norm.running_var)]
 
 
 def _block(layer: Any) -> GatedBlock:

@@ -94,6 +94,21 @@ class BatchNorm1d(Layer):
         return [self.gamma, self.beta]
 
 
+class LayerNorm(Layer):
+    """Layer norm: every node by the mean and the biased variance of its own channels, the last axis."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        self.eps = eps
+        self.gamma, self.beta = torch.ones(dim), torch.zeros(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+        return self.gamma * (x - mean) / torch.sqrt(var + self.eps) + self.beta
+
+    def parameters(self) -> list[Tensor]:
+        return [self.gamma, self.beta]
+
+
 class Tanh(Layer):
     """tanh of every element."""
 
@@ -106,6 +121,27 @@ class ReLU(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x)
+
+
+class GELU(Layer):
+    """Every element times the standard normal distribution function of it, exactly."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + torch.erf(x / 2**0.5)) / 2
+
+
+class SiLU(Layer):
+    """Every element times its sigmoid."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+class Sigmoid(Layer):
+    """The sigmoid of every element."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x)
 
 
 class FlattenConsecutive(Layer):

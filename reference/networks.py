@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from .layers import BatchNorm1d, Embedding, FlattenConsecutive, GatedBlock, Layer, Linear, ReLU, Sequential, Tanh
+from .layers import (
+    GELU,
+    BatchNorm1d,
+    Embedding,
+    FlattenConsecutive,
+    GatedBlock,
+    Layer,
+    LayerNorm,
+    Linear,
+    ReLU,
+    Sequential,
+    Sigmoid,
+    SiLU,
+    Tanh,
+)
+
+NORMS: dict[str, Any] = {"batch": BatchNorm1d, "layer": LayerNorm}
+ACTIVATIONS: dict[str, Any] = {"tanh": Tanh, "relu": ReLU, "gelu": GELU, "silu": SiLU, "sigmoid": Sigmoid}
 
 # name: (arguments of `build`, parameters), for the lecture's vocabulary of 27 tokens
 NETWORKS: dict[str, tuple[dict, int]] = {
-    "mlp-2-100": (dict(kernel_sizes=(3,), n_embd=2, n_hidden=100, batch_norm=False), 3_481),
-    "mlp-2-300": (dict(kernel_sizes=(3,), n_embd=2, n_hidden=300, batch_norm=False), 10_281),
-    "mlp-10-200": (dict(kernel_sizes=(3,), n_embd=10, n_hidden=200, batch_norm=False), 11_897),
+    "mlp-2-100": (dict(kernel_sizes=(3,), n_embd=2, n_hidden=100, norm="none"), 3_481),
+    "mlp-2-300": (dict(kernel_sizes=(3,), n_embd=2, n_hidden=300, norm="none"), 10_281),
+    "mlp-10-200": (dict(kernel_sizes=(3,), n_embd=10, n_hidden=200, norm="none"), 11_897),
     "mlp-bn": (dict(kernel_sizes=(3,), n_embd=10, n_hidden=200), 12_097),
     "flat": (dict(kernel_sizes=(8,), n_embd=10, n_hidden=200), 22_097),
     "tree-200": (dict(kernel_sizes=(2, 2, 2), n_embd=10, n_hidden=200), 170_897),
@@ -28,42 +46,62 @@ def build(
     vocab_size: int = 27,
     n_embd: int = 24,
     n_hidden: int | Sequence[int] = 128,
-    batch_norm: bool | None = None,
+    norm: str | Sequence[str] | None = None,
+    activation: str | Sequence[str] = "tanh",
+    head_kernel_size: int = 1,
+    head_norm: str = "none",
     per_position: bool = False,
     gated: bool = False,
     generator: torch.Generator | None = None,
 ) -> Sequential:
-    """Builds a tree in training mode, initialised as in the lecture; the head's weights are ten times smaller.
+    """Builds a tree in training mode, initialised as in the lecture, with ten times smaller logits.
 
-    Per kernel size, lowest first, it has FlattenConsecutive, Linear (without a bias before batch norm), BatchNorm1d
-    (where wanted; `per_position` is the lecture's bug), Tanh. A gated tree has a GatedBlock per kernel size, n_embd
-    wide, and ReLU, Linear, ReLU before the head. `n_hidden` is one width, or one per layer; of the gates if gated.
+    Per kernel size, lowest first, it has FlattenConsecutive, Linear (without a bias before batch norm), a norm (a key
+    of `NORMS`, by default "batch", or "none"; `per_position` is the lecture's bug in batch norm) and an activation (a
+    key of `ACTIVATIONS`, or "none"). The head is FlattenConsecutive, if it fuses nodes, Linear and a norm. A gated tree
+    has a GatedBlock per kernel size, n_embd wide, then ReLU, Linear, ReLU and Linear. `n_hidden` (of the gates if
+    gated), `norm` and `activation` are for all layers, or one per layer.
     """
-    if gated and (batch_norm or per_position):
-        raise ValueError("gated with batch_norm or per_position; a gated tree has no batch norm, leave them out")
-    batch_norm = not gated if batch_norm is None else batch_norm
-    widths = list(n_hidden) if isinstance(n_hidden, Sequence) else [n_hidden] * len(kernel_sizes)
-    sizes = (*kernel_sizes, *widths, n_embd, vocab_size)
-    if not 0 < len(kernel_sizes) == len(widths) or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise ValueError(
-            f"kernel sizes {kernel_sizes}, widths {widths}: give integers of at least 1, and one per layer"
-        )
     layers: list[Layer] = [Embedding(vocab_size, n_embd, generator=generator)]
-    channels = n_embd
-    for kernel_size, width in zip(kernel_sizes, widths):
+    channels, count = n_embd, len(kernel_sizes)
+    widths, norms = _per_layer(n_hidden, count), _per_layer(norm or ("none" if gated else "batch"), count)
+    activations = _per_layer(activation, count)
+    sizes = (*kernel_sizes, *widths, n_embd, vocab_size, head_kernel_size)
+    if not 0 < count == len(widths) == len(norms) == len(activations) or not all(
+        isinstance(size, int) and size > 0 for size in sizes
+    ):
+        raise ValueError(
+            f"kernel sizes {kernel_sizes}, widths {widths}: give integers of at least 1, and one of each per layer"
+        )
+    if gated and ({*norms, *activations, head_norm} != {"none", "tanh"} or head_kernel_size > 1 or per_position):
+        raise ValueError("a gated tree has no norm, other activation or merging head; leave these arguments out")
+    for index, (kernel_size, width) in enumerate(zip(kernel_sizes, widths)):
         if gated:
-            last = len(layers) == len(widths)
-            layers.append(GatedBlock(kernel_size, n_embd, width, last, generator=generator))
+            layers.append(GatedBlock(kernel_size, n_embd, width, index == count - 1, generator=generator))
             continue
-        linear = Linear(kernel_size * channels, width, bias=not batch_norm, generator=generator)
-        norm = [BatchNorm1d(width, per_position=per_position)] if batch_norm else []
-        layers += [FlattenConsecutive(kernel_size), linear, *norm, Tanh()]
+        linear = Linear(kernel_size * channels, width, bias=norms[index] != "batch", generator=generator)
+        layers += [FlattenConsecutive(kernel_size), linear, *_norm(norms[index], width, per_position)]
+        layers += [] if activations[index] == "none" else [ACTIVATIONS[activations[index]]()]
         channels = width
     if gated:
         layers += [ReLU(), Linear(n_embd, n_embd, generator=generator), ReLU()]
-    head = Linear(channels, vocab_size, generator=generator)
-    head.weight *= 0.1
-    return Sequential([*layers, head]).requires_grad()
+    head, top = Linear(head_kernel_size * channels, vocab_size, generator=generator), _norm(head_norm, vocab_size)
+    for weight in [norm.gamma for norm in top] or [head.weight]:
+        weight *= 0.1
+    layers += [FlattenConsecutive(head_kernel_size)] if head_kernel_size > 1 else []
+    return Sequential([*layers, head, *top]).requires_grad()
+
+
+def _per_layer(value: Any, layers: int) -> list[Any]:
+    return [value] * layers if isinstance(value, (int, str)) else list(value)
+
+
+def _norm(kind: str, width: int, per_position: bool = False) -> list[Any]:
+    """A list with the norm of this kind, or an empty one."""
+    if kind == "none":
+        return []
+    options = {"per_position": per_position} if kind == "batch" else {}
+    return [NORMS[kind](width, **options)]
 
 
 def lecture_network(name: str, *, per_position: bool = False, generator: torch.Generator | None = None) -> Sequential:

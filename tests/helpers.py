@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import reference
-from wavenet_conv import Vocabulary, from_tree
+from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, from_tree
 
 ROOT = Path(__file__).parent.parent
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -23,8 +24,13 @@ needs_numba = pytest.mark.skipif(
     importlib.util.find_spec("numba") is None, reason="needs Numba: pip install 'wavenet-conv[fast]'"
 )
 
-# Kinds of tree, as arguments of `reference.build`.
-KINDS = [{"batch_norm": True}, {"batch_norm": False}, {"gated": True}]
+# Kinds of tree, as arguments of `random_tree`, which repeats a tuple for as many layers as there are.
+LAYER_NORM = {"norm": "layer", "activation": "gelu", "head_norm": "layer"}
+MIXED: dict = {"norm": ("layer", "batch", "none"), "activation": ("silu", "none", "sigmoid", "relu")}
+MIXED |= {"head_kernel_size": 2, "head_norm": "batch"}
+EXACT = {"activation": ("relu", "tanh", "none"), "head_kernel_size": 2, "head_norm": "batch"}  # with a clamp for tanh
+LINEAR = {"norm": "none", "activation": "none"}
+KINDS: list[dict] = [{"norm": "batch"}, {"norm": "none"}, {"gated": True}, LAYER_NORM, MIXED, LINEAR]
 
 
 def parts_of(tree) -> list[reference.layers.Layer]:
@@ -38,11 +44,48 @@ def norms_of(tree) -> list[reference.BatchNorm1d]:
     return [layer for layer in tree.layers if isinstance(layer, reference.BatchNorm1d)]
 
 
+def conv_of(tree) -> ConvWaveNet:
+    """The convolutional model with the weights of a tree of any kind."""
+    if any(isinstance(layer, reference.GatedBlock) for layer in tree.layers):
+        return from_tree(tree)
+    embedding, *others = tree.layers
+    names = {kind: name for name, kind in reference.networks.ACTIVATIONS.items()}
+    size, parts = 1, []  # kernel size, linear, norm, activation
+    for part in others:
+        if isinstance(part, reference.FlattenConsecutive):
+            size = part.n
+        elif isinstance(part, reference.Linear):
+            parts.append([size, part, None, "none"])
+            size = 1
+        elif type(part) in names:
+            parts[-1][3] = names[type(part)]
+        else:
+            parts[-1][2] = part
+    sizes, linears, norms, activations = zip(*parts)
+    kinds = [{reference.BatchNorm1d: "batch", reference.LayerNorm: "layer"}.get(type(norm), "none") for norm in norms]
+    widths = tuple(linear.weight.shape[1] for linear in linears[:-1])
+    shape = (*embedding.weight.shape, widths, sizes[:-1], tuple(kinds[:-1]), activations[:-1])
+    config = WaveNetConfig(*shape, head_kernel_size=sizes[-1], head_norm=kinds[-1])
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        conv = ConvWaveNet(config, dtype=embedding.weight.dtype, device=embedding.weight.device).eval()
+        conv.embedding.weight.copy_(embedding.weight)
+        targets = [*((layer.conv, layer.norm) for layer in conv.layers), (conv.head, conv.head_norm)]
+        for (target, norm), linear, source in zip(targets, linears, norms):
+            target.weight.copy_(linear.weight.unflatten(0, (target.kernel_size[0], -1)).permute(2, 1, 0))
+            if target.bias is not None:
+                target.bias.copy_(linear.bias)
+            if norm is not None:
+                vars(norm).update({name: value for name, value in vars(source).items() if name in ("eps", "momentum")})
+                for name, tensor in norm.state_dict().items():
+                    tensor.copy_(getattr(source, {"weight": "gamma", "bias": "beta"}.get(name, name)).view_as(tensor))
+    return conv
+
+
 def assert_same_gradients(tree, conv):
     """Every parameter of the model has the gradient of its parameter in the tree, in float64; overwrites the tree."""
     for parameter in tree.parameters():
         parameter.data = parameter.grad
-    pairs = list(zip(conv.parameters(), from_tree(tree).parameters(), strict=True))
+    pairs = list(zip(conv.parameters(), conv_of(tree).parameters(), strict=True))
     for parameter, expected in pairs:  # sums round to 1e-15, small variances magnify that
         assert (parameter.grad - expected).abs().max() < 1e-10
     assert sum(float(expected.data.abs().sum()) for _, expected in pairs) > 0.1
@@ -54,17 +97,22 @@ def random_tree(kernel_sizes=(2, 2, 2), dtype=torch.float64, device="cpu", seed=
     Statistics of 0 and 1 would hide a batch norm that is dropped, folded twice or read in the wrong order.
     """
     generator = torch.Generator().manual_seed(seed)
-    tree = reference.build(kernel_sizes, generator=generator, **sizes)
+    repeated = {
+        name: list(islice(cycle(value), len(kernel_sizes))) for name, value in sizes.items() if type(value) is tuple
+    }
+    tree = reference.build(kernel_sizes, generator=generator, **sizes | repeated)
     with torch.no_grad():
         for layer in parts_of(tree):
-            if isinstance(layer, reference.BatchNorm1d):
+            if hasattr(layer, "gamma"):
                 layer.gamma.uniform_(0.5, 1.5, generator=generator)
                 layer.beta.normal_(std=0.5, generator=generator)
+            if isinstance(layer, reference.BatchNorm1d):
                 layer.running_mean = torch.randn(layer.gamma.shape, generator=generator)
                 layer.running_var = torch.rand(layer.gamma.shape, generator=generator) + 0.5
             elif isinstance(layer, reference.Linear) and layer.bias is not None:
                 layer.bias.normal_(std=0.5, generator=generator)
-        tree.layers[-1].weight.mul_(10)  # the head starts ten times smaller, which would hide differences
+        if isinstance(tree.layers[-1], reference.Linear):
+            tree.layers[-1].weight.mul_(10)  # the head starts ten times smaller, which would hide differences
     return tree.eval().to(dtype=dtype, device=device)
 
 
@@ -96,7 +144,7 @@ def to_exact(tree, seed=0):
         return torch.randint(low, high, like.shape, generator=generator).to(like.dtype)
 
     for layer in parts_of(tree):
-        if isinstance(layer, reference.BatchNorm1d):
+        if isinstance(layer, reference.BatchNorm1d):  # layer norm is never exact
             layer.eps = 0.0
             layer.gamma = 2.0 ** integers(layer.gamma)
             layer.running_var = 4.0 ** integers(layer.gamma, -1, 2)

@@ -1,10 +1,11 @@
 """One safetensors file per model: weights, config, vocabulary and notes. Nothing is unpickled.
 
-The metadata of the file are `format` ("wavenet-conv"), `version` ("1", or "2" for a gated model), `config` (JSON: the
-fields of `WaveNetConfig`, where a missing `gated` means false, and `norms`, an eps and a momentum per layer),
+The metadata of the file are `format` ("wavenet-conv"), `version` (see `_version`), `config` (JSON: the fields of
+`WaveNetConfig`, and `norms`, per norm in order `[eps, momentum]` of a batch norm or `[eps]` of a layer norm),
 `vocabulary` (the characters in order) and `notes` (JSON). The tensors are the model's `state_dict` and, in a file that
-has them, `quantiles`. Both versions keep the names of the first release: `levels` for `layers` in the names of tensors,
-and `fan_ins` for `kernel_sizes` in the config. Error messages use today's names.
+has them, `quantiles`. All versions keep the names of the first release: `levels` for `layers` in the names of tensors,
+and `fan_ins` for `kernel_sizes` in the config. Versions 1 and 2 have `batch_norm`, true or false, in place of the
+fields that came later, and a missing `gated` means false. Error messages use today's names.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import chain
 from math import isfinite
 from pathlib import Path
@@ -25,11 +26,12 @@ from torch import Tensor
 from .config import WaveNetConfig
 from .errors import CheckpointError, WaveNetConvError
 from .files import write_whole
-from .model import ConvWaveNet
+from .model import BatchNorm, ConvWaveNet
 from .vocabulary import Vocabulary
 
 FORMAT = "wavenet-conv"
-VERSIONS = {False: "1", True: "2"}  # by config.gated: releases without gates reject version 2 and ask to be upgraded
+VERSIONS = ("1", "2", "3")  # each release rejects those that came later, and asks to be upgraded
+LATER_FIELDS = ("norm", "activation", "head_kernel_size", "head_norm")  # of version 3
 DEFAULT = Path(__file__).parent / "default.safetensors"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
@@ -71,17 +73,14 @@ def save_checkpoint(
     for value, kind in ((model, ConvWaveNet), (vocab, Vocabulary)):
         if not isinstance(value, kind):
             raise CheckpointError(f"{path}: a checkpoint holds a {kind.__name__}, not a {type(value).__name__}")
-    norms: list[Any] = [layer.norm for layer in model.layers if model.config.batch_norm]
     tensors = model.state_dict() | ({} if quantiles is None else {"quantiles": quantiles})
     # safetensors takes contiguous tensors only, and none that share memory.
     in_file = {_renamed(name): tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    config = {name: value for name, value in asdict(model.config).items() if name != "gated" or value}
-    config["fan_ins"] = config.pop("kernel_sizes")
     try:
         metadata = {
             "format": FORMAT,
-            "version": VERSIONS[model.config.gated],
-            "config": json.dumps(config | {"norms": [[float(norm.eps), float(norm.momentum)] for norm in norms]}),
+            "version": _version(model.config),
+            "config": json.dumps(_fields_of(model)),
             "vocabulary": vocab.characters,
             "notes": json.dumps(dict(notes or {})),
         }
@@ -129,10 +128,11 @@ def _checkpoint(file: BinaryIO) -> Checkpoint:
     metadata = metadata if isinstance(metadata, dict) else {}
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"a safetensors file of another model: its format is not {FORMAT!r}")
-    if metadata.get("version") not in VERSIONS.values():
-        version = metadata.get("version")
-        raise CheckpointError(f"its version is {version!r:.40}, not '1' or '2'; install a newer wavenet-conv")
-    config, norms = _config(_object("config", metadata))
+    version = metadata.get("version")
+    if version not in VERSIONS:
+        known = ", ".join(VERSIONS)
+        raise CheckpointError(f"its version is {version!r:.40}, not one of {known}; install a newer wavenet-conv")
+    config, norms = _config(_object("config", metadata), version)
     characters = metadata.get("vocabulary")
     vocab = Vocabulary(characters if isinstance(characters, str) else "")
     if vocab.characters != characters or len(vocab) != config.vocab_size:
@@ -194,25 +194,59 @@ def _object(key: str, metadata: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def _config(found: dict[str, Any]) -> tuple[WaveNetConfig, list[tuple[float, float]]]:
-    """The config, and eps and momentum of every layer's batch norm."""
+def _version(config: WaveNetConfig) -> str:
+    """The first version that can express a model: 1, or 2 for a gated one, or 3 for other norms, activations, heads."""
+    one_norm = set(config.norms) in ({"batch"}, {"none"})
+    if one_norm and set(config.activations) == {"tanh"} and (config.head_kernel_size, config.head_norm) == (1, "none"):
+        return "2" if config.gated else "1"
+    return "3"
+
+
+def _norms_of(model: ConvWaveNet) -> list[Any]:
+    """The norms of a model in order, the head's last."""
+    norms = [getattr(layer, "norm", None) for layer in model.layers] + [model.head_norm]
+    return [norm for norm in norms if norm is not None]
+
+
+def _fields_of(model: ConvWaveNet) -> dict[str, Any]:
+    """What `config` in the metadata holds; the order decides the bytes of the file."""
+    config, names = model.config, ["vocab_size", "n_embd", "n_hidden"]
+    if _version(config) == "3":
+        found = {name: getattr(config, name) for name in [*names, *LATER_FIELDS, "bias", "gated"]}
+    else:
+        found = {name: getattr(config, name) for name in names}
+        found |= {"batch_norm": config.norms[0] == "batch", "bias": config.bias}
+        found |= {"gated": True} if config.gated else {}
+    norms = [[norm.eps, norm.momentum] if isinstance(norm, BatchNorm) else [norm.eps] for norm in _norms_of(model)]
+    return found | {"fan_ins": config.kernel_sizes, "norms": [list(map(float, numbers)) for numbers in norms]}
+
+
+def _config(found: dict[str, Any], version: str) -> tuple[WaveNetConfig, list[list[float]]]:
+    """The config, and eps and momentum of every norm."""
     norms = found.pop("norms", None)
-    values = {"gated": False} | {"kernel_sizes" if name == "fan_ins" else name: found[name] for name in found}
-    flags = [values.get(name) for name in ("batch_norm", "bias", "gated")]
-    if values.keys() != {field.name for field in fields(WaveNetConfig)} or not {*map(type, flags)} == {bool}:
+    values = {"kernel_sizes" if name == "fan_ins" else name: found[name] for name in found}
+    asked, flags = {field.name for field in fields(WaveNetConfig)}, ["gated"]
+    if version != "3":
+        values, asked = {"gated": False} | values, asked - {*LATER_FIELDS} | {"batch_norm"}
+        flags += ["batch_norm", "bias"]
+    if values.keys() != asked or {type(values[name]) for name in flags} != {bool} or values.get("norm", "") is None:
         raise CheckpointError(f"its config has other fields or types than this library's: {found!r:.80}; {_SAVE_AGAIN}")
+    if version != "3":
+        values["norm"] = "batch" if values.pop("batch_norm") else "none"
     config = WaveNetConfig(**values)
-    layers = len(config.kernel_sizes) if config.batch_norm else 0
+    kinds = [kind for kind in (*config.norms, config.head_norm) if kind != "none"]
     try:
-        pairs = [(eps * 1.0, momentum * 1.0) for eps, momentum in norms]
+        settings = [[number * 1.0 for number in numbers] for numbers in norms]
     except (TypeError, ValueError, OverflowError):
-        pairs = []
-    if len(pairs) != layers or not all(map(isfinite, chain(*pairs))):
-        raise CheckpointError(f"its norms are {norms!r:.80}, not eps and momentum of {layers} layers; {_SAVE_AGAIN}")
-    return config, pairs
+        settings = []
+    right = [len(numbers) for numbers in settings] == [2 if kind == "batch" else 1 for kind in kinds]
+    if not right or not all(map(isfinite, chain(*settings))):
+        complaint = f"not eps, and momentum of batch norms, of {len(kinds)} norms"
+        raise CheckpointError(f"its norms are {norms!r:.80}, {complaint}; {_SAVE_AGAIN}")
+    return config, settings
 
 
-def _model(config: WaveNetConfig, norms: list[tuple[float, float]], tensors: dict[str, Tensor]) -> ConvWaveNet:
+def _model(config: WaveNetConfig, norms: list[list[float]], tensors: dict[str, Tensor]) -> ConvWaveNet:
     """The model with these weights, in evaluation mode; allocates nothing before every shape is known to fit."""
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
@@ -234,6 +268,6 @@ def _model(config: WaveNetConfig, norms: list[tuple[float, float]], tensors: dic
             raise CheckpointError(f"{name} has values that are NaN or infinite; take an earlier checkpoint")
     model = model.to_empty(device="cpu").eval()
     model.load_state_dict(tensors)
-    for layer, (eps, momentum) in zip(model.layers, norms):
-        vars(layer.norm).update(eps=eps, momentum=momentum)
+    for norm, settings in zip(_norms_of(model), norms):
+        vars(norm).update(zip(("eps", "momentum"), settings))
     return model

@@ -77,9 +77,7 @@ class WaveNetConfig:
         value, layers = getattr(self, name), len(self.kernel_sizes)
         values = (value,) * layers if isinstance(value, str) or not isinstance(value, Sequence) else tuple(value)
         if len(values) != layers:
-            raise ConfigError(
-                f"{name} has {len(values)} entries for {layers} layers; give one for each, or one for all"
-            )
+            raise ConfigError(f"{name} has {len(values)} entries for {layers} layers; give one each, or one for all")
         return values
 
     def _check(self) -> None:

@@ -225,8 +225,8 @@ class ConvWaveNet(nn.Module):
         outputs = torch.arange(tokens.shape[1] - self.context + 1, device=tokens.device)
         last = outputs[-1] if lengths is None else torch.as_tensor(lengths, device=tokens.device)[:, None]
         counts = [(outputs <= last).expand(len(tokens), -1)[:, None].to(self.embedding.weight.dtype)]
-        for conv in [self.head, *(layer.conv for layer in self.layers[:0:-1])]:  # top first
-            size, d = conv.kernel_size[0], conv.dilation[0]
+        sizes = (*self.config.kernel_sizes, self.config.head_kernel_size)
+        for size, d in zip(sizes[:0:-1], (*self.dilations, prod(self.config.kernel_sizes))[:0:-1]):  # top first
             pads = [(tap * d, (size - 1 - tap) * d) for tap in range(size)]
             counts.insert(0, torch.stack([F.pad(counts[0], pad) for pad in pads]).sum(0))
         return counts

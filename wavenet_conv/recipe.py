@@ -20,7 +20,7 @@ class Recipe:
         optimizer: "adamw" or "sgd".
         schedule: "onecycle" (rises to `lr` over the first `warmup` of the steps, then falls to zero) or "constant".
         lr, warmup: the highest learning rate, and a share of the steps.
-        weight_decay: of the weight matrices; biases, batch norms and the embedding are not decayed.
+        weight_decay: of the weight matrices; biases, norms and the embedding are not decayed.
         dropout: probability that a linear map does not see an input channel.
         ema_decay: decay per step of the exponential moving average of the weights, which is then what is validated
             and kept; 0 keeps the weights themselves.

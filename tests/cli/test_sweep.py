@@ -144,16 +144,28 @@ def test_a_study_of_another_sweep_or_program_is_rejected(sweep, folder):
     assert {"lr", "batch_size"} <= read_space("default")[2].keys()
 
 
+def test_a_sweep_may_choose_norms_activations_and_heads(sweep, folder):
+    text = (
+        SMALL + 'norm = {choices = ["layer", "none"]}\nactivation = "gelu"\nhead_norm = "batch"\nhead_kernel_size = 2\n'
+    )
+    (folder / "kinds.toml").write_text(text)
+    assert sweep("--trials", 2, "--output", "best.safetensors", space="kinds.toml")[0] == 0
+    config = load_checkpoint("best.safetensors").model.config
+    assert {*config.norms} < {"layer", "none"} and {*config.activations} == {"gelu"}
+    assert (config.head_norm, config.head_kernel_size) == ("batch", 2)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
         ("lr = ", "; give a TOML file in UTF-8, or 'default'"),
         ('preset = "none"', "preset is 'none'; it must be one of "),
         ("rate = 1", "rate is not a setting; the settings are steps, batch_size, "),
+        ('norm = "bath"', "norm is 'bath'; it must be one of 'batch', 'layer', 'none'"),
         ("batch_size = 2.5", "batch_size is 2.5; give a value of type int, {choices = "),
         ("dropout = {low = 0.0, high = 1.5}", "dropout is 1.5; it must be at least 0 and below 1"),
         ("lr = {low = 2, high = 1}", "lr is {'low': 2, 'high': 1}; give a value of type float"),
-        ("n_hidden = [4, 5]\nkernel_sizes = {choices = [[2, 2], [8]]}", "n_hidden has 2 widths for 1 layers"),
+        ("n_hidden = [4, 5]\nkernel_sizes = {choices = [[2, 2], [8]]}", "n_hidden has 2 entries for 1 layers"),
     ],
 )
 def test_spaces_that_are_rejected(sweep, folder, text, message):

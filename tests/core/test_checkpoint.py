@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from helpers import ALPHABET, random_tree
+from torch import nn
 
 from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig
 from wavenet_conv.checkpoint import load_checkpoint, save_checkpoint
@@ -22,6 +23,14 @@ AB = Vocabulary("ab")
 SMALL = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, kernel_sizes=(2, 2))
 GATED = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, kernel_sizes=(2, 2), gated=True)
 MIXED = {"n_hidden": (5, 1, 4), "kernel_sizes": (3, 1, 2)}
+LATER = {"norm": ("layer", "none", "batch"), "activation": ("gelu", "none", "tanh"), "head_kernel_size": 2}
+THIRD = WaveNetConfig(
+    vocab_size=3, n_embd=2, n_hidden=3, kernel_sizes=(2, 2), norm=("layer", "none"), head_norm="batch"
+)
+
+
+SHAPES: list[dict] = [{"bias": True}, {"norm": "none"}, MIXED, MIXED | {"gated": True}, MIXED | LATER]
+SHAPES += [{"head_norm": "layer"}, LATER | {"head_norm": "batch", "bias": False}, {"activation": "relu"}]
 
 
 def small(config=SMALL, dtype=torch.float32, value=1.0) -> ConvWaveNet:
@@ -31,6 +40,10 @@ def small(config=SMALL, dtype=torch.float32, value=1.0) -> ConvWaveNet:
         tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
     model.head.bias.data[0] = value
     return model
+
+
+def norms_of(model) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "eps")]
 
 
 def parts(path: Path) -> tuple[dict, dict]:
@@ -65,11 +78,11 @@ def path(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("sizes", [{"bias": True}, {"batch_norm": False}, MIXED, MIXED | {"gated": True}], ids=str)
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
 def test_every_bit_comes_back(tmp_path, sizes, dtype):
     model = small(WaveNetConfig(**{"vocab_size": 3, "n_embd": 2, "n_hidden": 3, **sizes}), dtype)
-    for layer in model.layers if model.config.batch_norm else ():
-        layer.norm.eps, layer.norm.momentum = 1e-3 / 7, 0.2 / 3
+    for place, norm in enumerate(norms_of(model), start=7):
+        vars(norm).update({"eps": 1e-3 / place, "momentum": 0.2 / place})
     model.train()
     save_checkpoint(tmp_path / "m", model, AB)
     loaded = load_checkpoint(tmp_path / "m")
@@ -78,22 +91,39 @@ def test_every_bit_comes_back(tmp_path, sizes, dtype):
     assert loaded.notes == {} and loaded.quantiles is None
     for (name, tensor), saved in zip(loaded.model.state_dict().items(), model.state_dict().values(), strict=True):
         assert tensor.dtype == dtype and torch.equal(tensor.view(torch.uint8), saved.view(torch.uint8)), name
-    for layer in loaded.model.layers if model.config.batch_norm else ():
-        assert (layer.norm.eps, layer.norm.momentum) == (1e-3 / 7, 0.2 / 3)
+    for place, norm in enumerate(norms_of(loaded.model), start=7):
+        assert norm.eps == 1e-3 / place and getattr(norm, "momentum", 0.2 / place) == 0.2 / place
 
 
-@pytest.mark.parametrize(("config", "version"), [(SMALL, "1"), (GATED, "2")], ids=["plain", "gated"])
-def test_file_has_the_names_that_older_releases_read(path, config, version):
+FIRST = '{"vocab_size": 3, "n_embd": 2, "n_hidden": [3, 3], "batch_norm": true, "bias": false, "fan_ins": [2, 2], '
+FIRST += '"norms": [[1e-05, 0.1], [1e-05, 0.1]]}'
+SECOND = '{"vocab_size": 3, "n_embd": 2, "n_hidden": [3, 3], "batch_norm": false, "bias": true, "gated": true, '
+SECOND += '"fan_ins": [2, 2], "norms": []}'
+
+
+@pytest.mark.parametrize(
+    ("config", "version", "text"), [(SMALL, "1", FIRST), (GATED, "2", SECOND)], ids=["plain", "gated"]
+)
+def test_file_has_the_bytes_that_older_releases_write_and_read(path, config, version, text):
     save_checkpoint(path, small(config), AB)
     tensors, metadata = parts(path)
-    fields = json.loads(metadata["config"])
-    assert metadata["version"] == version and fields.get("gated", False) is config.gated
-    asked = {"vocab_size", "n_embd", "n_hidden", "fan_ins", "batch_norm", "bias", "norms"}
-    assert set(fields) == asked | ({"gated"} if config.gated else set()) and fields["fan_ins"] == [2, 2]
+    assert (metadata["version"], metadata["config"]) == (version, text)
     inside = ["conv.weight", "skip.weight"] if config.gated else ["conv.weight", "norm.running_mean"]
     assert {f"levels.{layer}.{name}" for layer in (0, 1) for name in inside} <= set(tensors)
     assert not any(name.startswith("layers") for name in tensors)
     assert load_checkpoint(path).model.config == config
+
+
+def test_other_kinds_are_version_3(path):
+    save_checkpoint(path, small(THIRD), AB)
+    tensors, metadata = parts(path)
+    fields = json.loads(metadata["config"])
+    assert metadata["version"] == "3" and fields["norms"] == [[1e-5], [1e-5, 0.1]] and "batch_norm" not in fields
+    assert (fields["norm"], fields["head_norm"], fields["bias"]) == (["layer", "none"], "batch", True)
+    assert {"levels.0.norm.weight", "head.weight", "head_norm.running_var"} <= set(tensors)
+    for other in SHAPES[4:]:
+        save_checkpoint(path, small(WaveNetConfig(3, 2, **({"n_hidden": 3} | other))), AB)
+        assert parts(path)[1]["version"] == "3"
 
 
 def test_notes_quantiles_and_any_vocabulary_come_back(path):
@@ -118,7 +148,7 @@ def test_default_checkpoint_is_trained_and_draws_no_random_numbers():
 
 
 def test_truncated_file_and_flipped_bit_of_the_header_are_rejected(path):
-    save_checkpoint(path, small(WaveNetConfig(3, 1, 1, (2,), batch_norm=False)), AB, quantiles=torch.ones(2))
+    save_checkpoint(path, small(WaveNetConfig(3, 1, 1, (2,), norm="none")), AB, quantiles=torch.ones(2))
     data, rejected = path.read_bytes(), 0
     for wrong in [*(data[:length] for length in range(0, len(data), 3)), data[:-1], data + b"123"]:
         path.write_bytes(wrong)
@@ -168,14 +198,14 @@ def test_other_file_is_rejected(path):
 NAN = torch.tensor([1.0, torch.nan, torch.inf])
 MISFITS = [
     ({"format": "pt"}, "another model: its format is not 'wavenet-conv'"),
-    ({"version": "3"}, "its version is '3', not '1' or '2'; install a newer"),
+    ({"version": "4"}, "its version is '4', not one of 1, 2, 3; install a newer"),
     ({"notes": "{"}, "its notes is not a JSON object"),
     ({"vocabulary": "abc"}, "its vocabulary 'abc' is not the 2 characters of the model"),
     ({"config": {"width": 3}}, "other fields or types than this library's"),
     ({"without": "fan_ins"}, "other fields"),
     ({"config": {"fan_ins": [2, 0]}}, "kernel_sizes[1] is 0"),
     ({"config": {"batch_norm": "no"}}, "types"),
-    ({"config": {"norms": [[1e-5, 0.1], [float("nan"), 0.1]]}}, "not eps and momentum of 2 layers"),
+    ({"config": {"norms": [[1e-5, 0.1], [float("nan"), 0.1]]}}, "not eps, and momentum of batch norms, of 2 norms"),
     ({"config": {"n_embd": 10**18}}, "cannot be built"),
     ({"config": {"n_embd": 10**11}}, "'embedding.weight' is (3, 2) in the file and (3, 100000000000) in the model"),
     ({"without": "head.bias"}, "'head.bias' is missing in the file and (3,) in the model"),
@@ -184,6 +214,22 @@ MISFITS = [
     ({"tensors": {"head.bias": torch.ones(3).double()}}, "its weights are of ['torch.float32', 'torch.float64']"),
     ({"tensors": {"quantiles": torch.ones(3).double()}}, "quantiles must be torch.float32"),
     ({"tensors": {"quantiles": torch.tensor([2.0, 1.0])}}, "ascending"),
+    (
+        {"saved": THIRD, "config": {"norms": [[1e-5, 0.1], [1e-5, 0.1]]}},
+        "not eps, and momentum of batch norms, of 2 norms",
+    ),
+    ({"saved": THIRD, "config": {"norms": [[float("inf")], [1e-5, 0.1]]}}, "of 2 norms"),
+    ({"saved": THIRD, "config": {"norms": [["a"], [1e-5, 0.1]]}}, "of 2 norms"),
+    (
+        {"saved": THIRD, "config": {"activation": ["tanh", "tan"]}},
+        "activation is 'tan'; it must be one of",
+    ),
+    ({"saved": THIRD, "config": {"norm": None}}, "other fields or types"),
+    ({"saved": THIRD, "config": {"gated": 0}}, "other fields or types"),
+    ({"saved": THIRD, "config": {"bias": "no"}}, "bias is 'no'; it must be one of None, True, False"),
+    ({"saved": THIRD, "config": {"head_kernel_size": 2}}, "'head.weight' is (3, 3, 1) in the file and (3, 3, 2)"),
+    ({"saved": THIRD, "version": "1"}, "other fields"),
+    ({"version": "3"}, "other fields"),
     ({"saved": GATED, "config": {"gated": False}}, "'layers.0.conv.weight' is (6, 2, 2) in the file and (3, 2, 2)"),
 ]
 

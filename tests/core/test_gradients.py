@@ -4,11 +4,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ALPHABET, KINDS, assert_same_gradients, norms_of, random_tree
+from helpers import ALPHABET, KINDS, assert_same_gradients, conv_of, norms_of, random_tree
 from hypothesis import given, settings
 
 import reference
-from wavenet_conv import Vocabulary, from_tree
+from wavenet_conv import Vocabulary
+from wavenet_conv.model import BatchNorm
 
 VOCAB = Vocabulary(ALPHABET)
 NAMES = ["", "a", "emma", "olivia", "maximiliano", "xzqjkwvxzqjkwvxzqjkwv"]
@@ -32,7 +33,7 @@ def assert_same_loss_and_gradients(tree, conv, names):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_gradients_in_evaluation_mode_are_the_trees(device, kernel_sizes, kind):
     tree = random_tree(kernel_sizes, n_embd=6, n_hidden=10, **kind, device=device)
-    assert_same_loss_and_gradients(tree, from_tree(tree), NAMES)
+    assert_same_loss_and_gradients(tree, conv_of(tree), NAMES)
 
 
 @settings(max_examples=40)
@@ -40,14 +41,15 @@ def test_gradients_in_evaluation_mode_are_the_trees(device, kernel_sizes, kind):
     kernel_sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     names=st.lists(st.text("abcxyz", max_size=12), min_size=2, max_size=6),
     seed=st.integers(0, 99),
-    gated=st.booleans(),
+    kind=st.sampled_from(KINDS),
 )
-def test_training_mode_is_the_trees(kernel_sizes, names, seed, gated):
+def test_training_mode_is_the_trees(kernel_sizes, names, seed, kind):
     """On ragged batches: a node counts once for each window that contains it."""
-    tree = random_tree(kernel_sizes, n_embd=5, n_hidden=7, seed=seed, gated=gated)
-    conv = from_tree(tree).train()
+    tree = random_tree(kernel_sizes, n_embd=5, n_hidden=7, seed=seed, **kind)
+    conv = conv_of(tree).train()
     tree.train()
     assert_same_loss_and_gradients(tree, conv, [*names, "abcxyz"])  # one name that has a variance
-    for layer, norm in zip(conv.layers, norms_of(tree)):
-        assert (layer.norm.running_mean - norm.running_mean.flatten()).abs().max() < 1e-12
-        assert (layer.norm.running_var - norm.running_var.flatten()).abs().max() < 1e-12
+    found = [module for module in conv.modules() if isinstance(module, BatchNorm)]
+    for norm, expected in zip(found, norms_of(tree), strict=True):
+        assert (norm.running_mean - expected.running_mean.flatten()).abs().max() < 1e-12
+        assert (norm.running_var - expected.running_var.flatten()).abs().max() < 1e-12

@@ -17,7 +17,7 @@ def some(names):
 
 
 @pytest.mark.parametrize("kernel_sizes", [(8,), (3, 1)], ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS[:3], ids=str)
 def test_lists_missing_flattens_and_missing_biases_map(some, vocab, kernel_sizes, kind):
     tree = random_tree(kernel_sizes, n_embd=6, n_hidden=10, **kind)
     layers = [layer for layer in tree.layers if getattr(layer, "n", 0) != 1 or kind.get("gated")]  # 1 is the default
@@ -146,7 +146,7 @@ def test_tree_without_an_equal_is_rejected_by_name(tree, message):
 
 
 @pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (3, 1, 2)], ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS[:3], ids=str)
 def test_there_and_back_gives_the_same_bits(kernel_sizes, kind):
     tree = random_tree(kernel_sizes, n_embd=6, n_hidden=10, **kind, dtype=torch.float32)
     for norm in norms_of(tree):

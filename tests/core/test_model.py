@@ -1,7 +1,10 @@
 """The convolutional model is a stack of dilated `nn.Conv1d` and has clear errors."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from wavenet_conv import ConvWaveNet, WaveNetConfig, WaveNetConvError
@@ -27,11 +30,28 @@ def test_model_is_a_stack_of_dilated_convolutions():
     assert torch.equal(mixed(TOKENS.repeat(1, 2).int()), mixed(TOKENS.repeat(1, 2)))
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_new_weights_are_the_lectures(gated):
+def test_layers_are_as_the_config_names_them():
+    per_layer = {"norm": ["batch", "layer", "none"], "activation": ("gelu", "none", "relu")}
+    conv = small(**per_layer, n_hidden=[10, 7, 8], head_kernel_size=2, head_norm="batch")
+    assert conv.config == WaveNetConfig(**asdict(conv.config)) and conv.config.bias is None
+    assert conv.config.biases == (False, True, True) and conv.config.norm == ("batch", "layer", "none")
+    assert [type(layer.norm).__name__ for layer in conv.layers] == ["BatchNorm", "LayerNorm", "NoneType"]
+    assert [layer.conv.bias is not None for layer in conv.layers] == [False, True, True]
+    assert [layer.activation for layer in conv.layers] == ["gelu", "none", "relu"]
+    assert (conv.head.kernel_size, conv.head.dilation, conv.context) == ((2,), (8,), 16)
+    x = torch.randn(3, 10, 20)
+    expected = F.layer_norm(conv.layers[1].conv(x).transpose(1, 2), (7,)).transpose(1, 2)
+    assert torch.equal(conv.layers[1](x), expected) and conv(TOKENS).shape == (3, 5, 27)
+    for given, bias in ((None, True), (False, False), (True, True)):
+        assert WaveNetConfig(norm="layer", bias=given).bias is bias
+    assert WaveNetConfig().norm == ("batch",) * 3 and WaveNetConfig(gated=True).norm == ("none",) * 3
+
+
+@pytest.mark.parametrize("config", [{}, {"gated": True}, {"head_kernel_size": 2}], ids=str)
+def test_new_weights_are_the_lectures(config):
     """Normal over the square root of the inputs, a head ten times smaller, no bias."""
     torch.manual_seed(0)
-    conv = ConvWaveNet(WaveNetConfig(n_embd=96, n_hidden=96, gated=gated))
+    conv = ConvWaveNet(WaveNetConfig(n_embd=96, n_hidden=96, **config))
     assert not any(bias.any() for name, bias in conv.named_parameters() if name.endswith("bias"))
     for part in (module for module in conv.modules() if isinstance(module, nn.Conv1d)):
         factor = 0.1 if part is conv.head else 1.0
@@ -69,9 +89,26 @@ def test_tokens_that_are_no_sequences_are_rejected(tokens, message):
         (dict(kernel_sizes=(2, 0, 2)), r"kernel_sizes\[1\] is 0"),
         (dict(kernel_sizes=(True, 2)), r"kernel_sizes\[0\] is True"),
         (dict(kernel_sizes=8), "at least one"),
-        (dict(n_hidden=(4, 5)), "2 widths.* 3 layers"),
+        (dict(n_hidden=(4, 5)), "n_hidden has 2 entries for 3 layers"),
         (dict(vocab_size="27"), "vocab_size is '27'"),
-        (dict(gated=True, batch_norm=True), "gated.*leave"),
+        *[
+            (dict(gated=True) | other, "gated layers have biases, .* leave norm, activation, bias, head_kernel_size")
+            for other in (
+                {"norm": "batch"},
+                {"activation": "relu"},
+                {"bias": False},
+                {"head_kernel_size": 2},
+                {"head_norm": "batch"},
+            )
+        ],
+        (dict(norm="bath"), "norm is 'bath'; it must be one of 'batch', 'layer', 'none'"),
+        (dict(norm=("batch", None, "none")), "norm is None; it must be one of"),
+        (dict(norm=("batch", "none")), "norm has 2 entries for 3 layers; give one each, or one for all"),
+        (dict(activation=3), "activation is 3; it must be one of 'tanh', 'relu', 'gelu', 'silu', 'sigmoid', 'none'"),
+        (dict(bias=1), "bias is 1; it must be one of None, True, False"),
+        (dict(gated="yes"), "gated is 'yes'; it must be one of True, False"),
+        (dict(head_kernel_size=0), "head_kernel_size is 0; it must be an integer of at least 1"),
+        (dict(head_norm=("batch",)), "head_norm is .'batch',.; it must be one of"),
     ],
 )
 def test_config_of_an_impossible_model_is_rejected(config, message):

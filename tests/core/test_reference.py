@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import KINDS, norms_of, random_tree
+from helpers import KINDS, conv_of, norms_of, random_tree
 
 import reference
 from reference import NETWORKS, BatchNorm1d, FlattenConsecutive
@@ -34,12 +34,33 @@ def test_batch_norm_uses_the_unbiased_variance_and_keeps_statistics(shape):
     assert torch.equal(norm.running_mean, mean) and torch.equal(norm.running_var, var) and mean.numel() == 5
 
 
+@pytest.mark.parametrize("shape", [(6, 5), (6, 4, 5)])
+def test_layer_norm_and_activations_are_those_of_torch(shape):
+    norm, x = reference.LayerNorm(5, eps=1e-3), torch.randn(shape, dtype=torch.float64) * 3 + 1
+    norm.gamma, norm.beta = torch.rand(2, 5, dtype=torch.float64)
+    assert torch.allclose(norm(x), F.layer_norm(x, (5,), norm.gamma, norm.beta, 1e-3), rtol=0, atol=1e-12)
+    for layer, function in ((reference.GELU, F.gelu), (reference.SiLU, F.silu), (reference.Sigmoid, torch.sigmoid)):
+        assert torch.allclose(layer()(x), function(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_tree_comes_back_from_its_convolutional_model(kind):
+    tree = random_tree((3, 2), n_embd=4, n_hidden=(5, 6), **kind)
+    for norm in (layer for layer in tree.layers if hasattr(layer, "eps")):
+        norm.eps = 1e-3
+    back, tokens = reference.from_conv(conv_of(tree)), torch.randint(27, (3, 16))
+    assert [type(layer) for layer in back.layers] == [type(layer) for layer in tree.layers]
+    assert torch.equal(reference.window_logits(back, tokens), reference.window_logits(tree, tokens))
+    assert reference.context_of(back) == 6 * kind.get("head_kernel_size", 1)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_folded_tree_is_equal_and_has_no_batch_norm(kind):
     tree = random_tree((3, 2), n_embd=4, n_hidden=(5, 6), **kind)
-    if norms_of(tree):
-        tree.layers[2].bias = torch.randn(5, dtype=torch.float64)
-    tokens = torch.randint(27, (3, 11))
+    for before, layer in zip(tree.layers, tree.layers[1:]):
+        if isinstance(layer, BatchNorm1d):  # a bias before batch norm is folded too
+            before.bias = torch.randn_like(layer.beta)
+    tokens = torch.randint(27, (3, 16))
     expected = reference.window_logits(tree, tokens)
     folded = reference.fold_batch_norm(tree)
     assert not norms_of(folded) and all(p.requires_grad and p.is_leaf for p in folded.parameters())
@@ -50,8 +71,8 @@ def test_folded_tree_is_equal_and_has_no_batch_norm(kind):
     ("call", "message"),
     [
         (lambda: reference.build((2, 0)), r"kernel sizes \(2, 0\).*give integers of at least 1"),
-        (lambda: reference.build((2, 2), n_hidden=[3]), r"widths \[3\]: give .* one per layer"),
-        (lambda: reference.build(gated=True, batch_norm=True), "a gated tree has no batch norm, leave"),
+        (lambda: reference.build((2, 2), n_hidden=[3]), r"widths \[3\]: give .* one of each per layer"),
+        (lambda: reference.build(gated=True, norm="batch"), "a gated tree has no norm.*leave"),
         (lambda: BatchNorm1d(5)(torch.ones(1, 1, 5)), "one value per channel has no variance; give it more"),
         (lambda: BatchNorm1d(5, per_position=True)(torch.ones(1, 4, 5)), "no variance"),
         (lambda: FlattenConsecutive(3)(torch.ones(2, 4, 3)), r"FlattenConsecutive\(3\) got 4 nodes"),
@@ -76,7 +97,7 @@ def test_examples_are_windows_and_the_next_token():
     assert Y.tolist() == [1, 2, 0, 0, 2, 0]
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_norm": False}, {"per_position": True}])
+@pytest.mark.parametrize("options", [{}, {"norm": "none"}, {"per_position": True}])
 def test_three_steps_are_those_written_by_hand_to_the_bit(options):
     def small_tree():
         generator = torch.Generator().manual_seed(0)

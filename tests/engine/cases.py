@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import ALPHABET, needs_numba, random_tree
+from helpers import ALPHABET, LAYER_NORM, LINEAR, MIXED, conv_of, needs_numba, random_tree
 from torch import Tensor
 
 import reference
-from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConvError, from_tree
+from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConvError
 
 ABC = Vocabulary(ALPHABET)
 SMALL = dict(n_embd=6, n_hidden=16)
@@ -24,6 +24,12 @@ SHAPES: list[dict] = [
 ]
 SHAPES += [shape | {"gated": True} for shape in SHAPES]
 SHAPES += [dict(kernel_sizes=kernel_sizes, n_embd=50, n_hidden=3, gated=True) for kernel_sizes in ((4,), (2, 2, 2))]
+# What only PyTorch evaluates.
+OTHERS: list[dict] = [
+    dict(kernel_sizes=(2, 2, 2), n_embd=24, n_hidden=40, **LAYER_NORM),
+    dict(kernel_sizes=(3, 1, 2), **SMALL, **MIXED),
+    dict(kernel_sizes=(2, 2), **SMALL, **LINEAR),
+]
 # Rows, and whether compiled loops read them.
 BACKENDS = [pytest.param(1, True, marks=needs_numba), pytest.param(3, True, marks=needs_numba), (3, False), (20, False)]
 
@@ -32,7 +38,7 @@ gated_or_not = pytest.mark.parametrize("gated", [False, True], ids=["tanh", "gat
 
 def random_conv(kernel_sizes=(2, 2, 2), **options) -> ConvWaveNet:
     """A model in evaluation mode with random statistics, in float64; options of `random_tree`."""
-    return from_tree(random_tree(kernel_sizes, **SMALL | options))
+    return conv_of(random_tree(kernel_sizes, **SMALL | options))
 
 
 def rejects(message: str, call, *args, **options) -> bool:

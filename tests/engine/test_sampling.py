@@ -6,11 +6,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from engine.cases import ABC, GATED, WIDE, rejects
-from helpers import random_tree
+from helpers import LAYER_NORM, MIXED, conv_of, random_tree
 from hypothesis import given, settings
 
 import reference
-from wavenet_conv import Vocabulary, from_tree, sample, sample_stream, sampling
+from wavenet_conv import Vocabulary, sample, sample_stream, sampling
 from wavenet_conv.sampling import tokens_at, uniform
 
 OPTIONS = st.fixed_dictionaries(
@@ -26,12 +26,15 @@ OPTIONS = st.fixed_dictionaries(
 
 CHOICES = [{"temperature": 0}, {"temperature": 0.5}, {"temperature": 2.5}, {"top_k": 1}, {"top_k": 2}, {"top_p": 0.5}]
 CHOICES += [{"top_k": 4, "top_p": 0.6, "temperature": 1.5}, {"top_k": 100, "top_p": 1.0}, {"top_p": 1e-9}]
+OTHER = {"kernel_sizes": (2, 2), "n_hidden": (40, 9)} | LAYER_NORM | {"head_kernel_size": 2}
 MODELS = [({}, characters) for characters in ("é-ß😀z", "\0a", "".join(chr(0x4E00 + i) for i in range(300)))]
 for sizes in (
     {"gated": True},
     {"end": -torch.inf},
     {"end": 1e4},
     *[{"kernel_sizes": k} for k in ((8,), (3, 2), (2,) * 8)],
+    LAYER_NORM,
+    {"kernel_sizes": (3, 1)} | MIXED,
 ):
     MODELS.append((sizes, ABC.characters))
 
@@ -45,12 +48,13 @@ def way(request, monkeypatch):
 def short_tree(dtype=torch.float64, end=1.0, **sizes):
     """A random tree that ends a name after some five characters, or earlier if `end` is larger."""
     tree = random_tree(**{"n_embd": 6, "n_hidden": 16} | sizes, dtype=dtype)
-    tree.layers[-1].bias = tree.layers[-1].bias.clone()
-    tree.layers[-1].bias[0] += end
+    last, name = tree.layers[-1], "bias" if hasattr(tree.layers[-1], "bias") else "beta"
+    setattr(last, name, getattr(last, name).clone())
+    getattr(last, name)[0] += end
     return tree
 
 
-CONVS = {gated: from_tree(short_tree(torch.float32, gated=gated)) for gated in (False, True)}
+CONVS = [conv_of(short_tree(torch.float32, **kind)) for kind in ({}, {"gated": True}, LAYER_NORM, MIXED)]
 
 
 def chosen(probs, temperature=1.0, top_k=1000, top_p=1.0):
@@ -80,9 +84,9 @@ def names_of_the_loop(tree, vocab, count, seed=42, prefix="", max_length=100, **
 def test_10_000_names_are_those_of_the_lectures_loop(monkeypatch, sizes, count):
     tree = short_tree(**sizes, end=1.5)
     expected = names_of_the_loop(tree, ABC, count)
-    assert sample(from_tree(tree), ABC, count) == expected
+    assert sample(conv_of(tree), ABC, count) == expected
     monkeypatch.setattr(sampling, "LONG", 0)
-    assert sample(from_tree(tree), ABC, count) == expected
+    assert sample(conv_of(tree), ABC, count) == expected
 
 
 @pytest.mark.parametrize("sizes, characters", MODELS, ids=lambda value: str(value if value else len(value)))
@@ -93,8 +97,8 @@ def test_names_are_those_of_the_lectures_loop(device, way, sizes, characters, le
     options = {"seed": 7, "max_length": max_length, "prefix": (characters[:4] * 19)[:length]}
     tree = short_tree(**sizes, vocab_size=len(vocab))
     expected = names_of_the_loop(tree, vocab, 40, **options)
-    assert sample(from_tree(tree), vocab, 40, **options, device=device) == expected
-    assert list(islice(sample_stream(from_tree(tree), vocab, **options, device=device, batch_size=9), 40)) == expected
+    assert sample(conv_of(tree), vocab, 40, **options, device=device) == expected
+    assert list(islice(sample_stream(conv_of(tree), vocab, **options, device=device, batch_size=9), 40)) == expected
 
 
 @pytest.mark.parametrize("tied", [[0], [3, 7, 20]], ids=["distinct", "tied"])
@@ -106,7 +110,7 @@ def test_names_with_options_are_those_of_the_lectures_loop(way, options, tied):
         for part in (tree.layers[-1].weight, tree.layers[-1].bias[None]):
             part[:, tied] = part[:, tied[0], None].clone()
         tree.layers[-1].bias[tied] += 2 * (len(tied) > 1)
-    names = sample(from_tree(tree), ABC, 30, max_length=12, **options)
+    names = sample(conv_of(tree), ABC, 30, max_length=12, **options)
     assert names == names_of_the_loop(tree, ABC, 30, max_length=12, **options)
     assert len(tied) == 1 or {"c", "g", "t"} <= set("".join(names))
 
@@ -116,11 +120,10 @@ def test_names_with_options_are_those_of_the_lectures_loop(way, options, tied):
     batch_size=st.integers(1, 40) | st.sampled_from([127, 128, 129, 257, 2**17]),
     seed=st.integers(0, 2**63 - 1),
     options=OPTIONS,
-    gated=st.booleans(),
+    conv=st.sampled_from(CONVS),
     long=st.sampled_from([sampling.LONG, 0]),
 )
-def test_batch_size_and_count_do_not_change_names(batch_size, seed, options, gated, long):
-    conv = CONVS[gated]
+def test_batch_size_and_count_do_not_change_names(batch_size, seed, options, conv, long):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "LONG", long)
         expected = sample(conv, ABC, 300, seed=seed, **options)
@@ -129,10 +132,10 @@ def test_batch_size_and_count_do_not_change_names(batch_size, seed, options, gat
         assert sample(conv, ABC, 7, seed=seed, **options) == expected[:7]
 
 
-@pytest.mark.parametrize("sizes", [WIDE, GATED | {"n_hidden": (7, 40, 9)}], ids=["wide", "gated"])
+@pytest.mark.parametrize("sizes", [WIDE, GATED | {"n_hidden": (7, 40, 9)}, OTHER], ids=["wide", "gated", "other"])
 def test_distributions_have_the_same_bits_in_any_batch(way, monkeypatch, threads, sizes):
     """So a draw cannot depend on the batch, however close its number is to the border between two tokens."""
-    conv, calls = from_tree(short_tree(torch.float32, **sizes, end=2.0)), []
+    conv, calls = conv_of(short_tree(torch.float32, **sizes, end=2.0)), []
     monkeypatch.setattr(sampling, "uniform", lambda *args: [calls.append(args[1:]), uniform(*args)][1])
     monkeypatch.setattr(sampling, "tokens_at", lambda *args: [calls.append(args[0]), tokens_at(*args)][1])
     found = []
@@ -176,7 +179,7 @@ def test_uniform_numbers_are_splitmix64():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_logits_that_are_not_finite_are_an_error_of_names_that_are_asked_for(way, value):
-    conv = from_tree(short_tree(torch.float32))
+    conv = conv_of(short_tree(torch.float32))
     expected = sample(conv, ABC, 300)
     firsts = {c: next(i for i, name in enumerate([*expected, c + "."]) if c in name[:-1]) for c in ABC.characters}
     first, letter = max((index, c) for c, index in firsts.items() if index < 40)
@@ -187,7 +190,7 @@ def test_logits_that_are_not_finite_are_an_error_of_names_that_are_asked_for(way
 
 def test_half_precision_is_drawn_from_in_float32(way):
     for dtype in (torch.float16, torch.bfloat16):
-        conv = from_tree(short_tree(torch.float32)).to(dtype)
+        conv = conv_of(short_tree(torch.float32)).to(dtype)
         assert sample(conv, ABC, 100) == sample(conv.float(), ABC, 100)
     assert sample(conv, ABC, 9, temperature=1e-42) == sample(conv, ABC, 9, temperature=0)
 
@@ -206,12 +209,12 @@ def test_wrong_options_are_rejected_at_the_call():
         ({"n": 1.5}, "n is 1.5"),
         ({"vocab": Vocabulary("ab")}, "the vocabulary has 3 tokens and the model 27"),
     ):
-        assert rejects(message, sample_stream, CONVS[False], **{"vocab": ABC, "n": 3} | options)
-    assert rejects("n is None; give the number of names", sample, CONVS[False], ABC, None)
+        assert rejects(message, sample_stream, CONVS[0], **{"vocab": ABC, "n": 3} | options)
+    assert rejects("n is None; give the number of names", sample, CONVS[0], ABC, None)
 
 
 def test_sampling_leaves_the_model_and_the_random_state_as_they_were(way):
-    conv = from_tree(short_tree()).train()
+    conv = conv_of(short_tree()).train()
     state = torch.random.get_rng_state()
     assert sample(conv, ABC, 0) == [] and sample(conv, ABC, 30, seed=1) != sample(conv, ABC, 30, seed=2)
     assert list(islice(sample_stream(conv, ABC, 10**30, max_length=10**30), 3)) == sample(conv, ABC, 3)

@@ -6,16 +6,16 @@ from math import log
 import pytest
 import torch
 from engine.cases import ABC, gated_or_not, outputs_of, random_conv, rejects
-from helpers import random_tree
+from helpers import LAYER_NORM, MIXED, conv_of, random_tree
 
-from wavenet_conv import Scorer, Vocabulary, from_tree, scoring
+from wavenet_conv import Scorer, Vocabulary, scoring
 from wavenet_conv.engine import kernel, shared
 
 NAMES = ["emma", "", "olivia", "a", "xqzvkj", "maximiliano", "emma"]
 
 
-def small_scorer(gated=False, **options):
-    return Scorer(random_conv(dtype=torch.float32, gated=gated), ABC, **options)
+def small_scorer(gated=False, kind=None, **options):
+    return Scorer(random_conv(dtype=torch.float32, **(kind or {"gated": gated})), ABC, **options)
 
 
 def assert_scores_are_the_trees(tree, names, vocab, device="cpu"):
@@ -23,19 +23,19 @@ def assert_scores_are_the_trees(tree, names, vocab, device="cpu"):
     expected = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
     positions = torch.tensor([len(name) + 1 for name in names])
     sums = torch.stack([part.sum() for part in expected.split(positions.tolist())])
-    scorer = Scorer(from_tree(tree), vocab, device=device)
+    scorer = Scorer(conv_of(tree), vocab, device=device)
     values, offsets = scorer.position_log_probs(names)
     assert values.dtype == torch.float64 and torch.equal(offsets.diff(), positions) and offsets[-1] == len(values)
     assert (values - expected).abs().max() < 1e-12
     assert (scorer.score(names) - sums).abs().max() < 1e-11  # up to 20 positions
-    scores = Scorer(from_tree(tree), vocab, dtype=torch.float32, device=device).score(names)
+    scores = Scorer(conv_of(tree), vocab, dtype=torch.float32, device=device).score(names)
     assert scores.dtype == torch.float32 and ((scores - sums).abs() < 1e-5 * positions).all()
 
 
 @pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (3,), (3, 2, 2)], ids=str)
-@gated_or_not
-def test_scores_are_the_trees(names, device, kernel_sizes, gated):
-    tree = random_tree(kernel_sizes, n_embd=24, n_hidden=64, gated=gated)
+@pytest.mark.parametrize("kind", [{}, {"gated": True}, LAYER_NORM, MIXED], ids=["tanh", "gated", "layer", "mixed"])
+def test_scores_are_the_trees(names, device, kernel_sizes, kind):
+    tree = random_tree(kernel_sizes, n_embd=24, n_hidden=64, **kind)
     assert_scores_are_the_trees(tree, names[::100], ABC, device)
 
 
@@ -59,6 +59,8 @@ def test_scores_in_other_vocabularies_are_the_trees(characters):
         ((2, 2, 2), dict(n_embd=9, n_hidden=(7, 40, 9), gated=True)),
         ((2, 2, 2), dict(n_embd=48, n_hidden=40, gated=True)),
         ((2, 2, 2), dict(n_embd=21, n_hidden=17, dtype=torch.float64)),
+        ((2, 2, 2), dict(n_embd=24, n_hidden=(128, 90, 7), **LAYER_NORM)),
+        ((2, 2), dict(n_embd=9, n_hidden=(70, 128), **MIXED)),
     ],
     ids=str,
 )
@@ -138,14 +140,25 @@ def test_unknown_characters_are_rejected_or_give_nan(character):
     assert offsets.tolist() == [0, 5, 6, 10] and values.isnan().nonzero().tolist() == [[5]]
 
 
-@gated_or_not
-def test_a_model_uses_the_kernel_where_it_runs_unless_it_is_gated(names, monkeypatch, gated):
-    """The kernel's last layer is a tanh."""
-    expected, calls = small_scorer(gated=gated).score(names[::50]), []
+@pytest.mark.parametrize(
+    "kind, used",
+    [
+        ({}, 1),
+        ({"gated": True}, 0),
+        ({"activation": ("relu", "gelu", "tanh"), "norm": ("layer", "none", "batch"), "head_norm": "batch"}, 1),
+        ({"activation": ("tanh", "tanh", "silu")}, 0),
+        ({"norm": "layer"}, 0),
+        ({"head_kernel_size": 2}, 0),
+        ({"head_norm": "layer"}, 0),
+    ],
+    ids=str,
+)
+def test_a_model_uses_the_kernel_where_it_runs_and_the_last_layer_is_a_tanh(names, monkeypatch, kind, used):
+    expected, calls = small_scorer(kind=kind).score(names[::50]), []
     monkeypatch.setattr(kernel, "why_not", lambda *_: "")
     monkeypatch.setattr(kernel, "last_layer", lambda *args: [calls.append(1), kernel.last_layer_ref(*args)][1])
-    assert (small_scorer(gated=gated).score(names[::50]) - expected).abs().max() < 2e-4  # up to 20 positions of 1e-5
-    assert len(calls) == 1 - gated
+    assert (small_scorer(kind=kind).score(names[::50]) - expected).abs().max() < 2e-4  # up to 20 positions of 1e-5
+    assert len(calls) == used
 
 
 def test_wrong_arguments_are_rejected():

@@ -4,14 +4,18 @@ import random
 
 import pytest
 import torch
-from engine.cases import ABC, DTYPES, gated_or_not, outputs_of, random_conv
+from engine.cases import ABC, DTYPES, outputs_of, random_conv
+from helpers import LAYER_NORM, LINEAR, MIXED
 
 from wavenet_conv import Scorer
+from wavenet_conv.config import ACTIVATIONS
 from wavenet_conv.engine import ids, nodes, shared
 from wavenet_conv.engine.shared import NodeCache, SharedNodes, shared_logits_ref
 from wavenet_conv.engine.weights import fold
 
 SHAPES = [(2, 2, 2), (8,), (1,), (3, 2, 2), (1, 4, 2), (2, 4, 1), (2, 2, 2, 2, 2)]
+CASES = [(sizes, kind) for sizes in SHAPES for kind in ({}, {"gated": True})]
+CASES += [((2, 2, 2), LAYER_NORM), ((1, 4, 2), MIXED), ((8,), LINEAR), ((1,), MIXED), ((3, 2, 2), LAYER_NORM | MIXED)]
 SETTINGS = [(None, "", 0), (ids, "TABLE_KEYS", 0), (ids, "NEARLY_ALL_DISTINCT", 0.0)]
 SETTINGS += [(shared, "TABULATED", 0), (shared, "TILE", 16)]
 
@@ -23,16 +27,15 @@ def logits_of_names(model: SharedNodes, names, device="cpu"):
     return distinct[rows], len(distinct), targets.long()
 
 
-@gated_or_not
-@pytest.mark.parametrize("kernel_sizes", SHAPES, ids=str)
+@pytest.mark.parametrize("kernel_sizes, kind", CASES, ids=str)
 @pytest.mark.parametrize("module, name, value", SETTINGS, ids=[name for _, name, _ in SETTINGS])
 def test_logits_of_names_are_those_of_the_convolutional_pass(
-    names, device, monkeypatch, kernel_sizes, module, name, value, gated
+    names, device, monkeypatch, kernel_sizes, module, name, value, kind
 ):
     if module is not None:
         monkeypatch.setattr(module, name, value)
     some = [*names[::97], "", "a" * 50]
-    conv = random_conv(kernel_sizes, gated=gated, device=device)
+    conv = random_conv(kernel_sizes, **kind, device=device)
     expected, following = outputs_of(conv, some, ABC, device)
     logits, distinct, targets = logits_of_names(SharedNodes(fold(conv)), some, device)
     assert (logits - expected).abs().max() < 1e-12
@@ -42,12 +45,11 @@ def test_logits_of_names_are_those_of_the_convolutional_pass(
     assert distinct == len(set(windows)) or (name == "NEARLY_ALL_DISTINCT" and distinct == len(windows))
 
 
-@gated_or_not
-@pytest.mark.parametrize("kernel_sizes", SHAPES, ids=str)
-def test_definition_gives_the_logits_of_the_convolutional_pass(device, kernel_sizes, gated):
+@pytest.mark.parametrize("kernel_sizes, kind", CASES, ids=str)
+def test_definition_gives_the_logits_of_the_convolutional_pass(device, kernel_sizes, kind):
     """One row per distinct window, of windows that need not come from one name; so does `window_logits`."""
     for dtype, tolerance in DTYPES:
-        conv = random_conv(kernel_sizes, gated=gated, dtype=dtype, device=device)
+        conv = random_conv(kernel_sizes, **kind, dtype=dtype, device=device)
         weights, cache = fold(conv), NodeCache()
         model, generator = SharedNodes(weights), torch.Generator().manual_seed(0)
         for _ in range(3):
@@ -101,10 +103,12 @@ def test_nodes_that_other_calls_or_chunks_left_change_no_score(names, monkeypatc
         assert torch.equal(torch.cat(list(scorer.stream(part, chunk=500))), expected)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("threads", range(1, 9), indirect=True)
-def test_bits_of_tanh_do_not_depend_on_the_place(threads):
+def test_bits_of_an_activation_do_not_depend_on_the_place(threads, activation):
     """Also where PyTorch's threads get parts that are no whole vectors: 3 of 131,072 elements, 4 of 81,920."""
     for channels in (6, 80, 100, 128):
         for x in torch.randn(10, generator=torch.Generator().manual_seed(0)).tolist():
-            values = nodes.tanh_(torch.full((shared.TILE, channels), x))
+            values = nodes.activate_(torch.full((shared.TILE, channels), x), activation)
             assert (values == values[0, 0]).all()
+            assert abs(values[0, 0] - ACTIVATIONS[activation](torch.tensor(x))) < 1e-6

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from engine.cases import ABC, DTYPES, gated_or_not, outputs_of, random_conv, rejects
-from helpers import KINDS, random_tree, to_exact
+from engine.cases import ABC, DTYPES, outputs_of, random_conv, rejects
+from helpers import EXACT, KINDS, conv_of, random_tree, to_exact
 
 import reference
-from wavenet_conv import ConvWaveNet, FoldedWaveNet, WaveNetConfig, WaveNetConvError, fold_batch_norm, from_tree
+from wavenet_conv import ConvWaveNet, FoldedWaveNet, WaveNetConfig, WaveNetConvError, fold_batch_norm
 from wavenet_conv.engine.weights import fold
 
 TOKENS = torch.randint(27, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -29,16 +29,16 @@ def test_logits_are_those_of_the_convolutional_pass(device, kernel_sizes, kind, 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_logits_of_models_without_a_bias_or_with_other_widths(bias):
-    config = WaveNetConfig(vocab_size=301, n_embd=5, n_hidden=(7, 20, 3), batch_norm=False, bias=bias)
+    config = WaveNetConfig(vocab_size=301, n_embd=5, n_hidden=(7, 20, 3), norm="none", bias=bias)
     conv = ConvWaveNet(config, dtype=torch.float64).eval()
     assert torch.allclose(fold_batch_norm(conv)(TOKENS * 11), conv(TOKENS * 11), rtol=0, atol=1e-12)
 
 
-@gated_or_not
+@pytest.mark.parametrize("kind", [{}, {"gated": True}, EXACT], ids=["tanh", "gated", "mixed"])
 @pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (8,), (1, 4, 1, 2)], ids=str)
-def test_logits_are_the_trees_to_the_bit_where_arithmetic_is_exact(names, device, clamp_for_tanh, kernel_sizes, gated):
-    tree = to_exact(random_tree(kernel_sizes, n_embd=6, n_hidden=16, gated=gated)).to(device)
-    folded = fold_batch_norm(from_tree(tree))
+def test_logits_are_the_trees_to_the_bit_where_arithmetic_is_exact(names, device, clamp_for_tanh, kernel_sizes, kind):
+    tree = to_exact(random_tree(kernel_sizes, n_embd=6, n_hidden=16, **kind)).to(device)
+    folded = fold_batch_norm(conv_of(tree))
     expected = outputs_of(tree, names[::40], ABC, device)[0]
     assert expected.unique().numel() > 100  # the outputs differ
     assert torch.equal(outputs_of(folded, names[::40], ABC, device)[0], expected)
@@ -55,7 +55,7 @@ def test_folded_model_is_a_copy_of_a_model_in_any_mode(device, kind):
     folded, again = fold_batch_norm(conv.train()), fold_batch_norm(conv)
     for rounded in (folded.to(device, torch.float32), FoldedWaveNet(fold(conv, device, torch.float32))):
         logits = rounded(TOKENS.to(device))
-        assert (rounded.config, rounded.context, rounded.device.type) == (folded.config, 8, device.type)
+        assert (rounded.config, rounded.context, rounded.device.type) == (folded.config, conv.context, device.type)
         assert logits.dtype == torch.float32 and (logits.cpu() - expected).abs().max() < 1e-4  # so are the weights
     assert conv.training and all(torch.equal(tensor, state[name]) for name, tensor in conv.state_dict().items())
     with torch.no_grad():

@@ -9,19 +9,19 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from engine.cases import ABC, BACKENDS, DEEP, GATED, SHAPES, WIDE, random_conv, rejects, streamed
-from helpers import needs_numba, random_tree
+from engine.cases import ABC, BACKENDS, DEEP, GATED, OTHERS, SHAPES, WIDE, random_conv, rejects, streamed
+from helpers import LAYER_NORM, conv_of, needs_numba, random_tree
 from hypothesis import given, settings
 
 import reference
-from wavenet_conv import Stream, from_tree
+from wavenet_conv import Stream
 from wavenet_conv.engine.stream import FEW_ROWS
 
 backends = pytest.mark.parametrize("batch_size, compiled", BACKENDS)
 
 
 def assert_gives_the_trees_logits(tree, names, tolerance, batch_size, compiled=None):
-    stream = Stream(from_tree(tree), batch_size, compiled=compiled)
+    stream = Stream(conv_of(tree), batch_size, compiled=compiled)
     for start in range(0, len(names), batch_size):
         start = min(start, len(names) - batch_size)
         tokens, lengths = ABC.encode(names[start : start + batch_size], context=stream.context)
@@ -39,6 +39,15 @@ def test_logits_are_the_trees(names, sizes, batch_size, compiled):
     some = names[:: 1200 if batch_size > 1 else 6000]
     assert_gives_the_trees_logits(random_tree(**sizes), some, 1e-12, batch_size, compiled)
     assert_gives_the_trees_logits(random_tree(**sizes, dtype=torch.float32), some[-20:], 1e-5, batch_size, compiled)
+
+
+@pytest.mark.parametrize("batch_size", [3, 20])
+@pytest.mark.parametrize("sizes", OTHERS, ids=str)
+def test_logits_of_other_kinds_are_the_trees_by_pytorch(names, sizes, batch_size):
+    tree, message = random_tree(**sizes), "no other activation, no layer norm.*leave out compiled=True"
+    assert_gives_the_trees_logits(tree, names[::1200], 1e-12, batch_size)
+    assert_gives_the_trees_logits(random_tree(**sizes, dtype=torch.float32), names[:20], 1e-5, batch_size)
+    assert not Stream(conv_of(tree)).compiled and rejects(message, Stream, conv_of(tree), compiled=True)
 
 
 @backends
@@ -68,10 +77,10 @@ def test_compiled_tanh_is_accurate_relative_to_its_size(dtype, tolerance):
 @given(st.data())
 def test_reset_rows_do_not_change_the_others(data):
     """Any rows, at any step, again and again, by either backend."""
-    sizes = data.draw(st.sampled_from([GATED, DEEP, *SHAPES]))
+    sizes = data.draw(st.sampled_from([GATED, DEEP, *SHAPES, *OTHERS]))
     batch_size = data.draw(st.sampled_from([1, 2, FEW_ROWS + 1]))
     tree = random_tree(**sizes, vocab_size=5)
-    stream = Stream(from_tree(tree), batch_size)
+    stream = Stream(conv_of(tree), batch_size)
     read = [[0] * stream.context for _ in range(batch_size)]
     for _ in range(20):
         tokens = data.draw(st.lists(st.integers(0, 4), min_size=batch_size, max_size=batch_size))
@@ -88,12 +97,12 @@ def test_reset_rows_do_not_change_the_others(data):
             read[row] = [0] * stream.context
 
 
-@pytest.mark.parametrize("sizes", [WIDE, GATED, *SHAPES], ids=str)
+@pytest.mark.parametrize("sizes", [WIDE, GATED, *SHAPES, *OTHERS], ids=str)
 def test_push_gives_the_logits_after_each_prefix(sizes, device):
     """Of any lengths, with one `.` or a whole context before them; the stream continues from there."""
     prefixes = ["", "a", "maximiliano", "x" * 40, "emma"]
     tree = random_tree(**sizes, device=device)
-    stream = Stream(from_tree(tree), len(prefixes))
+    stream = Stream(conv_of(tree), len(prefixes))
     stream.step(torch.arange(5, device=device))  # push forgets this
     for context in (1, stream.context):
         pushed = stream.push(*ABC.encode(prefixes, context=context))
@@ -109,7 +118,7 @@ def test_push_gives_the_logits_after_each_prefix(sizes, device):
 @pytest.mark.parametrize("batch_size, compiled", BACKENDS[1:])
 @pytest.mark.parametrize("sizes", [WIDE, GATED, DEEP], ids=["wide", "gated", "deep"])
 def test_a_state_continues_in_another_stream(batch_size, compiled, sizes, device):
-    conv = from_tree(random_tree(**sizes, dtype=torch.float32))
+    conv = conv_of(random_tree(**sizes, dtype=torch.float32))
     stream, file = Stream(conv, batch_size, compiled=compiled), io.BytesIO()
     tokens = torch.randint(0, 27, (batch_size, 30), generator=torch.Generator().manual_seed(0))
     streamed(stream, tokens[:, :11])
@@ -147,6 +156,9 @@ def test_states_that_do_not_fit_are_rejected():
     ):
         assert rejects(message, stream.load_state, stranger)
     assert all(torch.equal(part, state[key]) for key, part in stream.state().items())
+    state = Stream(conv := random_conv(**LAYER_NORM)).state()
+    conv.layers[0].norm.eps = 1e-3
+    assert rejects("of another model or dtype", Stream(conv).load_state, state)
 
 
 def test_compiled_steps_that_cannot_run_are_rejected(monkeypatch):

@@ -9,11 +9,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same_gradients, random_tree
+from helpers import KINDS, MIXED, assert_same_gradients, conv_of, random_tree
 from hypothesis import given, settings
 
 import reference
-from wavenet_conv import Vocabulary, WaveNetConfig, from_tree
+from wavenet_conv import Vocabulary, WaveNetConfig
 from wavenet_conv.training import Corpus, Recipe, Trainer, evaluate, new_model, predictions, shared_logits, total_loss
 from wavenet_conv.training.ranks import batch_norm_over_ranks
 
@@ -56,10 +56,10 @@ def assert_close(found, expected, tolerance=1e-10):
 
 
 @settings(max_examples=40)
-@given(kernel_size_lists, name_lists, st.data())
-def test_a_batch_is_the_windows_of_its_names(kernel_sizes, names, data):
+@given(kernel_size_lists, st.integers(1, 2), name_lists, st.data())
+def test_a_batch_is_the_windows_of_its_names(kernel_sizes, head, names, data):
     """Distinct windows, what follows each how often, and how many windows contain each node."""
-    conv = new_model(WaveNetConfig(len(VOCAB), 5, 7, tuple(kernel_sizes)), dtype=torch.float64)
+    conv = new_model(WaveNetConfig(len(VOCAB), 5, 7, tuple(kernel_sizes), head_kernel_size=head), dtype=torch.float64)
     rows = data.draw(st.lists(st.integers(0, len(names) - 1), min_size=1, max_size=6))
     batch = Corpus(names, VOCAB, conv).batch(torch.tensor(rows))
     X, Y = reference.examples([names[row] for row in rows], VOCAB.characters, conv.context)
@@ -75,9 +75,9 @@ def test_a_batch_is_the_windows_of_its_names(kernel_sizes, names, data):
 
 
 @settings(max_examples=30)
-@given(kernel_size_lists, name_lists, st.booleans())
-def test_logits_are_the_models(kernel_sizes, names, gated):
-    conv = new_model(WaveNetConfig(len(VOCAB), 5, 7, tuple(kernel_sizes), gated=gated), dtype=torch.float64).eval()
+@given(kernel_size_lists, name_lists, st.sampled_from(KINDS))
+def test_logits_are_the_models(kernel_sizes, names, kind):
+    conv = conv_of(random_tree(kernel_sizes, n_embd=5, n_hidden=7, vocab_size=len(VOCAB), **kind))
     corpus = Corpus(names, VOCAB, conv)
     batch = corpus.batch(torch.arange(len(names)))
     expected = conv(tokens_of_windows(batch))[:, 0]
@@ -87,25 +87,25 @@ def test_logits_are_the_models(kernel_sizes, names, gated):
 
 
 @settings(max_examples=40)
-@given(kernel_size_lists, name_lists, st.booleans(), st.integers(0, 99))
-def test_loss_gradients_and_statistics_are_the_trees(kernel_sizes, names, gated, seed):
-    tree = random_tree(kernel_sizes, n_embd=5, n_hidden=7, vocab_size=len(VOCAB), gated=gated, seed=seed).train()
-    conv = from_tree(tree).train()
+@given(kernel_size_lists, name_lists, st.sampled_from(KINDS), st.integers(0, 99))
+def test_loss_gradients_and_statistics_are_the_trees(kernel_sizes, names, kind, seed):
+    tree = random_tree(kernel_sizes, n_embd=5, n_hidden=7, vocab_size=len(VOCAB), **kind, seed=seed).train()
+    conv = conv_of(tree).train()
     names = [*names, "abcxyz"]  # one name with a variance of its own
     expected, found = tree_loss(tree, names), shared_loss(conv, names)
     assert abs(expected - found) < 1e-10
     expected.backward()
     found.backward()
-    assert_close(conv.state_dict(), from_tree(tree).state_dict())  # running statistics among them
+    assert_close(conv.state_dict(), conv_of(tree).state_dict())  # running statistics among them
     assert_same_gradients(tree, conv)
 
 
-@pytest.mark.parametrize("batch_norm", [True, False])
-def test_twenty_steps_are_the_trees(names, vocab, batch_norm):
+@pytest.mark.parametrize("kind", [{}, {"norm": "none"}, MIXED], ids=["tanh", "no norm", "mixed"])
+def test_twenty_steps_are_the_trees(names, vocab, kind):
     """From the same start, with the same names per step, the two are still alike after twenty steps of SGD."""
     few = names[:600]
-    tree = random_tree(n_embd=6, n_hidden=16, batch_norm=batch_norm).train()
-    conv = from_tree(tree)
+    tree = random_tree(n_embd=6, n_hidden=16, **kind).train()
+    conv = conv_of(tree)
     recipe = Recipe(steps=20, batch_size=32, optimizer="sgd", schedule="constant", lr=0.1, weight_decay=0.0, seed=3)
     trainer = Trainer(conv, vocab, few, names[600:650], recipe)
     for _ in range(20):
@@ -117,7 +117,7 @@ def test_twenty_steps_are_the_trees(names, vocab, batch_norm):
             parameter.data -= 0.1 * parameter.grad
         trainer.advance()
         assert abs(trainer.losses[-1] - loss) < 1e-8
-    assert_close(conv.state_dict(), from_tree(tree).state_dict(), 1e-8)
+    assert_close(conv.state_dict(), conv_of(tree).state_dict(), 1e-8)
 
 
 def test_teachers_give_their_share_of_the_targets(small):

@@ -39,7 +39,10 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "n_embd": (int,),
     "n_hidden": (int, list),
     "kernel_sizes": (list,),
-    **dict.fromkeys(("batch_norm", "bias", "gated"), (bool,)),
+    **dict.fromkeys(("norm", "activation"), (str, list)),
+    **dict.fromkeys(("bias", "gated"), (bool,)),
+    "head_kernel_size": (int,),
+    "head_norm": (str,),
 }
 
 

@@ -1,7 +1,8 @@
 """From the sum of what its children contribute to a node's value: what `shared` and `stream` have in common.
 
 What a node contributes to its parent at tap j is its value times the matrix of that tap. A parent sums up the
-contributions of its children and applies tanh, or in a gated model the gate, the residual and the skip.
+contributions of its children and applies its norm and activation, or in a gated model the gate, the residual and the
+skip.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .weights import Affine, LayerWeights, Weights
+from ..config import ACTIVATIONS
+from .weights import Affine, LayerWeights, NormWeights, Weights
 
 COLUMNS = (
     16  # the columns of a matrix product are a multiple of this: otherwise equal rows can differ in their last bits
@@ -26,6 +28,8 @@ class NodeWeights:
     taps: tuple[Tensor, ...]  # per layer (kernel_size, c_in, c_out)
     biases: tuple[Tensor, ...]  # per layer (c_out,)
     dilations: tuple[int, ...]  # per layer, positions between two taps
+    norms: tuple[NormWeights | None, ...]  # per layer, layer norm of the channels that are not padding
+    activations: tuple[str, ...]  # per layer, a key of `ACTIVATIONS`
     embedding: Tensor  # (vocab, n_embd); in a gated model (vocab, 2 * n_embd), h and s side by side
     gates: tuple[Affine, ...]  # per layer of a gated model, residual and skip side by side; the last has the skip only
     hidden: Affine | None  # the map before the head of a gated model
@@ -47,9 +51,18 @@ class NodeWeights:
         # A product with 32 columns takes two thirds of the time of one with 27.
         spare = -weights.config.vocab_size % COLUMNS
         head = Affine(F.pad(weights.head.weight, (0, spare)), F.pad(weights.head.bias, (0, spare), value=-torch.inf))
-        taps, biases = zip(*((layer.taps, layer.bias) for layer in weights.layers))
-        config = weights.config
-        return cls(taps, biases, config.dilations, embedding, gates, weights.hidden, head, config.vocab_size)
+        return cls(
+            taps=tuple(layer.taps for layer in weights.layers),
+            biases=tuple(layer.bias for layer in weights.layers),
+            dilations=tuple(layer.dilation for layer in weights.layers),
+            norms=tuple(layer.norm for layer in weights.layers),
+            activations=tuple(layer.activation for layer in weights.layers),
+            embedding=embedding,
+            gates=gates,
+            hidden=weights.hidden,
+            head=head,
+            vocab_size=weights.config.vocab_size,
+        )
 
     @property
     def n_embd(self) -> int:
@@ -63,7 +76,11 @@ class NodeWeights:
         by side, and for the last layer what the head reads, `(n, n_embd)`.
         """
         if rightmost is None or self.hidden is None:
-            return tanh_(summed)
+            norm = self.norms[layer]
+            if norm is not None:
+                channels = len(norm.weight)
+                summed[:, :channels] = F.layer_norm(summed[:, :channels], (channels,), *norm)
+            return activate_(summed, self.activations[layer])
         gate = self.gates[layer]
         f, g = tanh_(summed).chunk(2, 1)
         z = f * g.add_(_ONE)
@@ -74,7 +91,10 @@ class NodeWeights:
 
 
 def widen(weights: Weights, width: int) -> Weights:
-    """An equal model in which matrix products have a multiple of `width` columns; the new channels are zero."""
+    """An equal model in which matrix products have a multiple of `width` columns; the new channels are zero.
+
+    An activation may make another constant of that zero; the rows of the matrices that would read it are zero.
+    """
     gated = weights.hidden is not None
     inner = [-(layer.taps.shape[2] // (1 + gated) // -width) * width for layer in weights.layers]
     n_embd = weights.embedding.shape[1]  # a number of columns only in a gated model
@@ -119,6 +139,7 @@ def _side_by_side(layer: LayerWeights) -> Affine:
 
 _ONE = torch.tensor(1.0)  # a Python number would be wrapped at every call
 _GRAIN = 32768  # PyTorch gives a thread no fewer elements than this
+_ONE_THREAD = 16384  # up to so many elements, every activation is computed by one thread
 
 
 def tanh_(x: Tensor) -> Tensor:
@@ -134,3 +155,17 @@ def tanh_(x: Tensor) -> Tensor:
     x = x.add_(x)
     x = x.sigmoid_() if x.numel() % (64 * parts) == 0 else x.neg_().exp_().add_(_ONE).reciprocal_()
     return torch.sub(x.add_(x), _ONE, out=x)
+
+
+def activate_(x: Tensor, activation: str) -> Tensor:
+    """An activation by the rule of `tanh_`, in place or not: the bits of an element do not depend on its position.
+
+    Where the parts of PyTorch's threads are not whole vectors, x is cut into parts that one thread computes.
+    """
+    if activation == "tanh":
+        return tanh_(x)
+    function, threads = ACTIVATIONS[activation], torch.get_num_threads()
+    parts = (max(1, min(threads, -(-x.numel() // _GRAIN))), threads)  # as in `tanh_`; gelu takes every thread
+    if x.is_cuda or x.numel() <= _ONE_THREAD or all(x.numel() % (64 * count) == 0 for count in parts):
+        return function(x)
+    return torch.cat([function(part) for part in x.flatten().split(_ONE_THREAD)]).view_as(x)

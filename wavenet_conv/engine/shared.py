@@ -43,7 +43,7 @@ def shared_logits_ref(weights: Weights, windows: Tensor) -> tuple[Tensor, Tensor
         ids = ids.view(len(windows), -1)
         total = layer.bias + sum(h[children[:, tap]] @ layer.taps[tap] for tap in range(kernel_size))
         if layer.skip is None:
-            h = torch.tanh(total)
+            h = layer.activate(total)
         else:
             f, g = total.chunk(2, dim=1)
             z, rightmost = torch.tanh(f) * torch.sigmoid(g), children[:, -1]
@@ -102,8 +102,9 @@ class SharedNodes:
     @torch.no_grad()
     def __init__(self, weights: Weights):
         self.nodes = nodes = NodeWeights.prepare(weights)
-        self.context, self.kernel_sizes = weights.config.context, weights.config.kernel_sizes
-        self.vocab_size, self.gated = nodes.vocab_size, nodes.hidden is not None
+        self.context, self.kernel_sizes = weights.config.context, weights.kernel_sizes
+        self.vocab_size = nodes.vocab_size
+        self.kernel_knows = nodes.hidden is None and (nodes.activations[-1], nodes.norms[-1]) == ("tanh", None)
         kinds, self.tabulated = self.vocab_size, 0
         self.table = contribute(self.nodes, 0, _padded(nodes.embedding).split(TILE), kinds, NodeCache())
         while self.tabulated < len(self.kernel_sizes) - 1 and kinds ** self.kernel_sizes[self.tabulated] <= TABULATED:
@@ -149,12 +150,12 @@ class SharedNodes:
         """The log-probability, in nats, of the token that follows each output: `(sum(lengths + 1),)`, name after name.
 
         Arguments as in `logits`; `cache` has nodes of earlier chunks and is extended. The Triton kernel evaluates the
-        last layer if it can run and the model is not gated.
+        last layer if it can run and that layer is a linear map and tanh.
         """
         head, cache = self.nodes.head, NodeCache() if cache is None else cache
-        if head.weight.is_cuda and not self.gated:
+        if head.weight.is_cuda and self.kernel_knows:
             kernel.warn_once_without_triton()
-        by_kernel = not self.gated and not kernel.why_not(head.weight.device, head.weight.dtype, self.vocab_size)
+        by_kernel = self.kernel_knows and not kernel.why_not(head.weight.device, head.weight.dtype, self.vocab_size)
         cache.trim()
         used = cache.ids.windows.count
         readable, children, rows, targets = self._below_last(tokens, lengths, cache, cache_windows=not by_kernel)

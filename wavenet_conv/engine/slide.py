@@ -2,7 +2,7 @@
 
 `nn.Conv1d` has a large fixed cost on the CPU. Here nodes lie in time-major order, `(time * batch, channels)`: the nodes
 that tap j reads are all nodes but the first `j * dilation * batch`, one contiguous view without a copy. So a layer is
-one matrix product per tap and a tanh.
+one matrix product per tap, then its norm and its activation.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class FoldedWaveNet:
             x = torch.relu_(torch.addmm(weights.hidden.bias, torch.relu_(skips), weights.hidden.weight))
         else:
             for taps, layer in zip(self.taps, weights.layers):
-                x = torch.tanh_(convolve(x, taps, layer.bias, layer.dilation * batch))
+                x = layer.activate(convolve(x, taps, layer.bias, layer.dilation * batch))
         logits = torch.addmm(weights.head.bias, x, weights.head.weight)
         return logits.view(outputs, batch, vocab_size).transpose(0, 1).contiguous()
 
@@ -74,7 +74,7 @@ def fold_batch_norm(conv: ConvWaveNet) -> FoldedWaveNet:
     """Copies a model for inference, with batch norm folded into its matrices; `conv` is left as it is.
 
     Args:
-        conv: A `ConvWaveNet` in any mode, with or without batch norm.
+        conv: A `ConvWaveNet` of any kind, in any mode. Layer norm, which depends on the node, stays.
 
     Raises:
         MappingError: `conv` is something else.

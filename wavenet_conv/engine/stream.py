@@ -34,12 +34,12 @@ class Stream:
     logits of the model at every position: to 1e-12 in float64 and 1e-5 in float32. The model is copied.
 
     Args:
-        model: A `ConvWaveNet`, gated or not, in any mode.
+        model: A `ConvWaveNet` of any kind, in any mode.
         batch_size: Rows.
         device, dtype: Where and in what to compute. Default: as the model. float32 is IEEE, also on CUDA.
         compiled: Whether Numba's loops take the steps, or PyTorch. Default: loops where they can run, which is on the
-            CPU in float32 or float64 with at most 8 rows and the extra "fast". They are compiled at the first step, in
-            some seconds, and kept beside the package.
+            CPU in float32 or float64 with at most 8 rows and the extra "fast", for layers with tanh and no layer norm,
+            or gated ones. They are compiled at the first step, in some seconds, and kept beside the package.
 
     Raises:
         ShapeError: `batch_size` is below 1.
@@ -63,7 +63,12 @@ class Stream:
         self.batch_size, self.context, self.vocab_size = batch_size, model.context, model.config.vocab_size
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self._digest = torch.frombuffer(bytearray(_digest(weights)), dtype=torch.uint8)
-        loops_can_run = batch_size <= FEW_ROWS and _loops_can_run(self.device, self.dtype)
+        loops_can_run = weights.only_tanh and batch_size <= FEW_ROWS and _loops_can_run(self.device, self.dtype)
+        if compiled and not weights.only_tanh:
+            raise ConfigError(
+                "compiled steps know tanh and gated layers, but no other activation, no layer norm and no head that "
+                "merges nodes; leave out compiled=True"
+            )
         if compiled and not loops_can_run:
             raise ConfigError(
                 f"compiled steps are for up to {FEW_ROWS} rows on the CPU, in float32 or float64, and need Numba: "
@@ -211,7 +216,8 @@ def _loops_can_run(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _digest(weights: Weights) -> bytes:
     """SHA-256 of a model's shape, dtype and weights."""
-    digest = hashlib.sha256(f"{weights.config} {weights.embedding.dtype}".encode())
+    eps = [None if layer.norm is None else layer.norm.eps for layer in weights.layers]
+    digest = hashlib.sha256(f"{weights.config} {eps} {weights.embedding.dtype}".encode())
 
     def update(tensor: Tensor) -> Tensor:
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -1,4 +1,4 @@
-"""The weights that every engine reads: matrices, with batch norm folded in."""
+"""The weights that every engine reads: matrices, with batch norm folded in, and what is applied after them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..config import WaveNetConfig
+from ..config import ACTIVATIONS, WaveNetConfig
 from ..errors import MappingError
-from ..model import ConvWaveNet, GatedLayer, Layer
+from ..model import BatchNorm, ConvWaveNet, GatedLayer, LayerNorm
 
 
 class Affine(NamedTuple):
@@ -23,26 +24,55 @@ class Affine(NamedTuple):
     bias: Tensor
 
 
+class NormWeights(NamedTuple):
+    """Layer norm over the channels of one node: weight and bias `(channels,)`."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer. In a gated layer c_out holds f and g, side by side."""
+    """One layer: a linear map, then layer norm or none, then an activation. In a gated layer c_out holds f and g."""
 
     taps: Tensor  # (kernel_size, c_in, c_out), a matrix for each child
     bias: Tensor  # (c_out,)
     dilation: int  # positions between two taps
+    activation: str  # a key of `ACTIVATIONS`; of a gated layer, that of f
+    norm: NormWeights | None = None
     residual: Affine | None = None  # (gate, channels), of a gated layer except the last one
     skip: Affine | None = None  # (gate, channels), of a gated layer
+
+    def activate(self, summed: Tensor) -> Tensor:
+        """Nodes `(n, c_out)` of a layer without a gate, from the results of its linear map, which are overwritten."""
+        if self.norm is not None:
+            summed = F.layer_norm(summed, self.norm.weight.shape, *self.norm)
+        return torch.tanh_(summed) if self.activation == "tanh" else ACTIVATIONS[self.activation](summed)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A whole model in evaluation mode."""
+    """A whole model in evaluation mode.
+
+    A head that merges nodes, or has layer norm, is the last of `layers`; `head` is then the identity.
+    """
 
     config: WaveNetConfig  # of the model before folding
     embedding: Tensor  # (vocab, n_embd)
     layers: tuple[LayerWeights, ...]  # lowest first
     hidden: Affine | None  # the map before the head of a gated model
     head: Affine  # (channels, vocab)
+
+    @property
+    def kernel_sizes(self) -> tuple[int, ...]:
+        """Of each of `layers`."""
+        return tuple(len(layer.taps) for layer in self.layers)
+
+    @property
+    def only_tanh(self) -> bool:
+        """Whether every layer is a linear map and tanh, or gated: what compiled loops know."""
+        return all(layer.activation == "tanh" and layer.norm is None for layer in self.layers)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Weights:
         """The same model with `function` applied to every tensor."""
@@ -52,6 +82,8 @@ class Weights:
 
         def mapped(layer: LayerWeights) -> LayerWeights:
             maps: dict[str, Any] = {"residual": affine(layer.residual), "skip": affine(layer.skip)}
+            if layer.norm is not None:
+                maps["norm"] = NormWeights(function(layer.norm.weight), function(layer.norm.bias), layer.norm.eps)
             return replace(layer, taps=function(layer.taps), bias=function(layer.bias), **maps)
 
         embedding, layers = function(self.embedding), tuple(map(mapped, self.layers))
@@ -70,37 +102,46 @@ def fold(conv: ConvWaveNet, device: torch.device | str | None = None, dtype: tor
     Batch norm is then an affine map per channel: `scale = gamma / sqrt(var + eps)` multiplies the weights, and the bias
     becomes `beta + (bias - mean) * scale`.
 
-    The model may be in any mode, gated or not. `device` and `dtype` are those of the result and of the folding; by
+    The model may be of any kind and in any mode. `device` and `dtype` are those of the result and of the folding; by
     default the model's. Raises `MappingError` if `conv` is not a `ConvWaveNet`.
     """
     if not isinstance(conv, ConvWaveNet):
         raise MappingError(f"got a {type(conv).__name__}, not a ConvWaveNet; map a tree with from_tree first")
     if device is not None or dtype is not None:
         conv = copy.deepcopy(conv).to(device=device, dtype=dtype)
+    layers = [_layer(layer) for layer in conv.layers]
+    top = _folded(conv.head, conv.head_norm, "none")
+    if len(top.taps) > 1 or top.norm is not None:
+        layers.append(top)
+        head = Affine(torch.eye(len(top.bias)).to(top.bias), torch.zeros_like(top.bias))
+    else:
+        head = Affine(top.taps[0], top.bias)
     return Weights(
         config=conv.config,
         embedding=conv.embedding.weight.detach().clone(),
-        layers=tuple(_layer(layer) for layer in conv.layers),
+        layers=tuple(layers),
         hidden=None if conv.hidden is None else _affine(conv.hidden),
-        head=_affine(conv.head),
+        head=head,
     )
 
 
-def _layer(layer: nn.Module) -> LayerWeights:
-    if isinstance(layer, GatedLayer):
-        residual = None if layer.residual is None else _affine(layer.residual)
-        weight, bias = layer.conv.weight.detach(), _bias(layer.conv)
-        return LayerWeights(_taps(weight), bias, layer.dilation, residual, _affine(layer.skip))
-    assert isinstance(layer, Layer)
-    weight, bias, norm = layer.conv.weight.detach(), _bias(layer.conv), layer.norm
-    if norm is not None:
+def _layer(layer: Any) -> LayerWeights:
+    if not isinstance(layer, GatedLayer):
+        return _folded(layer.conv, layer.norm, layer.activation)
+    residual = None if layer.residual is None else _affine(layer.residual)
+    return replace(_folded(layer.conv, None, "tanh"), residual=residual, skip=_affine(layer.skip))
+
+
+def _folded(conv: nn.Conv1d, norm: BatchNorm | LayerNorm | None, activation: str) -> LayerWeights:
+    """A convolution and what follows it."""
+    weight, bias, layer_norm = conv.weight.detach(), _bias(conv), None
+    if isinstance(norm, BatchNorm):
         scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
         weight, bias = weight * scale[:, None, None], norm.bias + (bias - norm.running_mean) * scale
-    return LayerWeights(_taps(weight), bias, layer.dilation)
-
-
-def _taps(weight: Tensor) -> Tensor:
-    return rearrange(weight, "o c j -> j c o").clone(memory_format=torch.contiguous_format)
+    elif norm is not None:
+        layer_norm = NormWeights(norm.weight.detach().clone(), norm.bias.detach().clone(), norm.eps)
+    taps = rearrange(weight, "o c j -> j c o").clone(memory_format=torch.contiguous_format)
+    return LayerWeights(taps, bias, conv.dilation[0], activation, layer_norm)
 
 
 def _bias(conv: nn.Conv1d) -> Tensor:

@@ -18,8 +18,9 @@ from ..vocabulary import Vocabulary, checked_names
 class Batch:
     """The windows of some names as their distinct nodes, which have ids within the batch."""
 
-    children: list[Tensor]  # per layer, lowest first, int64 (nodes, kernel_size): ids of the layer below, or tokens
-    multiplicities: list[Tensor]  # per layer (nodes, 1), in the dtype of the weights
+    # Per layer, lowest first, and then for a head that merges nodes.
+    children: list[Tensor]  # int64 (nodes, kernel_size): ids of the layer below, or tokens
+    multiplicities: list[Tensor]  # (nodes, 1), in the dtype of the weights
     targets: Tensor  # (windows, vocab), how often each token follows each distinct window, or is expected to
     positions: int  # predictions of the batch, the sum of `targets`
 
@@ -48,7 +49,8 @@ class Corpus:
         self.dtype, self.vocab_size = weight.dtype, len(vocab)
         self.children: list[Tensor] = []
         ids, kinds, span = tokens, len(vocab), 1
-        for kernel_size in model.config.kernel_sizes:
+        config = model.config
+        for kernel_size in (*config.kernel_sizes, *([config.head_kernel_size] if config.head_kernel_size > 1 else [])):
             taps, span = tap_views(ids, kernel_size, span), span * kernel_size
             children, ids = node_ids(taps, kinds, crossing_starts(lengths, context, span))
             self.children.append(children)

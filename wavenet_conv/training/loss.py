@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import ACTIVATIONS
 from ..model import BatchNorm, ConvWaveNet, GatedLayer
 from .corpus import Batch, Corpus
 
-Normalize = Callable[[BatchNorm, Tensor, Tensor], Tensor]
+Normalize = Callable[[BatchNorm, Tensor, Tensor], Tensor]  # of `(nodes, channels)` with these multiplicities
 
 
 def shared_logits(
@@ -23,7 +24,7 @@ def shared_logits(
     Args:
         model, batch: a model, and a batch of a corpus that was made for it.
         dropout: in training, the probability that a linear map does not see an input channel, drawn per distinct node.
-        normalize: batch norm as a function of the module, `(nodes, channels)` and the multiplicities.
+        normalize: computes batch norm.
     """
     dropout = dropout if model.training else 0.0
     layer: Any
@@ -39,10 +40,19 @@ def shared_logits(
             if layer.residual is not None:
                 x = _mapped(layer.residual, z, 0.0) + x.index_select(0, rightmost)
         else:
-            x = torch.tanh(h if layer.norm is None else normalize(layer.norm, h, multiplicity))
+            x = ACTIVATIONS[layer.activation](_normalized(layer.norm, h, multiplicity, normalize))
     if model.hidden is not None:
         x = F.relu(_mapped(model.hidden, F.relu(skips), dropout))
-    return _mapped(model.head, x, dropout)
+    merging = len(batch.children) > len(model.layers)
+    logits = _fused(model.head, x, batch.children[-1], dropout) if merging else _mapped(model.head, x, dropout)
+    return _normalized(model.head_norm, logits, batch.multiplicities[-1], normalize)
+
+
+def _normalized(norm: nn.Module | None, h: Tensor, multiplicity: Tensor, normalize: Normalize) -> Tensor:
+    """h `(nodes, channels)` after a layer's norm; layer norm needs no multiplicities."""
+    if isinstance(norm, BatchNorm):
+        return normalize(norm, h, multiplicity)
+    return h if norm is None else norm(h)
 
 
 def _fused(conv: nn.Conv1d, x: Tensor, children: Tensor, dropout: float) -> Tensor:
