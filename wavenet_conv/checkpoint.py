@@ -1,17 +1,19 @@
 """One safetensors file per model: weights, config, vocabulary and notes. Nothing is unpickled.
 
-The metadata of the file are `format` ("wavenet-conv"), `version` ("1", or "2" for a gated model), `config` (JSON: the
-fields of `WaveNetConfig`, where a missing `gated` means false, and `norms`, an eps and a momentum per layer),
-`vocabulary` (the characters in order) and `notes` (JSON). The tensors are the model's `state_dict` and, in a file that
-has them, `quantiles`. Both versions keep the names of the first release: `levels` for `layers` in the names of tensors,
-and `fan_ins` for `kernel_sizes` in the config. Error messages use today's names.
+The metadata of the file are `format` ("wavenet-conv"), `version` (`_version`), `config` (JSON: the fields of
+`WaveNetConfig`, where a missing `gated` means false, and `norms`, an eps and a momentum per layer), `vocabulary` (the
+characters in order), in a file whose vocabulary is not standard `end` (the token that ends a name), and `notes` (JSON).
+The tensors are the model's `state_dict` and, in a file that has them, `quantiles`. All versions keep the names of the
+first release: `levels` for `layers` in the names of tensors, and `fan_ins` for `kernel_sizes` in the config. Error
+messages use today's names.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from math import isfinite
@@ -25,10 +27,11 @@ from torch import Tensor
 from .errors import CheckpointError, WaveNetConvError
 from .files import write_whole
 from .model import ConvWaveNet, WaveNetConfig
-from .vocabulary import Vocabulary
+from .names import sha256_of
+from .vocabulary import Vocabulary, checked_names
 
 FORMAT = "wavenet-conv"
-VERSIONS = {False: "1", True: "2"}  # by config.gated: releases without gates reject version 2 and ask to be upgraded
+VERSIONS = ("1", "2", "3")
 DEFAULT = Path(__file__).parent / "default.safetensors"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
@@ -57,37 +60,40 @@ def save_checkpoint(
     model: ConvWaveNet,
     vocab: Vocabulary,
     notes: Mapping[str, Any] | None = None,
-    quantiles: Tensor | None = None,
+    *,
+    names: Iterable[str] | None = None,
 ) -> None:
     """Writes a model, in any mode and on any device, to one file; a previous file stays until the new one is complete.
 
-    `notes` are anything that JSON can hold; `Checkpoint` says what `quantiles` are.
+    Args:
+        path, model, vocab: Where to write what.
+        notes: Anything that JSON can hold.
+        names: The list that the model was trained on. The file then holds quantiles of its bits per character, for
+            `Scorer.percentile`, and its SHA-256, for `wavenet-conv sample --novel`, as the note `names_sha256` if
+            `notes` have none.
 
     Raises:
-        CheckpointError: `load_checkpoint` would reject the file, for example because a weight is NaN.
+        CheckpointError: `load_checkpoint` would reject the file, for example because a weight is NaN; `names` are
+            empty or have a character that is not in the vocabulary.
         OSError: The file cannot be written.
     """
     for value, kind in ((model, ConvWaveNet), (vocab, Vocabulary)):
         if not isinstance(value, kind):
             raise CheckpointError(f"{path}: a checkpoint holds a {kind.__name__}, not a {type(value).__name__}")
-    norms: list[Any] = [layer.norm for layer in model.layers if model.config.batch_norm]
-    tensors = model.state_dict() | ({} if quantiles is None else {"quantiles": quantiles})
-    # safetensors takes contiguous tensors only, and none that share memory.
-    in_file = {_renamed(name): tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    config = {name: value for name, value in asdict(model.config).items() if name != "gated" or value}
-    config["fan_ins"] = config.pop("kernel_sizes")
-    try:
-        metadata = {
-            "format": FORMAT,
-            "version": VERSIONS[model.config.gated],
-            "config": json.dumps(config | {"norms": [[float(norm.eps), float(norm.momentum)] for norm in norms]}),
-            "vocabulary": vocab.characters,
-            "notes": json.dumps(dict(notes or {})),
-        }
-        data = _ordered(safetensors.torch.save(in_file, metadata))
-    except (TypeError, ValueError, RecursionError) as error:  # notes of other things; half a surrogate pair
-        raise CheckpointError(f"{path}: {error}; notes hold what JSON can, and a vocabulary is Unicode text") from error
-    _read(io.BytesIO(data), path)
+    tensors = model.state_dict()
+    with _naming(path):
+        if names is not None:
+            from .scoring import training_quantiles  # scoring imports this module
+
+            names = checked_names(names)
+            tensors["quantiles"] = training_quantiles(model, vocab, names)
+        # safetensors takes contiguous tensors only, and none that share memory.
+        in_file = {_renamed(name): tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        try:
+            data = _ordered(safetensors.torch.save(in_file, _metadata(model, vocab, notes, names)))
+        except (TypeError, ValueError, RecursionError) as error:  # notes of other things; half a surrogate pair
+            raise CheckpointError(f"{error}; notes hold what JSON can, and a vocabulary is Unicode text") from error
+        _checkpoint(io.BytesIO(data))
     write_whole(path, data)
 
 
@@ -99,10 +105,29 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             not fit each other, or a weight is NaN or infinite. The message names the file and the fix.
     """
     try:
-        with open(DEFAULT if path == "default" else path, "rb") as file:
-            return _read(file, path)
+        with open(DEFAULT if path == "default" else path, "rb") as file, _naming(path):
+            return _checkpoint(file)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}; {_GIVE}") from error
+
+
+def _metadata(
+    model: ConvWaveNet, vocab: Vocabulary, notes: Mapping[str, Any] | None, names: list[str] | None
+) -> dict[str, str]:
+    norms: list[Any] = [layer.norm for layer in model.layers if model.config.batch_norm]
+    config = {name: value for name, value in asdict(model.config).items() if name != "gated" or value}
+    config["fan_ins"] = config.pop("kernel_sizes")
+    notes = dict(notes or {})
+    if names is not None:
+        notes.setdefault("names_sha256", sha256_of(names))
+    metadata = {
+        "format": FORMAT,
+        "version": _version(model.config, vocab),
+        "config": json.dumps(config | {"norms": [[float(norm.eps), float(norm.momentum)] for norm in norms]}),
+        "vocabulary": vocab.characters,
+        "notes": json.dumps(notes),
+    }
+    return metadata if vocab.is_standard else metadata | {"end": str(vocab.end)}
 
 
 def _ordered(data: bytes) -> bytes:
@@ -115,10 +140,22 @@ def _ordered(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[end:]
 
 
-def _read(file: BinaryIO, path: str | Path) -> Checkpoint:
+def _version(config: WaveNetConfig, vocab: Vocabulary) -> str:
+    """The lowest version that can hold both; releases that do not know a version reject it and ask to be upgraded.
+
+    "1" holds no gates, "2" only standard vocabularies.
+    """
+    if not vocab.is_standard:
+        return "3"
+    return "2" if config.gated else "1"
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Raises errors, also those of a config or a vocabulary, as `CheckpointError` with the file."""
     try:
-        return _checkpoint(file)
-    except WaveNetConvError as error:  # from a config or a vocabulary, too
+        yield
+    except WaveNetConvError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
@@ -128,27 +165,22 @@ def _checkpoint(file: BinaryIO) -> Checkpoint:
     metadata = metadata if isinstance(metadata, dict) else {}
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"a safetensors file of another model: its format is not {FORMAT!r}")
-    if metadata.get("version") not in VERSIONS.values():
+    if metadata.get("version") not in VERSIONS:
         version = metadata.get("version")
-        raise CheckpointError(f"its version is {version!r:.40}, not '1' or '2'; install a newer wavenet-conv")
+        raise CheckpointError(f"its version is {version!r:.40}, not '1', '2' or '3'; install a newer wavenet-conv")
     config, norms = _config(_object("config", metadata))
-    characters = metadata.get("vocabulary")
-    vocab = Vocabulary(characters if isinstance(characters, str) else "")
-    if vocab.characters != characters or len(vocab) != config.vocab_size:
-        raise CheckpointError(
-            f"its vocabulary {characters!r:.80} is not the {config.vocab_size - 1:,} characters of the model in order"
-        )
-    notes = _object("notes", metadata)
+    vocab, notes = _vocabulary(metadata, config.vocab_size), _object("notes", metadata)
     try:
         tensors = {_renamed(name): tensor for name, tensor in safetensors.torch.load(head + file.read()).items()}
     except Exception as error:  # safetensors raises its own error, KeyError and torch's errors for bad headers
         raise CheckpointError(f"its header and its tensors do not agree ({error}); {_DAMAGED}") from error
     quantiles = tensors.pop("quantiles", None)
+    model = _model(config, norms, tensors)
     if quantiles is not None:
         right = quantiles.ndim == 1 and quantiles.dtype == torch.float32 and len(quantiles)
         if not right or not quantiles.isfinite().all() or (quantiles.diff() < 0).any():
             raise CheckpointError("quantiles must be torch.float32 of shape (q,), finite and ascending")
-    return Checkpoint(_model(config, norms, tensors), vocab, notes, quantiles)
+    return Checkpoint(model, vocab, notes, quantiles)
 
 
 def _renamed(name: str) -> str:
@@ -191,6 +223,24 @@ def _object(key: str, metadata: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"its {key} is not a JSON object but {text!r:.40}; {_SAVE_AGAIN}")
     return value
+
+
+def _vocabulary(metadata: dict[str, Any], vocab_size: int) -> Vocabulary:
+    """The vocabulary of a model: the standard one of its characters, or with an `end` that of any other order."""
+    found, end = metadata.get("vocabulary"), metadata.get("end")
+    characters = found if isinstance(found, str) else ""
+    if end is None:
+        vocab = Vocabulary(characters)
+    elif metadata["version"] == "3" and end in map(str, range(len(characters) + 1)):
+        place = int(end)
+        vocab = Vocabulary.from_mapping([*characters[:place], "", *characters[place:]], end="")
+    else:
+        raise CheckpointError(f"its end is {end!r:.40}, which is not a token of a version 3 file; {_SAVE_AGAIN}")
+    if vocab.characters != found or len(vocab) != vocab_size:
+        raise CheckpointError(
+            f"its vocabulary {found!r:.80} is not the {vocab_size - 1:,} characters of the model in order"
+        )
+    return vocab
 
 
 def _config(found: dict[str, Any]) -> tuple[WaveNetConfig, list[tuple[float, float]]]:
