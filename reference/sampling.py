@@ -16,17 +16,17 @@ Draw = Callable[[Tensor, int, int], int]
 
 
 def sample_loop(
-    tree: Sequential, count: int, draw: Draw, *, prefix: Sequence[int] = (), max_length: int = 100
+    tree: Sequential, count: int, draw: Draw, *, prefix: Sequence[int] = (), max_length: int = 100, end: int = 0
 ) -> list[list[int]]:
-    """The tokens of `count` names, without the final `.`; each starts with `prefix` and has at most `max_length`."""
+    """The tokens of `count` names, without the final `end`; each starts with `prefix` and has at most `max_length`."""
     names = []
     for name in range(count):
         out = list(prefix)
-        context = ([0] * context_of(tree) + out)[-context_of(tree) :]
+        context = ([end] * context_of(tree) + out)[-context_of(tree) :]
         while len(out) < max_length:
             probs = F.softmax(tree(torch.tensor([context])), dim=1)
             ix = draw(probs, name, len(out))
-            if ix == 0:
+            if ix == end:
                 break
             context = context[1:] + [ix]
             out.append(ix)

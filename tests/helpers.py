@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import subprocess
@@ -134,6 +135,32 @@ def trees_and_names(draw):
         seed=draw(st.integers(0, 999)),
     )
     return sizes, draw(st.lists(name, min_size=1, max_size=6)), Vocabulary(alphabet)
+
+
+@st.composite
+def numberings(draw):
+    """A notebook's numbers: its vocabulary, `order`, and names.
+
+    `order[token]` is the token of the same character in `Vocabulary(ALPHABET[:n])`, whose names `standard` are the
+    notebook's `names` in other letters. The end is anywhere, and `.` may be a character.
+    """
+    end = draw(st.sampled_from([".", "<E>", "\n", ""]))
+    characters = draw(st.lists(st.sampled_from([c for c in ".\n\0aZé😀ß b" if c != end]), min_size=1, unique=True))
+    order = draw(st.permutations(range(len(characters) + 1)))
+    standard = draw(st.lists(st.text(ALPHABET[: len(characters)], max_size=20), min_size=1, max_size=6))
+    keys = [end if token == 0 else characters[token - 1] for token in order]
+    mapping = draw(st.sampled_from([keys, dict(enumerate(keys)), {key: token for token, key in enumerate(keys)}]))
+    names = [name.translate({ord(ALPHABET[i]): c for i, c in enumerate(characters)}) for name in standard]
+    return Vocabulary.from_mapping(mapping, end=end), order, names, standard
+
+
+def renumbered(tree: reference.Sequential, order: Sequence[int]) -> reference.Sequential:
+    """The same tree with its token `order[t]` as token t."""
+    tree = copy.deepcopy(tree)
+    with torch.no_grad():
+        for part, axis in ((tree.layers[0].weight, 0), (tree.layers[-1].weight, 1), (tree.layers[-1].bias, 0)):
+            part.copy_(part.index_select(axis, torch.tensor(order)))
+    return tree
 
 
 def to_exact(tree, seed=0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 
@@ -14,11 +15,11 @@ LECTURE_URL = "https://raw.githubusercontent.com/karpathy/makemore/master/names.
 LECTURE_SHA256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"
 
 
-def read_names(path: str | Path) -> list[str]:
+def read_names(path: str | Path, end: str = ".") -> list[str]:
     """Reads a UTF-8 text file with one name per line; white space around names and blank lines are skipped.
 
     A byte-order mark and CRLF or CR line ends are accepted. Raises `NamesError`, with the file and the line, if the
-    file is missing, holds no name, is not UTF-8, or has a `.` in a name.
+    file is missing, holds no name, is not UTF-8, or has the character `end` in a name.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
@@ -29,12 +30,17 @@ def read_names(path: str | Path) -> list[str]:
         raise NamesError(f"{path}, line {number}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from error
     lines = [line.strip() for line in re.split("\r\n|\r|\n", text)]
     for number, line in enumerate(lines, start=1):
-        if "." in line:
-            raise NamesError(f"{path}, line {number} ({line[:40]!r}): '.' marks the end of a name; remove it")
+        if end in line:
+            raise NamesError(f"{path}, line {number} ({line[:40]!r}): {end!r} marks the end of a name; remove it")
     names = [line for line in lines if line]
     if not names:
         raise NamesError(f"{path}: no names in it; give a text file with one name per line")
     return names
+
+
+def sha256_of(names: Sequence[str]) -> str:
+    """What identifies a list in a checkpoint's notes."""
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def lecture_names() -> Path | None:

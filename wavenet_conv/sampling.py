@@ -21,8 +21,9 @@ from .engine.shared import NodeCache, SharedNodes
 from .engine.weights import fold
 from .errors import ConfigError, SamplingError
 from .model import ConvWaveNet
+from .numbering import to_engine
 from .precision import exact_float32_on
-from .vocabulary import END, Vocabulary
+from .vocabulary import Vocabulary
 
 BATCH = 2**17  # names drawn together,
 CHARACTERS = 2**24  # if they have no more characters than this
@@ -60,7 +61,8 @@ def sample_stream(
     """Yields names drawn from the model.
 
     A character is drawn by inverse CDF from the uniform number of its seed, name and position (`uniform`). In float64
-    the names are those that the lecture's loop draws from the tree for the same numbers.
+    the names are those that the lecture's loop draws from the tree for the same numbers, with tokens in the
+    vocabulary's own order.
 
     Args:
         model, vocab: A `ConvWaveNet` in any mode, which is copied, and its vocabulary.
@@ -89,12 +91,13 @@ def sample_stream(
     for name, value in (("max_length", max_length), ("batch_size", BATCH if batch_size is None else batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1")
-    start = vocab.encode([prefix], context=1)[0][0, 1:].tolist()
+    start = to_engine(vocab.encode([prefix], context=1)[0][0, 1:], vocab.end).tolist()
     if len(start) > max_length:
         given = f"the prefix {prefix!r:.40} has {len(start)} characters and max_length is {max_length}"
         raise ConfigError(f"{given}; give a max_length of at least {len(start)}")
     dtype = model.embedding.weight.dtype if dtype is None else dtype
-    shared = SharedNodes(fold(model, device, dtype if dtype.itemsize >= 4 else torch.float32))
+    weights = fold(model, device, dtype if dtype.itemsize >= 4 else torch.float32)
+    shared = SharedNodes(weights.end_first(vocab.end))
     count = UNBOUNDED if n is None else min(n, UNBOUNDED)
     sampler = Sampler(shared, vocab, draw, start, seed, count, min(max_length, UNBOUNDED))
     side_by_side = min(BATCH if batch_size is None else batch_size, max(1, sampler.count))
@@ -166,7 +169,10 @@ def tokens_at(summed: Tensor, numbers: Tensor) -> Tensor:
 
 
 class Sampler:
-    """Two ways to draw the same names: `count` of them, each beginning with the tokens `start`."""
+    """Two ways to draw the same names: `count` of them, each beginning with the tokens `start`.
+
+    Tokens are in the engines' numbers (`numbering.to_engine`); only a draw counts them in the vocabulary's own order.
+    """
 
     def __init__(
         self,
@@ -180,7 +186,9 @@ class Sampler:
     ):
         self.shared, self.draw, self.start, self.seed = shared, draw, start, seed
         self.count, self.max_length, self.device = count, max_length, shared.nodes.embedding.device
-        self.codes = np.array([ord(character) for character in END + vocab.characters], dtype=np.int32)
+        self.end, self.padding = vocab.end, vocab.padding
+        self.columns = to_engine(torch.arange(len(vocab), device=self.device), vocab.end)
+        self.codes = np.array([ord(character) for character in vocab.padding + vocab.characters], dtype=np.int32)
 
     def by_prefix(self, batch_size: int) -> Iterator[str]:
         """Batch after batch; names that have begun alike share what the model says of their prefix."""
@@ -192,7 +200,7 @@ class Sampler:
             names = torch.arange(first, min(first + batch_size, self.count), device=self.device)
             with exact_float32_on(self.device):
                 tokens = self._tokens(names, cache)
-            yield from self._text(tokens).split(END)[:-1]
+            yield from self._text(tokens).split(self.padding)[:-1]
 
     def by_stream(self, batch_size: int) -> Iterator[str]:
         """Names side by side, one character of each per step; the row of a finished name begins the next one."""
@@ -206,8 +214,8 @@ class Sampler:
             parts = []
             for _ in range(STREAM_STEPS):
                 with exact_float32_on(self.device):
-                    summed = self.draw.cumulative(steps.step(tokens))
-                tokens = tokens_at(summed, uniform(self.seed, active, positions))
+                    summed = self._cumulative(steps.step(tokens))
+                tokens = to_engine(tokens_at(summed, uniform(self.seed, active, positions)), self.end)
                 if self.start:
                     start = torch.tensor(self.start, device=self.device)
                     given = start[positions.clamp(max=len(start) - 1)]
@@ -233,8 +241,12 @@ class Sampler:
             whole = int(names.searchsorted(upto))
             ends = np.flatnonzero(np.diff(names[:whole], append=upto))
             cut = ends[drawn[ends] != 0]  # names that max_length has ended
-            yield from self._text(np.insert(drawn[:whole], cut + 1, 0)).split(END)[:-1][: self.count - first]
+            yield from self._text(np.insert(drawn[:whole], cut + 1, 0)).split(self.padding)[:-1][: self.count - first]
             first, names, drawn = upto, names[whole:], drawn[whole:]
+
+    def _cumulative(self, logits: Tensor) -> Tensor:
+        """The distribution after each row of logits, summed up in the vocabulary's own order: `(n, vocab)`."""
+        return self.draw.cumulative(logits.index_select(1, self.columns) if self.end else logits)
 
     def _tokens(self, names: Tensor, cache: NodeCache) -> np.ndarray:
         """The tokens of the names with these numbers, each name with its end."""
@@ -244,12 +256,12 @@ class Sampler:
         columns = [torch.full_like(names, token) for token in self.start]
         for position in range(len(self.start), self.max_length):
             # Per distinct prefix of the names that go on: its window, and what may follow it.
-            summed = self.draw.cumulative(self.shared.window_logits(windows, cache))
+            summed = self._cumulative(self.shared.window_logits(windows, cache))
             bad = summed[:, -1].isnan().nonzero()
             if len(bad):
                 raise self._failure(windows[bad[0, 0]])
             numbers = uniform(self.seed, names[going], torch.tensor(position, device=self.device))
-            tokens = tokens_at(summed.index_select(0, prefixes), numbers)
+            tokens = to_engine(tokens_at(summed.index_select(0, prefixes), numbers), self.end)
             columns.append(torch.zeros_like(names).index_copy_(0, going, tokens))
             goes_on = tokens.nonzero()[:, 0]
             if not len(goes_on):
@@ -265,5 +277,5 @@ class Sampler:
         return self.codes[tokens].tobytes().decode("utf-32-le", "surrogatepass")
 
     def _failure(self, window: Tensor) -> SamplingError:
-        text = self._text(window.cpu().numpy()).lstrip(END)
+        text = self._text(window.cpu().numpy()).lstrip(self.padding)
         return SamplingError(f"the logits after {text!r} are NaN or infinite; train the model again")

@@ -16,8 +16,9 @@ from torch import Tensor
 from .checkpoint import load_checkpoint
 from .engine.shared import NodeCache, SharedNodes
 from .engine.weights import fold
-from .errors import ConfigError, ShapeError
+from .errors import ConfigError, NamesError, ShapeError
 from .model import ConvWaveNet
+from .numbering import to_engine
 from .precision import exact_float32
 from .vocabulary import Vocabulary, check_tokens, checked_names, lengths_of
 
@@ -30,6 +31,8 @@ Names = Iterable[str] | tuple[Tensor, Tensor]
 # less than the 32 MiB from which glibc gives fresh pages at every allocation.
 CHUNK_TOKENS = 4_000_000
 CHUNK_NAMES = 2**17
+
+QUANTILES = 1001  # of a training list's bits per character
 
 
 # OpenMP's threads do not survive a fork: a forked child that asks for them waits forever. PyTorch's DataLoader sets one
@@ -72,7 +75,7 @@ class Scorer:
     ):
         vocab.check_size(model.config.vocab_size)
         self.vocab, self.quantiles, self.context, self.remember = vocab, quantiles, model.context, remember
-        weights = fold(model, device, dtype)
+        weights = fold(model, device, dtype).end_first(vocab.end)
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self._caches: list[NodeCache] = []  # what the last call has left: memory, and nodes to remember
         with exact_float32():
@@ -97,7 +100,7 @@ class Scorer:
 
         Args:
             names: Any iterable of strings, or `(tokens, lengths)` as `vocab.encode(names, context=scorer.context)`
-                returns them.
+                returns them, in the vocabulary's own numbers.
             unknown: What a name with a character outside the vocabulary does: "error" raises, "nan" gives NaN.
 
         Returns:
@@ -133,14 +136,20 @@ class Scorer:
         return values, _offsets([lengths for _, lengths, _ in parts])
 
     def logits(self, names: Names) -> tuple[Tensor, Tensor]:
-        """All logits: `(positions, vocab)` on the CPU, and offsets as `position_log_probs` returns them."""
+        """All logits: `(positions, vocab)` on the CPU, and offsets as `position_log_probs` returns them.
+
+        Column t is of the vocabulary's token t.
+        """
         parts, all_lengths = [torch.zeros(0, len(self.vocab), dtype=self.dtype)], []
         for tokens, lengths, _ in _packed(names, self.vocab, self.context, CHUNK_NAMES, "error"):
             with exact_float32():
                 distinct, rows, _ = self.nodes.logits(tokens.to(self.device), lengths.to(self.device))
             parts.append(distinct[rows].cpu())
             all_lengths.append(lengths)
-        return torch.cat(parts), _offsets(all_lengths)
+        logits, end = torch.cat(parts), self.vocab.end
+        if end:
+            logits = logits.index_select(1, to_engine(torch.arange(len(self.vocab)), end))
+        return logits, _offsets(all_lengths)
 
     def bits_per_character(self, names: Names, *, unknown: str = "error") -> Tensor:
         """Bits that the model needs per character of each name, its end counted as one: `(names,)`."""
@@ -158,7 +167,8 @@ class Scorer:
         checkpoint carries no quantiles of its training list.
         """
         if self.quantiles is None:
-            raise ConfigError("this model carries no quantiles of its training list; give Scorer(..., quantiles=...)")
+            fix = "write it with save_checkpoint(path, model, vocab, names=training_names)"
+            raise ConfigError(f"this model carries no quantiles of its training list; {fix}")
         bits = self.bits_per_character(names, unknown=unknown)
         below = torch.searchsorted(self.quantiles, bits.float()) * (100 / len(self.quantiles))
         return below.masked_fill(bits.isnan(), torch.nan)
@@ -178,6 +188,19 @@ class Scorer:
             self._caches = [cache]
 
 
+def training_quantiles(model: ConvWaveNet, vocab: Vocabulary, names: list[str]) -> Tensor:
+    """The quantiles of a training list that `Scorer.percentile` reads, float32 `(1001,)`.
+
+    They are bits per character at evenly spaced ranks, from the smallest to the largest. Raises `NamesError` if there
+    are no names.
+    """
+    if not names:
+        raise NamesError("names is empty; give the list that the model was trained on")
+    bits = Scorer(model, vocab).bits_per_character(names).double()
+    places = torch.linspace(0, len(bits) - 1, QUANTILES, dtype=torch.float64).round().long()
+    return bits.sort().values[places].float()
+
+
 def _packed(
     names: Names, vocab: Vocabulary, context: int, chunk: int, unknown: str
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -195,7 +218,7 @@ def _packed(
 
 
 def _repacked(tokens: Tensor, lengths: Tensor, vocab: Vocabulary, context: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Names that `Vocabulary.encode` has padded, end to end."""
+    """Names that `Vocabulary.encode` has padded, end to end, as `Vocabulary.pack` returns them."""
     tokens, lengths = tokens.cpu(), lengths.cpu()
     longest = int(lengths.max()) if len(lengths) else 0
     if tokens.ndim != 2 or len(tokens) != len(lengths) or tokens.shape[1] < context + longest:
@@ -205,7 +228,7 @@ def _repacked(tokens: Tensor, lengths: Tensor, vocab: Vocabulary, context: int) 
         )
     check_tokens(tokens, len(vocab))
     inside = torch.arange(tokens.shape[1]) < context + lengths[:, None]
-    packed = torch.cat([tokens[inside], tokens.new_zeros(context)])
+    packed = torch.cat([to_engine(tokens[inside], vocab.end), tokens.new_zeros(context)])
     return packed, lengths, torch.ones(len(lengths), dtype=torch.bool)
 
 

@@ -2,34 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import ConfigError, NamesError, ShapeError, TokenError
+from .numbering import CharacterTable, from_engine, read_mapping
 
-END = "."  # token 0: the padding before a name and the end after it
+END = "."  # what a text has in place of the token that pads before a name and ends it
 
 
 class Vocabulary:
     """The characters of a list of names; `.` is token 0, the others are 1, 2, ... in sorted order.
+
+    `from_mapping` numbers them as a notebook does.
 
     Args:
         characters: The characters themselves, such as "abc", in any order; `from_names` collects them from names.
 
     Raises:
         NamesError: There are no characters, or `.` is one of them.
+
+    Attributes:
+        characters: The characters in the order of their tokens, without the end.
+        end: The token that pads before a name and ends it.
+        padding: A character that is not in `characters`, `.` if possible. It stands for the end in a text.
+        is_standard: Whether `Vocabulary(characters)` is the same vocabulary.
     """
 
     def __init__(self, characters: Iterable[str]):
-        self.characters = "".join(sorted(set(characters)))
-        if END in self.characters:
+        characters = "".join(sorted(set(characters)))
+        if END in characters:
             raise NamesError(f"{END!r} is the end of every name (token 0) and cannot be one of its characters")
-        if not self.characters:
-            raise NamesError("a vocabulary needs at least one character; the names given have none")
-        self._codes = torch.tensor([ord(c) for c in self.characters], dtype=torch.int32)
+        self._number(characters, 0)
+
+    def _number(self, characters: str, end: int) -> None:
+        if not characters:
+            raise NamesError("a vocabulary needs at least one character; none was given")
+        self.characters, self.end, known = characters, end, set(characters)
+        self.padding = next(c for c in (END, *map(chr, range(len(known) + 1))) if c not in known)
+        self._alphabet = characters[:end] + self.padding + characters[end:]  # in the order of the tokens
+        self.is_standard = end == 0 and self.padding == END and characters == "".join(sorted(characters))
+        self._tokens = CharacterTable(characters)
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[Any, Any] | Sequence[str], *, end: str = ".") -> Vocabulary:
+        """The vocabulary of a notebook's own dictionary; raises `NamesError`, which names the key and the fix.
+
+        Args:
+            mapping: The notebook's `stoi`, from characters to tokens, or its `itos`, from tokens to characters: a dict
+                or a list. Tokens are 0, 1, ..., each once, in any order.
+            end: The key whose token ends a name and pads before it: a string of any length, such as "<E>" or "".
+        """
+        vocab = cls.__new__(cls)
+        cls._number(vocab, *read_mapping(mapping, end))
+        return vocab
 
     @classmethod
     def from_names(cls, names: Iterable[str]) -> Vocabulary:
@@ -44,13 +74,15 @@ class Vocabulary:
         return len(self.characters) + 1
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Vocabulary) and other.characters == self.characters
+        return isinstance(other, Vocabulary) and (other.characters, other.end) == (self.characters, self.end)
 
     def __hash__(self) -> int:
-        return hash(self.characters)
+        return hash((self.characters, self.end))
 
     def __repr__(self) -> str:
-        return f"Vocabulary({self.characters!r})"
+        if self.is_standard:
+            return f"Vocabulary({self.characters!r})"
+        return f"Vocabulary.from_mapping(list({self._alphabet!r}), end={self.padding!r})"
 
     def encode(self, names: Iterable[str], *, context: int) -> tuple[Tensor, Tensor]:
         """The sequences of `names`, padded to the longest.
@@ -60,8 +92,9 @@ class Vocabulary:
             context: The tokens that one prediction sees, such as `conv.context`.
 
         Returns:
-            `(tokens, lengths)`, both int64 on the CPU. tokens `(batch, context + longest)`: `context` zeros before each
-            name and zeros after it. lengths `(batch,)`: characters per name; L characters have L + 1 outputs.
+            `(tokens, lengths)`, both int64 on the CPU. tokens `(batch, context + longest)`: `end` (0 unless the mapping
+            says otherwise) `context` times before each name, and after it up to the longest. lengths `(batch,)`:
+            characters per name; L characters have L + 1 outputs.
 
         Raises:
             NamesError: A character is not in the vocabulary; the message and the attributes say which and where.
@@ -72,49 +105,37 @@ class Vocabulary:
             raise ShapeError(f"context is {context!r}; it must be an integer of at least 1, such as conv.context")
         lengths = lengths_of(names)
         longest = int(lengths.max()) if names else 0
-        tokens = torch.zeros(len(names), context + longest, dtype=torch.int64)
+        tokens = torch.full((len(names), context + longest), self.end, dtype=torch.int64)
         if longest:
             inside = torch.arange(longest) < lengths[:, None]
             found = self._tokens("".join(names)).long()
             if not found.all():
                 raise self.unknown_character_error(names)
-            tokens[:, context:][inside] = found
+            tokens[:, context:][inside] = from_engine(found, self.end)
         return tokens, lengths
 
     def pack(
         self, names: Sequence[str], *, context: int, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The sequences of `names` end to end, without padding to a common length; `lengths` saves counting them.
+        """The sequences of `names` end to end, in the engines' numbers (`to_engine`); `lengths` saves counting them.
 
         Returns:
-            `(tokens, lengths, known)`, all on the CPU. tokens `(time,)`: `context` zeros before each name and after the
-            last, uint8 for ASCII names and int64 otherwise. lengths int64 `(names,)`. known bool `(names,)`: false for
-            a name with a character that is not in the vocabulary, which is packed as an empty name.
+            `(tokens, lengths, known)`, all on the CPU. tokens `(time,)`, uint8 for ASCII names and int64 otherwise:
+            `context` zeros before each name and after the last, `characters[i]` as i + 1. lengths int64 `(names,)`.
+            known bool `(names,)`: false for a name with an unknown character, which is packed as an empty name.
         """
         if lengths is None:
             names = checked_names(names)
             lengths = lengths_of(names)
-        tokens = self._tokens(_joined(names, context))
+        tokens = self._tokens(_joined(names, self.padding * context))
         known = torch.ones(len(names), dtype=torch.bool)
-        # The zeros between names are known, so every other zero is an unknown character, or a `.` inside a name.
+        # The zeros between names are known, so every other zero is an unknown character.
         if len(tokens) - int(tokens.count_nonzero()) > context * (len(names) + 1):
             characters = set(self.characters)
             known = torch.tensor([characters.issuperset(name) for name in names])
             names = [name if ok else "" for name, ok in zip(names, known.tolist())]
-            tokens, lengths = self._tokens(_joined(names, context)), lengths_of(names)
+            tokens, lengths = self._tokens(_joined(names, self.padding * context)), lengths_of(names)
         return tokens, lengths, known
-
-    def _tokens(self, text: str) -> Tensor:
-        """The tokens of a text, 0 for `.` and for unknown characters: `(characters,)`."""
-        if text.isascii() and len(self) <= 256:
-            table = bytearray(256)
-            for token, character in enumerate(self.characters, start=1):
-                if character.isascii():
-                    table[ord(character)] = token
-            return torch.frombuffer(bytearray(text, "ascii").translate(table), dtype=torch.uint8)
-        codes = torch.frombuffer(bytearray(text.encode("utf-32-le", errors="surrogatepass")), dtype=torch.int32)
-        place = torch.searchsorted(self._codes, codes).clamp_(max=len(self._codes) - 1)
-        return torch.where(self._codes[place] == codes, place + 1, 0)
 
     def check_size(self, vocab_size: int) -> None:
         """Raises `ConfigError` unless this vocabulary has as many tokens as a model."""
@@ -131,8 +152,8 @@ class Vocabulary:
     def decode(self, tokens: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> str | list[str]:
         """The name in a sequence of integers `(time,)`, or the names in a batch `(batch, time)`.
 
-        Leading zeros are padding; the first zero after a character ends the name, and the rest is not read. Raises
-        `TokenError` for a token outside the vocabulary, `ShapeError` for another shape or for other than integers.
+        Leading tokens `end` are padding; the first one after a character ends the name, and the rest is not read.
+        Raises `TokenError` for a token outside the vocabulary, `ShapeError` for another shape or other than integers.
         """
         tokens = torch.as_tensor(tokens)
         tokens = tokens if tokens.numel() else tokens.long()
@@ -140,9 +161,9 @@ class Vocabulary:
             found = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
             raise ShapeError(f"decode takes integers (time,) or (batch, time), not {found}")
         check_tokens(tokens, len(self))
-        alphabet = END + self.characters
+        alphabet, end = self._alphabet, self.padding
         rows = tokens if tokens.ndim == 2 else tokens[None]
-        names = ["".join(alphabet[t] for t in row).lstrip(END).partition(END)[0] for row in rows.tolist()]
+        names = ["".join(alphabet[t] for t in row).lstrip(end).partition(end)[0] for row in rows.tolist()]
         return names if tokens.ndim == 2 else names[0]
 
 
@@ -173,7 +194,7 @@ def check_sequences(
     if tokens.shape[1] < context:
         raise ShapeError(
             f"a sequence of {tokens.shape[1]} tokens is shorter than the context of {context}; "
-            f"put {context} zeros before each name, as Vocabulary.encode does"
+            f"put {context} tokens of padding before each name, as Vocabulary.encode does"
         )
     if tokens.device != device:
         raise ShapeError(f"tokens are on {tokens.device} and the model on {device}; move them with .to(...)")
@@ -202,10 +223,10 @@ def lengths_of(names: Sequence[str]) -> Tensor:
         raise
 
 
-def _joined(names: Sequence[str], context: int) -> str:
-    """All names, with `context` zeros before each and after the last."""
+def _joined(names: Sequence[str], padding: str) -> str:
+    """All names, with `padding` before each and after the last."""
     try:  # checking each name's type first would take longer than joining them
-        return (END * context).join(["", *names, ""])
+        return padding.join(["", *names, ""])
     except TypeError:
         checked_names(names)  # raises
         raise

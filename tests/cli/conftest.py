@@ -27,16 +27,17 @@ def run(capsysbinary):
 
 @pytest.fixture(scope="session")
 def save_random():
-    """Writes a random checkpoint; it draws shorter names with a higher `end`."""
+    """Writes a random checkpoint of some characters, or of a vocabulary; it draws shorter names with a higher `end`."""
 
-    def save(path, characters=ALPHABET, *, notes=None, end=0.0, dtype=torch.float32) -> str:
+    def save(path, characters=ALPHABET, *, end=0.0, dtype=torch.float32, **saving) -> str:
+        vocab = characters if isinstance(characters, Vocabulary) else Vocabulary(characters)
         generator = torch.Generator().manual_seed(0)
-        model = ConvWaveNet(WaveNetConfig(n_embd=4, n_hidden=8, vocab_size=len(characters) + 1), dtype=dtype)
+        model = ConvWaveNet(WaveNetConfig(n_embd=4, n_hidden=8, vocab_size=len(vocab)), dtype=dtype)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(std=0.5, generator=generator)
-            model.head.bias[0] += end
-        save_checkpoint(path, model.eval(), Vocabulary(characters), notes)
+            model.head.bias[vocab.end] += end
+        save_checkpoint(path, model.eval(), vocab, **saving)
         return str(path)
 
     return save

@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
-from wavenet_conv import Scorer, sample_stream, sampling
+from wavenet_conv import Scorer, Vocabulary, sample_stream, sampling
 from wavenet_conv import names as names_module
 from wavenet_conv.checkpoint import load_checkpoint
 from wavenet_conv.cli import sample as command
-from wavenet_conv.cli.options import sha256_of
 from wavenet_conv.errors import SamplingError
+from wavenet_conv.names import sha256_of
 
 COLUMNS = ["name", "log_likelihood", "bits_per_character"]
 ODD = '\t"\\\u2028é '
@@ -93,6 +93,22 @@ def test_novel_and_unique_names(sample, trained):
         assert (code, texts(out), err) == (0, expected, "")
 
 
+def test_a_model_with_a_notebooks_numbers_and_its_list(sample, save_random, tmp_path):
+    """`.` is a character there; `save_checkpoint` says of which list the model is."""
+    vocab = Vocabulary.from_mapping({"é": 0, "<E>": 2, ".": 1, "b": 3, "a": 4}, end="<E>")
+    drawn = draw(save_random(tmp_path / "model.safetensors", vocab, end=-0.5), 200)
+    listed, file = [name for name in drawn[::2] if name], tmp_path / "list.txt"
+    path = save_random(tmp_path / "model.safetensors", vocab, end=-0.5, names=listed)
+    assert set("".join(drawn)) == set("é.ba") and any("." in name for name in listed)
+    assert texts(sample("--count", 200, model=path)[1]) == drawn
+    file.write_text("\n".join(listed), encoding="utf-8")
+    code, out, err = sample("--count", 20, "--novel", "--list", file, "--format", "tsv", model=path)
+    _, *rows = [text.split("\t") for text in texts(out)]
+    names = [name for name in drawn if name not in listed][:20]
+    assert (code, err) == (0, "") and [name for name, *_ in rows] == names
+    assert torch.equal(torch.tensor([float(row[1]) for row in rows]), Scorer.load(path, device="cpu").score(names))
+
+
 def test_training_lists_that_are_missing_or_wrong_are_rejected(sample, monkeypatch, tmp_path, trained):
     path, file, listed, drawn = trained
     monkeypatch.setenv("WAVENET_CONV_LECTURE_NAMES", str(file))  # as if it were the lecture's, which may not be here
@@ -110,7 +126,7 @@ def test_training_lists_that_are_missing_or_wrong_are_rejected(sample, monkeypat
     ):
         assert sample("--novel", *arguments, model=path) == (2, b"", f"wavenet-conv: {message}\n")
     code, out, err = sample("--novel", "--list", file)
-    assert (code, out) == (2, b"") and "use one that wavenet-conv train wrote" in err
+    assert (code, out) == (2, b"") and "write it with save_checkpoint(path, model, vocab, names=training_names)" in err
 
 
 def test_the_job_fails_when_there_are_no_more_new_names(sample, monkeypatch):

@@ -11,8 +11,9 @@ from math import isnan
 
 import pytest
 import torch
+from helpers import ALPHABET
 
-from wavenet_conv import Scorer, lines
+from wavenet_conv import Scorer, Vocabulary, lines
 
 NAMES = ["emma", "", "olivia", "x", "zzzzzzzzzzzz", "emma", "ava", "isabella", "mia", "a" * 300]
 
@@ -69,6 +70,21 @@ def test_rows_have_the_scorers_bits(score, save_random, monkeypatch, tmp_path, l
     assert torch.equal(torch.tensor([value for row in rows for value in row["positions"]], dtype=dtype), values)
     short = [{name: row[name] for name in list(row)[:3]} for row in rows]
     assert parse(score(listed, "--format", format, model=path)[1], format) == short
+
+
+def test_a_model_with_a_notebooks_numbers(score, save_random, tmp_path, listed):
+    vocab = Vocabulary.from_mapping([*reversed(ALPHABET), "<E>", "."], end="<E>")
+    path = save_random(tmp_path / "model.safetensors", vocab)
+    scorer, names = Scorer.load(path, device="cpu"), [*NAMES, "o.k."]
+    listed.write_text("".join(f"{name}\n" for name in names))
+    code, out, err = score(listed, "--per-position", model=path)
+    rows = parse(out)
+    assert (code, err) == (0, "") and [row["name"] for row in rows] == names
+    assert torch.equal(torch.tensor([row["score"] for row in rows]), scorer.score(names))
+    values, _ = scorer.position_log_probs(names)
+    assert torch.equal(torch.tensor([value for row in rows for value in row["positions"]]), values)
+    code, out, err = score(listed)
+    assert code == 1 and "character '.' at position 1 is not in the vocabulary" in err
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from helpers import ROOT
 
 from wavenet_conv import load_checkpoint
 from wavenet_conv.cli.study import read_space
-from wavenet_conv.names import read_names
+from wavenet_conv.names import read_names, sha256_of
 from wavenet_conv.training import Corpus, evaluate, split_names
 
 optuna = pytest.importorskip("optuna", reason="needs Optuna: pip install optuna")
@@ -89,6 +89,7 @@ def test_the_best_trial_is_written_with_its_own_bits(sweep, folder):
     assert evaluate(model, Corpus(valid, vocab, model)) == best["validation_loss"]
     assert evaluate(model, Corpus(train, vocab, model)) == best["train_loss"] == checkpoint.notes["train_loss"]
     assert checkpoint.notes["lr"] == best["settings"]["lr"] and len(checkpoint.quantiles) == 1001
+    assert checkpoint.notes["names_sha256"] == sha256_of(read_names("list.txt"))  # the whole list
 
 
 @pytest.mark.slow

@@ -7,21 +7,25 @@ import json
 import os
 import pickle
 import re
+from hashlib import sha256
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
 import safetensors.torch
 import torch
-from helpers import ALPHABET, random_tree
+from helpers import ALPHABET, numberings, random_tree
+from hypothesis import given
 from torch import nn
 
-from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig
+from wavenet_conv import ConvWaveNet, Scorer, Vocabulary, WaveNetConfig
 from wavenet_conv.checkpoint import load_checkpoint, save_checkpoint
 from wavenet_conv.errors import CheckpointError
 
 AB = Vocabulary("ab")
 SMALL = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, kernel_sizes=(2, 2))
 GATED = WaveNetConfig(vocab_size=3, n_embd=2, n_hidden=3, kernel_sizes=(2, 2), gated=True)
+NAMES = ["ab", "a", "", "bbb", "ab"]
 MIXED = {"n_hidden": (5, 1, 4), "kernel_sizes": (3, 1, 2)}
 LATER = {"norm": ("layer", "none", "batch"), "activation": ("gelu", "none", "tanh"), "head_kernel_size": 2}
 THIRD = WaveNetConfig(
@@ -73,7 +77,7 @@ def rejection(path) -> str:
 
 @pytest.fixture
 def path(tmp_path) -> Path:
-    save_checkpoint(tmp_path / "model.safetensors", small(), AB, {"list": "none"}, torch.tensor([0.5, 1.0, 3.0]))
+    save_checkpoint(tmp_path / "model.safetensors", small(), AB, {"list": "none"}, names=NAMES)
     return tmp_path / "model.safetensors"
 
 
@@ -110,7 +114,7 @@ def test_file_has_the_bytes_that_older_releases_write_and_read(path, config, ver
     assert (metadata["version"], metadata["config"]) == (version, text)
     inside = ["conv.weight", "skip.weight"] if config.gated else ["conv.weight", "norm.running_mean"]
     assert {f"levels.{layer}.{name}" for layer in (0, 1) for name in inside} <= set(tensors)
-    assert not any(name.startswith("layers") for name in tensors)
+    assert not any(name.startswith("layers") for name in tensors) and "end" not in metadata
     assert load_checkpoint(path).model.config == config
 
 
@@ -128,10 +132,30 @@ def test_other_kinds_are_version_3(path):
 
 def test_notes_quantiles_and_any_vocabulary_come_back(path):
     loaded = load_checkpoint(path)
-    assert loaded.notes == {"list": "none"} and loaded.quantiles.tolist() == [0.5, 1.0, 3.0]
+    bits = Scorer(small(), AB).bits_per_character(NAMES)
+    assert loaded.notes == {"list": "none", "names_sha256": sha256(b"ab\na\n\nbbb\nab").hexdigest()}
+    assert torch.equal(loaded.quantiles[::250], bits.sort().values) and len(loaded.quantiles) == 1001
+    assert Scorer.load(path).percentile(NAMES).argsort().tolist() == bits.argsort().tolist()
+    save_checkpoint(path, small(), AB, {"names_sha256": "of a longer list"}, names=iter(NAMES))
+    assert load_checkpoint(path).notes == {"names_sha256": "of a longer list"}
     vocab = Vocabulary('é"\\\n\0\U0001f600 ')
     save_checkpoint(path, small(WaveNetConfig(vocab_size=len(vocab), n_embd=1, n_hidden=1)), vocab)
     assert load_checkpoint(str(path)).vocab == vocab
+
+
+@given(numberings(), st.booleans())
+def test_a_notebooks_vocabulary_comes_back(tmp_path_factory, numbering, gated):
+    """In a file that releases without `from_mapping` reject, unless the vocabulary is standard."""
+    vocab, path = numbering[0], tmp_path_factory.getbasetemp() / "model.safetensors"
+    config = WaveNetConfig(len(vocab), 2, 3, (2, 2), gated=gated)
+    save_checkpoint(path, small(config), vocab)
+    standard = repr(vocab) == f"Vocabulary({vocab.characters!r})"
+    metadata = parts(path)[1]
+    assert (metadata["version"], metadata.get("end")) == (
+        ("2" if gated else "1", None) if standard else ("3", str(vocab.end))
+    )
+    loaded = load_checkpoint(path)
+    assert loaded.vocab == vocab and repr(loaded.vocab) == repr(vocab) and loaded.model.config == config
 
 
 def test_default_checkpoint_is_trained_and_draws_no_random_numbers():
@@ -148,7 +172,8 @@ def test_default_checkpoint_is_trained_and_draws_no_random_numbers():
 
 
 def test_truncated_file_and_flipped_bit_of_the_header_are_rejected(path):
-    save_checkpoint(path, small(WaveNetConfig(3, 1, 1, (2,), norm="none")), AB, quantiles=torch.ones(2))
+    save_checkpoint(path, small(WaveNetConfig(3, 1, 1, (2,), norm="none")), AB)
+    changed(path, tensors={"quantiles": torch.ones(2)})
     data, rejected = path.read_bytes(), 0
     for wrong in [*(data[:length] for length in range(0, len(data), 3)), data[:-1], data + b"123"]:
         path.write_bytes(wrong)
@@ -199,6 +224,11 @@ NAN = torch.tensor([1.0, torch.nan, torch.inf])
 MISFITS = [
     ({"format": "pt"}, "another model: its format is not 'wavenet-conv'"),
     ({"version": "4"}, "its version is '4', not one of 1, 2, 3; install a newer"),
+    ({"end": "1"}, "its end is '1', which is not a token of a version 3 file; write it again with save_checkpoint"),
+    *[({"saved": THIRD, "end": end}, f"its end is '{end}', which") for end in ("3", "-1", "01", "", "one")],
+    ({"saved": THIRD, "end": "1", "vocabulary": "aa"}, "the key 'a' has the tokens 0 and 2"),
+    ({"saved": THIRD, "end": "1", "vocabulary": "abc"}, "its vocabulary 'abc' is not the 2 characters of the model"),
+    ({"saved": THIRD, "vocabulary": "ba"}, "its vocabulary 'ba' is not the 2 characters of the model in order"),
     ({"notes": "{"}, "its notes is not a JSON object"),
     ({"vocabulary": "abc"}, "its vocabulary 'abc' is not the 2 characters of the model"),
     ({"config": {"width": 3}}, "other fields or types than this library's"),
@@ -248,8 +278,13 @@ def test_parts_that_do_not_fit_are_rejected(tmp_path, change, complaint):
         ({"model": random_tree()}, "holds a ConvWaveNet, not a Sequential"),
         ({"notes": {"loss": torch.ones(1)}}, "notes hold what JSON can"),
         ({"model": small(value=torch.nan)}, "head.bias has values that are NaN or infinite"),
+        ({"model": small(value=torch.nan), "names": NAMES}, "head.bias has values that are NaN or infinite"),
+        ({"names": []}, "names is empty; give the list that the model was trained on"),
+        ({"names": ["ab", "ac"]}, "name 1 ('ac'): character 'c' at position 1 is not in the vocabulary 'ab'"),
+        ({"names": "ab"}, "names is one string, 'ab'; pass a list"),
+        ({"names": NAMES, "notes": 5}, "notes hold what JSON can"),
     ],
-    ids=["size", "surrogate", "tree", "notes", "nan"],
+    ids=["size", "surrogate", "tree", "notes", "nan", "nan of names", "no names", "unknown", "string", "number"],
 )
 def test_saving_rejects_what_loading_would(path, change, complaint):
     before = path.read_bytes()

@@ -70,7 +70,7 @@ def test_token_outside_the_vocabulary_is_named(device, token):
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (TOKENS[:, :7], "7 tokens is shorter than the context of 8; put 8 zeros before"),
+        (TOKENS[:, :7], "7 tokens is shorter than the context of 8; put 8 tokens of padding before"),
         ([[1, 2]], "tokens are a list; pass an int64 tensor"),
         (TOKENS[0], r"tokens must be int64 \(batch, time\), not torch.int64 of shape \(20,\)"),
         (TOKENS.to("meta"), "tokens are on meta and the model on cpu; move them"),

@@ -1,11 +1,13 @@
 """Characters to tokens and back, and errors that say which character of which name is wrong."""
 
 import pickle
+import re
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
-from helpers import ALPHABET
+from helpers import ALPHABET, numberings
 from hypothesis import given
 
 from wavenet_conv import Vocabulary, WaveNetConvError
@@ -79,6 +81,77 @@ def test_unknown_character_error_says_where(names, index, position, character, s
 def test_other_arguments_are_rejected(call, message):
     with pytest.raises((WaveNetConvError, ValueError), match=message):
         call()
+
+
+def test_a_mapping_keeps_the_notebooks_tokens():
+    stoi = {"c": 0, "<E>": 2, ".": 1, "é": 3}
+    vocab = Vocabulary.from_mapping(stoi, end="<E>")
+    assert (vocab.characters, vocab.end, len(vocab), vocab.padding) == ("c.é", 2, 4, "\0")
+    tokens, lengths = vocab.encode(["é.", "", "c"], context=2)
+    assert tokens.tolist() == [[2, 2, 3, 1], [2, 2, 2, 2], [2, 2, 0, 2]] and lengths.tolist() == [2, 0, 1]
+    assert vocab.decode([2, 2, 0, 0, 1, 2, 3, 2]) == "cc." and vocab.decode(tokens) == ["é.", "", "c"]
+    assert vocab.pack(["é.", "\0", "c"], context=2)[0].tolist() == [0, 0, 3, 2, 0, 0, 0, 0, 1, 0, 0]
+    assert repr(vocab) == "Vocabulary.from_mapping(list('c.\\x00é'), end='\\x00')"
+    itos = {np.int64(token): key for key, token in stoi.items()}
+    for same in (itos, ["c", ".", "<E>", "é"], ("c", ".", "<E>", "é"), {key: np.int32(t) for key, t in stoi.items()}):
+        assert Vocabulary.from_mapping(same, end="<E>") == vocab
+    assert Vocabulary.from_mapping([*"abc."]) != Vocabulary("abc") != Vocabulary.from_mapping([*".acb"])
+    assert Vocabulary.from_mapping([*".abc"]) == Vocabulary("abc")
+
+
+@given(numberings())
+def test_a_vocabulary_of_any_numbers_behaves_as_the_standard_one(numbering):
+    vocab, order, names, standard = numbering
+    same = Vocabulary(ALPHABET[: len(order) - 1])
+    tokens, lengths = vocab.encode(names, context=3)
+    expected, others = same.encode(standard, context=3)
+    assert torch.equal(torch.tensor(order)[tokens], expected) and torch.equal(lengths, others)
+    assert vocab.decode(tokens) == names and (tokens[:, :3] == vocab.end).all()
+    packed, lengths, known = vocab.pack(names, context=3)
+    assert known.all() and torch.equal(lengths, others) and len(packed) == 3 + sum(lengths + 3)
+    assert torch.equal(packed == 0, same.pack(standard, context=3)[0] == 0)
+    for unknown in (vocab.padding, "Q", "\u4e00"):
+        assert vocab.pack([*names, unknown], context=3)[2].tolist() == [True] * len(names) + [False]
+        with pytest.raises(NamesError, match="at position 0 is not in the vocabulary"):
+            vocab.encode([*names, unknown], context=3)
+    for copied in (eval(repr(vocab)), pickle.loads(pickle.dumps(vocab))):
+        assert copied == vocab and hash(copied) == hash(vocab) and repr(copied) == repr(vocab)
+        assert torch.equal(copied.encode(names, context=3)[0], tokens)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "end", "message"),
+    [
+        ({"a": 0, "b": 1}, ".", "no '.' in the mapping; say which key ends a name with end=..."),
+        ([*".ab"], "<E>", "no '<E>' in the mapping; say which key ends"),
+        ([".", "ab"], ".", "the key 'ab' is not a single character; only end='.' may be another, and its token also"),
+        (["<S>", "<E>", "a"], "<E>", "the key '<S>' is not a single character; only end='<E>' may be"),
+        (["", ".", "a"], ".", "the key '' is not a single character"),
+        (
+            {".": 0, "a": 2},
+            ".",
+            "the key 'a' has the token 2 where 1 is expected; the tokens of 2 keys are 0 to 1, each",
+        ),
+        ({".": 1, "a": 2}, ".", "the key '.' has the token 1 where 0 is expected"),
+        ({".": 0, "a": -1}, ".", "the key 'a' has the token -1 where 0 is expected"),
+        ({".": 0, "a": 1, "b": 1}, ".", "the key 'b' has the token 1 where 2 is expected"),
+        ({0: ".", 1: "a", 2: "a"}, ".", "the key 'a' has the tokens 1 and 2; give each key one token"),
+        ({".": False, "a": 1}, ".", "the key '.' has the token False; keys are strings and tokens are integers"),
+        ({".": 0, "a": 1.0}, ".", "the key 'a' has the token 1.0"),
+        ({".": 0, "a": np.bool_(True)}, ".", "keys are strings and tokens are integers"),
+        ({".": 0, 1: "a"}, ".", "the key 0 has the token '.'"),
+        ([".", 5], ".", "the key 5 has the token 1; keys are strings"),
+        ([*".a", None], ".", "the key None has the token 2"),
+        ({}, ".", "no '.' in the mapping"),
+        ({".": 0}, ".", "a vocabulary needs at least one character"),
+        (".abc", ".", "the mapping is a str, '.abc'; pass the notebook's stoi or itos, such as {'.': 0, 'a': 1}"),
+        ({".", "a"}, ".", "the mapping is a set"),
+        ({".": 0, "a": 1}, 0, "no 0 in the mapping; say which key"),
+    ],
+)
+def test_wrong_mappings_are_rejected(mapping, end, message):
+    with pytest.raises(NamesError, match=re.escape(message)):
+        Vocabulary.from_mapping(mapping, end=end)
 
 
 def test_vocabularies_with_equal_characters_are_equal():

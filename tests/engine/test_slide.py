@@ -68,7 +68,7 @@ def test_folded_model_is_a_copy_of_a_model_in_any_mode(device, kind):
 def test_wrong_arguments_are_rejected(device):
     folded = fold_batch_norm(random_conv(device=device))
     for tokens, message in (
-        (TOKENS[:, :7].to(device), "7 tokens is shorter than the context of 8; put 8 zeros before"),
+        (TOKENS[:, :7].to(device), "7 tokens is shorter than the context of 8; put 8 tokens of padding before"),
         ([[1, 2]], "tokens are a list; pass an int64 tensor"),
         (TOKENS.to("meta"), f"tokens are on meta and the model on {device.type}.*; move them"),
         (TOKENS[0], r"tokens must be int64 \(batch, time\), not torch"),

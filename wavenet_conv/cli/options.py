@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -133,14 +132,9 @@ def load_model(path: str, option: str = "--model") -> Checkpoint:
         return load_checkpoint(path)
 
 
-def sha256_of(names: Sequence[str]) -> str:
-    """What identifies a list in a checkpoint's notes."""
-    return sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def training_list(path: str) -> TrainingList:
     """Read a list of names to train on; raises `UsageError` if it cannot be read or is too short to split."""
-    from ..names import read_names
+    from ..names import read_names, sha256_of
     from ..vocabulary import Vocabulary
 
     with usage_errors(NamesError):

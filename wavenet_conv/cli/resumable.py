@@ -25,13 +25,11 @@ from ..errors import UsageError
 from ..files import write_whole
 from ..model import ConvWaveNet
 from ..recipe import Recipe
-from ..scoring import Scorer
 from ..training import Trainer, evaluate, new_model, run
 from ..training.ranks import rank_and_count
 from .options import TrainingList, device_of, output_errors
 from .progress import Progress
 
-QUANTILES = 1001  # of the training list's bits per character, for `Scorer.percentile`
 ADVICE = "fix that and start again with --resume"
 
 
@@ -141,10 +139,9 @@ def results_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def save_trained(path: str, model: ConvWaveNet, names: TrainingList, notes: dict[str, Any]) -> None:
-    """Write a trained model's checkpoint, with quantiles of its list's bits for `Scorer.percentile`."""
-    bits = Scorer(model, names.vocab).bits_per_character(names.parts[0]).double()
-    places = torch.linspace(0, len(bits) - 1, QUANTILES, dtype=torch.float64).round().long()
-    save_checkpoint(path, model, names.vocab, notes, bits.sort().values[places].float())
+    """Write a trained model's checkpoint, with what `Scorer.percentile` and `--novel` need of its list."""
+    notes = notes | {"names_sha256": names.sha256}  # of the whole list, not of the part that it learned from
+    save_checkpoint(path, model, names.vocab, notes, names=names.parts[0])
 
 
 def digest(model: ConvWaveNet) -> str:

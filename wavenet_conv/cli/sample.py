@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, NamesError, UsageError, WaveNetConvError
 from .options import add_command, add_model, device_of, load_model, positive, usage_errors
 from .progress import Progress
 from .rows import Rows, bits_per_character, write_output
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
 
 CHUNK_SECONDS = 0.1  # names drawn in this time are scored and written together; what is written does not depend on it
 GIVE_UP_DRAWS = 100_000  # consecutive draws without a name to write
@@ -55,7 +58,7 @@ def sample(
     if listed and not novel:
         raise UsageError(f"--list {listed}: it is read only with --novel; add --novel, or omit --list")
     place, checkpoint = device_of(device), load_model(model)
-    skipped = _training_names(model, checkpoint.notes, listed) if novel else set()
+    skipped = _training_names(model, checkpoint, listed) if novel else set()
     with usage_errors(ConfigError), usage_errors(NamesError, "--prefix: "):
         draws = None if novel or unique else count
         drawn = sample_stream(checkpoint.model, checkpoint.vocab, draws, device=place, **drawing)
@@ -100,17 +103,17 @@ def _chunks(names: Iterable[str]) -> Iterator[list[str]]:
     yield chunk
 
 
-def _training_names(model: str, notes: dict[str, Any], path: str | None) -> set[str]:
+def _training_names(model: str, checkpoint: Checkpoint, path: str | None) -> set[str]:
     """The names that a model was trained on, according to its notes; raises `UsageError` if they are not available."""
-    from ..names import LECTURE_SHA256, lecture_names, read_names
-    from .options import sha256_of
+    from ..names import LECTURE_SHA256, lecture_names, read_names, sha256_of
 
-    trained_on = notes.get("names_sha256") or notes.get("list_sha256")
+    trained_on = checkpoint.notes.get("names_sha256") or checkpoint.notes.get("list_sha256")
     if not trained_on:
-        raise UsageError(f"--novel: --model {model} does not name its list; use one that wavenet-conv train wrote")
+        fix = "write it with save_checkpoint(path, model, vocab, names=training_names)"
+        raise UsageError(f"--novel: --model {model} does not name its list; {fix}")
     file = path or lecture_names()
     with usage_errors(NamesError, "--list "):
-        names = read_names(file) if file else []
+        names = read_names(file, checkpoint.vocab.padding) if file else []
     if sha256_of(names) != trained_on:
         fix = ", or run wavenet-conv lecture-names once" if trained_on == LECTURE_SHA256 else ""
         what = f"--model {model} was trained on a list with SHA-256 {trained_on}"

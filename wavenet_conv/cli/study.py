@@ -19,9 +19,10 @@ from filelock import FileLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ..errors import TrainingError, UsageError, WaveNetConvError
+from ..names import sha256_of
 from ..recipe import PRESETS, Recipe
 from ..training import Trainer, new_model, run
-from .options import configured, device_of, output_errors, sha256_of, training_list
+from .options import configured, device_of, output_errors, training_list
 from .progress import Progress
 from .resumable import differences, results_of, save_trained
 

@@ -124,8 +124,8 @@ def _loaded(path: str, vocab: Vocabulary) -> ConvWaveNet:
     """The model of a `--teacher`."""
     checkpoint = load_model(path, "--teacher")
     if checkpoint.vocab != vocab:
-        characters = f"{checkpoint.vocab.characters!r} and not {vocab.characters!r} as in the list"
-        raise UsageError(f"--teacher {path}: its characters are {characters}; give one with the same characters")
+        found = f"its vocabulary is {checkpoint.vocab!r} and not {vocab!r} as of the list"
+        raise UsageError(f"--teacher {path}: {found}; give one with the same vocabulary")
     return checkpoint.model
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, ShapeError, StateError
 from ..model import ConvWaveNet
+from ..numbering import to_engine
 from ..precision import exact_float32_on
 from ..vocabulary import check_tokens
 from .rings import TorchSteps
@@ -30,8 +31,9 @@ class Stream:
         logits = stream.step(torch.tensor([0, 0]))  # (2, vocab), of each name's first character
         logits = stream.step(torch.tensor([5, 13]))
 
-    A new row has read nothing but `.`, and the first step reads one more. Fed `.` and then a name, a row gives the
-    logits of the model at every position: to 1e-12 in float64 and 1e-5 in float32. The model is copied.
+    A new row has read nothing but `end`, and the first step reads one more. Fed `end` and then a name, a row gives the
+    logits of the model at every position: to 1e-12 in float64 and 1e-5 in float32. The model is copied. Tokens and
+    columns of logits are in the model's own numbers.
 
     Args:
         model: A `ConvWaveNet` of any kind, in any mode.
@@ -40,10 +42,11 @@ class Stream:
         compiled: Whether Numba's loops take the steps, or PyTorch. Default: loops where they can run, which is on the
             CPU in float32 or float64 with at most 8 rows and the extra "fast", for layers with tanh and no layer norm,
             or gated ones. They are compiled at the first step, in some seconds, and kept beside the package.
+        end: The token that pads before a name and ends it, `vocab.end`.
 
     Raises:
         ShapeError: `batch_size` is below 1.
-        ConfigError: `compiled` is True and the loops cannot run.
+        ConfigError: `compiled` is True and the loops cannot run; `end` is no token of the model.
     """
 
     @torch.inference_mode(False)  # a stream made in inference mode can be used outside
@@ -56,12 +59,17 @@ class Stream:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         compiled: bool | None = None,
+        end: int = 0,
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ShapeError(f"batch_size is {batch_size!r}; it must be an integer of at least 1")
         weights = fold(model, device, dtype)
         self.batch_size, self.context, self.vocab_size = batch_size, model.context, model.config.vocab_size
+        if not isinstance(end, int) or not 0 <= end < self.vocab_size:
+            raise ConfigError(f"end is {end!r}; it must be a token of the model, 0 to {self.vocab_size - 1}")
+        self.end, weights = end, weights.end_first(end)
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        self._engine_tokens = to_engine(torch.arange(self.vocab_size, device=self.device), end)
         self._digest = torch.frombuffer(bytearray(_digest(weights)), dtype=torch.uint8)
         loops_can_run = weights.only_tanh and batch_size <= FEW_ROWS and _loops_can_run(self.device, self.dtype)
         if compiled and not weights.only_tanh:
@@ -104,14 +112,16 @@ class Stream:
     def advance(self, tokens: Tensor) -> Tensor:
         """`step` without its checks; the next step overwrites the logits."""
         with exact_float32_on(self.device):
-            return self.backend.step(tokens)
+            if self.end == 0:
+                return self.backend.step(tokens)
+            return self.backend.step(self._engine_tokens[tokens]).index_select(1, self._engine_tokens)
 
     def push(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Resets every row and reads a prefix of its own into it.
 
         Args:
             tokens: int64 `(batch_size, time)`, as `vocab.encode(prefixes, context=stream.context)` returns them. One
-                `.` before a prefix is enough.
+                `end` before a prefix is enough.
             lengths: int64 `(batch_size,)`, characters per prefix.
 
         Returns:
@@ -120,7 +130,7 @@ class Stream:
         Raises:
             ShapeError, TokenError: Other shapes, a token outside the vocabulary. Then nothing is read.
         """
-        columns = _columns_of(tokens, lengths, self.batch_size)
+        columns = _columns_of(tokens, lengths, self.batch_size, self.end)
         check_tokens(columns, self.vocab_size)
         self.reset()
         for column in columns.to(self.device):
@@ -164,10 +174,10 @@ class Stream:
         raise StateError("a Stream is not copied or pickled; make another of the same model and give it the state()")
 
 
-def _columns_of(tokens: Tensor, lengths: Tensor, rows: int) -> Tensor:
+def _columns_of(tokens: Tensor, lengths: Tensor, rows: int, end: int) -> Tensor:
     """What each step of `Stream.push` reads, int64 `(steps, rows)`.
 
-    All prefixes end at the same step: a row that has read nothing but `.` may read more of them.
+    All prefixes end at the same step: a row that has read nothing but `end` may read more of it.
     """
     shapes = [tuple(part.shape) if isinstance(part, Tensor) else repr(part)[:40] for part in (tokens, lengths)]
     if shapes[0][:1] != (rows,) or shapes[1] != (rows,) or len(shapes[0]) != 2:
@@ -177,11 +187,11 @@ def _columns_of(tokens: Tensor, lengths: Tensor, rows: int) -> Tensor:
         )
     tokens, lengths = tokens.cpu(), lengths.cpu()
     longest = int(lengths.max())
-    before = tokens.shape[1] - longest  # zeros before each prefix
-    if before < 1 or int(lengths.min()) < 0 or tokens[:, :before].any():
+    before = tokens.shape[1] - longest  # padding before each prefix
+    if before < 1 or int(lengths.min()) < 0 or (tokens[:, :before] != end).any():
         raise ShapeError(
-            f"tokens {shapes[0]} do not hold `.` and then prefixes of up to {longest} characters; make them with "
-            f"vocab.encode(prefixes, context=stream.context)"
+            f"tokens {shapes[0]} do not hold token {end} and then prefixes of up to {longest} characters; "
+            f"make them with vocab.encode(prefixes, context=stream.context)"
         )
     places = before - 1 + (torch.arange(longest + 1) - (longest - lengths[:, None])).clamp_(min=0)
     return tokens.long().gather(1, places).t().contiguous()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..config import ACTIVATIONS, WaveNetConfig
 from ..errors import MappingError
 from ..model import BatchNorm, ConvWaveNet, GatedLayer, LayerNorm
+from ..numbering import from_engine
 
 
 class Affine(NamedTuple):
@@ -93,6 +94,14 @@ class Weights:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Weights:
         """The same model on another device or in another dtype."""
         return self.map(lambda tensor: tensor.to(device=device, dtype=dtype))
+
+    def end_first(self, end: int) -> Weights:
+        """The same model with the end's token at 0 and the others in order, as `numbering.to_engine` numbers them."""
+        if end == 0:
+            return self
+        order = from_engine(torch.arange(self.config.vocab_size, device=self.embedding.device), end)
+        head = Affine(self.head.weight.index_select(1, order), self.head.bias[order])
+        return replace(self, embedding=self.embedding[order], head=head)
 
 
 @torch.no_grad()

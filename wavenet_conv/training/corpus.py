@@ -11,6 +11,7 @@ from torch import Tensor
 from ..engine.ids import crossing_starts, node_ids, node_starts, tap_views
 from ..errors import NamesError
 from ..model import ConvWaveNet
+from ..numbering import from_engine
 from ..vocabulary import Vocabulary, checked_names
 
 
@@ -45,6 +46,7 @@ class Corpus:
         tokens, lengths, known = vocab.pack(names, context=context)
         if not known.all():
             raise vocab.unknown_character_error(names)
+        tokens = from_engine(tokens, vocab.end)  # the model's own numbers: its weights are trained where they are
         tokens, lengths = tokens.to(weight.device), lengths.to(weight.device)
         self.dtype, self.vocab_size = weight.dtype, len(vocab)
         self.children: list[Tensor] = []

@@ -1,0 +1,84 @@
+"""How a notebook numbers its characters, and how the engines do: there the end is 0 and the others follow in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import NamesError
+
+
+def to_engine(tokens: Tensor, end: int) -> Tensor:
+    """Tokens, integers of any shape, in the engines' numbers; `end` is the token that ends a name."""
+    return tokens if end == 0 else torch.where(tokens == end, 0, torch.where(tokens < end, tokens + 1, tokens))
+
+
+def from_engine(tokens: Tensor, end: int) -> Tensor:
+    """The inverse of `to_engine`."""
+    return tokens if end == 0 else torch.where(tokens == 0, end, torch.where(tokens <= end, tokens - 1, tokens))
+
+
+class CharacterTable:
+    """From a text to the engines' numbers: `characters[i]` is i + 1, every other character 0."""
+
+    def __init__(self, characters: str):
+        self.characters = characters
+        self._codes, order = torch.tensor([ord(c) for c in characters], dtype=torch.int32).sort()
+        self._numbers = order + 1  # of the sorted codes
+
+    def __call__(self, text: str) -> Tensor:
+        """The number of each character: `(characters,)`, uint8 for ASCII text and int64 otherwise."""
+        if text.isascii() and len(self.characters) < 256:
+            table = bytearray(256)
+            for number, character in enumerate(self.characters, start=1):
+                if character.isascii():
+                    table[ord(character)] = number
+            return torch.frombuffer(bytearray(text, "ascii").translate(table), dtype=torch.uint8)
+        codes = torch.frombuffer(bytearray(text.encode("utf-32-le", errors="surrogatepass")), dtype=torch.int32)
+        place = torch.searchsorted(self._codes, codes).clamp_(max=len(self._codes) - 1)
+        return torch.where(self._codes[place] == codes, self._numbers[place], 0)
+
+
+def read_mapping(mapping: Any, end: str) -> tuple[str, int]:
+    """The characters of a `stoi` or `itos` in the order of their tokens, and the token of its key `end`.
+
+    Raises:
+        NamesError: The arguments are not what `Vocabulary.from_mapping` takes.
+    """
+    keys = _keys_in_order(mapping)
+    if end not in keys:
+        raise NamesError(f"no {end!r} in the mapping; say which key ends a name with end=...")
+    token = keys.index(end)
+    characters = keys[:token] + keys[token + 1 :]
+    for key in characters:
+        if len(key) != 1:
+            only = f"only end={end!r} may be another, and its token also pads before a name"
+            raise NamesError(f"the key {key!r} is not a single character; {only}")
+    return "".join(characters), token
+
+
+def _keys_in_order(mapping: Any) -> list[str]:
+    """The keys in the order of their tokens, which are 0, 1, ..., each once."""
+    if not isinstance(mapping, (Mapping, list, tuple)):
+        found = f"{type(mapping).__name__}, {mapping!r:.40}"
+        raise NamesError(f"the mapping is a {found}; pass the notebook's stoi or itos, such as {{'.': 0, 'a': 1}}")
+    entries = list(mapping.items() if isinstance(mapping, Mapping) else enumerate(mapping))
+    if not all(isinstance(key, str) for key, _ in entries):  # itos
+        entries = [(key, token) for token, key in entries]
+    for key, token in entries:
+        if not isinstance(key, str) or not isinstance(token, Integral) or isinstance(token, bool):
+            raise NamesError(f"the key {key!r} has the token {token!r}; keys are strings and tokens are integers")
+    entries.sort(key=lambda entry: entry[1])
+    tokens: dict[str, Any] = {}
+    for expected, (key, token) in enumerate(entries):
+        if token != expected:
+            found = f"the key {key!r} has the token {token} where {expected} is expected"
+            raise NamesError(f"{found}; the tokens of {len(entries)} keys are 0 to {len(entries) - 1}, each once")
+        if key in tokens:
+            raise NamesError(f"the key {key!r} has the tokens {tokens[key]} and {token}; give each key one token")
+        tokens[key] = token
+    return list(tokens)
