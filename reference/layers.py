@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -102,8 +103,7 @@ class LayerNorm(Layer):
         self.gamma, self.beta = torch.ones(dim), torch.zeros(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
-        return self.gamma * (x - mean) / torch.sqrt(var + self.eps) + self.beta
+        return F.layer_norm(x, self.gamma.shape, self.gamma, self.beta, self.eps)
 
     def parameters(self) -> list[Tensor]:
         return [self.gamma, self.beta]
@@ -127,7 +127,7 @@ class GELU(Layer):
     """Every element times the standard normal distribution function of it, exactly."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (1 + torch.erf(x / 2**0.5)) / 2
+        return F.gelu(x)
 
 
 class SiLU(Layer):

@@ -54,7 +54,14 @@ def lecture_list() -> list[str]:
 
 @pytest.fixture
 def clamp_for_tanh(monkeypatch):
-    """An exact nonlinearity: a clamp instead of tanh, also inside sigmoid(x) = (1 + tanh(x / 2)) / 2."""
-    monkeypatch.setattr(torch, "sigmoid", lambda x: (1 + torch.tanh(x / 2)) / 2)
-    monkeypatch.setattr(torch, "tanh", lambda x: x.clamp(-1, 1))
-    monkeypatch.setattr(torch, "tanh_", lambda x: x.clamp_(-1, 1))
+    """A function that replaces tanh by a clamp, which is exact, also inside sigmoid(x) = (1 + tanh(x / 2)) / 2.
+
+    Models are mapped before it is called.
+    """
+
+    def replace():
+        monkeypatch.setattr(torch, "sigmoid", lambda x: (1 + torch.tanh(x / 2)) / 2)
+        monkeypatch.setattr(torch, "tanh", lambda x: x.clamp(-1, 1))
+        monkeypatch.setattr(torch, "tanh_", lambda x: x.clamp_(-1, 1))
+
+    return replace

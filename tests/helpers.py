@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import reference
-from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, from_tree
+from wavenet_conv import Vocabulary, from_tree
 
 ROOT = Path(__file__).parent.parent
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -45,48 +45,11 @@ def norms_of(tree) -> list[reference.BatchNorm1d]:
     return [layer for layer in tree.layers if isinstance(layer, reference.BatchNorm1d)]
 
 
-def conv_of(tree) -> ConvWaveNet:
-    """The convolutional model with the weights of a tree of any kind."""
-    if any(isinstance(layer, reference.GatedBlock) for layer in tree.layers):
-        return from_tree(tree)
-    embedding, *others = tree.layers
-    names = {kind: name for name, kind in reference.networks.ACTIVATIONS.items()}
-    size, parts = 1, []  # kernel size, linear, norm, activation
-    for part in others:
-        if isinstance(part, reference.FlattenConsecutive):
-            size = part.n
-        elif isinstance(part, reference.Linear):
-            parts.append([size, part, None, "none"])
-            size = 1
-        elif type(part) in names:
-            parts[-1][3] = names[type(part)]
-        else:
-            parts[-1][2] = part
-    sizes, linears, norms, activations = zip(*parts)
-    kinds = [{reference.BatchNorm1d: "batch", reference.LayerNorm: "layer"}.get(type(norm), "none") for norm in norms]
-    widths = tuple(linear.weight.shape[1] for linear in linears[:-1])
-    shape = (*embedding.weight.shape, widths, sizes[:-1], tuple(kinds[:-1]), activations[:-1])
-    config = WaveNetConfig(*shape, head_kernel_size=sizes[-1], head_norm=kinds[-1])
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        conv = ConvWaveNet(config, dtype=embedding.weight.dtype, device=embedding.weight.device).eval()
-        conv.embedding.weight.copy_(embedding.weight)
-        targets = [*((layer.conv, layer.norm) for layer in conv.layers), (conv.head, conv.head_norm)]
-        for (target, norm), linear, source in zip(targets, linears, norms):
-            target.weight.copy_(linear.weight.unflatten(0, (target.kernel_size[0], -1)).permute(2, 1, 0))
-            if target.bias is not None:
-                target.bias.copy_(linear.bias)
-            if norm is not None:
-                vars(norm).update({name: value for name, value in vars(source).items() if name in ("eps", "momentum")})
-                for name, tensor in norm.state_dict().items():
-                    tensor.copy_(getattr(source, {"weight": "gamma", "bias": "beta"}.get(name, name)).view_as(tensor))
-    return conv
-
-
 def assert_same_gradients(tree, conv):
     """Every parameter of the model has the gradient of its parameter in the tree, in float64; overwrites the tree."""
     for parameter in tree.parameters():
         parameter.data = parameter.grad
-    pairs = list(zip(conv.parameters(), conv_of(tree).parameters(), strict=True))
+    pairs = list(zip(conv.parameters(), from_tree(tree).parameters(), strict=True))
     for parameter, expected in pairs:  # sums round to 1e-15, small variances magnify that
         assert (parameter.grad - expected).abs().max() < 1e-10
     assert sum(float(expected.data.abs().sum()) for _, expected in pairs) > 0.1
@@ -157,9 +120,13 @@ def numberings(draw):
 def renumbered(tree: reference.Sequential, order: Sequence[int]) -> reference.Sequential:
     """The same tree with its token `order[t]` as token t."""
     tree = copy.deepcopy(tree)
+    last = next(place for place, layer in reversed([*enumerate(tree.layers)]) if isinstance(layer, reference.Linear))
     with torch.no_grad():
-        for part, axis in ((tree.layers[0].weight, 0), (tree.layers[-1].weight, 1), (tree.layers[-1].bias, 0)):
-            part.copy_(part.index_select(axis, torch.tensor(order)))
+        tree.layers[0].weight.copy_(tree.layers[0].weight[torch.tensor(order)])
+        for part in tree.layers[last:]:  # the head, and its norm
+            for tensor in (tensor for tensor in vars(part).values() if isinstance(tensor, torch.Tensor)):
+                if tensor.shape[-1:] == (len(order),):
+                    tensor.copy_(tensor.index_select(-1, torch.tensor(order)))
     return tree
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import EXACT, MIXED, conv_of, random_tree, to_exact, trees_and_names
+from helpers import EXACT, MIXED, random_tree, to_exact, trees_and_names
 from hypothesis import given, settings
 
 import reference
@@ -38,7 +38,8 @@ def test_lectures_list_is_equal_at_all_228_146_positions(lecture_list):
 @pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (8,), (3,), (3, 2), (2, 3, 2), (1, 4, 1, 2)], ids=str)
 def test_exact_arithmetic_is_equal_to_the_bit(names, vocab, device, clamp_for_tanh, kernel_sizes, kind):
     tree = to_exact(random_tree(kernel_sizes, n_embd=6, n_hidden=16, **kind)).to(device)
-    conv = conv_of(tree)
+    conv = from_tree(tree)
+    clamp_for_tanh()
     tokens, lengths = (t.to(device) for t in vocab.encode(names[::40], context=conv.context))
     inside = torch.arange(tokens.shape[1] - conv.context + 1, device=device) <= lengths[:, None]
     with torch.no_grad():
@@ -57,7 +58,7 @@ def test_exact_arithmetic_is_equal_to_the_bit(names, vocab, device, clamp_for_ta
 def test_any_tree_is_equal_on_any_names(problem):
     sizes, names, vocab = problem
     tree = random_tree(**sizes)
-    conv = conv_of(tree)
+    conv = from_tree(tree)
     for model in (conv, fold_batch_norm(conv)):
         report = verify(tree, model, names, vocab)
         assert report.equal and report.positions == sum(len(name) + 1 for name in names), report
@@ -73,7 +74,7 @@ def test_any_tree_is_equal_on_any_names(problem):
 @pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (3,), (4, 1, 3)], ids=str)
 def test_receptive_field_is_the_context(device, kernel_sizes, kind):
     """Changing one token changes exactly the outputs whose window contains it."""
-    conv, time = conv_of(random_tree(kernel_sizes, n_embd=24, n_hidden=12, **kind, device=device)), 40
+    conv, time = from_tree(random_tree(kernel_sizes, n_embd=24, n_hidden=12, **kind, device=device)), 40
     tokens = torch.randint(1, 27, (1, time), generator=torch.Generator().manual_seed(0)).to(device)
     outputs = torch.arange(time - conv.context + 1, device=device)
     for model in (conv, fold_batch_norm(conv)):

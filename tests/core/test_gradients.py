@@ -4,11 +4,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ALPHABET, KINDS, assert_same_gradients, conv_of, norms_of, random_tree
+from helpers import ALPHABET, KINDS, assert_same_gradients, norms_of, random_tree
 from hypothesis import given, settings
 
 import reference
-from wavenet_conv import Vocabulary
+from wavenet_conv import Vocabulary, from_tree
 from wavenet_conv.model import BatchNorm
 
 VOCAB = Vocabulary(ALPHABET)
@@ -33,7 +33,7 @@ def assert_same_loss_and_gradients(tree, conv, names):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_gradients_in_evaluation_mode_are_the_trees(device, kernel_sizes, kind):
     tree = random_tree(kernel_sizes, n_embd=6, n_hidden=10, **kind, device=device)
-    assert_same_loss_and_gradients(tree, conv_of(tree), NAMES)
+    assert_same_loss_and_gradients(tree, from_tree(tree), NAMES)
 
 
 @settings(max_examples=40)
@@ -46,7 +46,7 @@ def test_gradients_in_evaluation_mode_are_the_trees(device, kernel_sizes, kind):
 def test_training_mode_is_the_trees(kernel_sizes, names, seed, kind):
     """On ragged batches: a node counts once for each window that contains it."""
     tree = random_tree(kernel_sizes, n_embd=5, n_hidden=7, seed=seed, **kind)
-    conv = conv_of(tree).train()
+    conv = from_tree(tree).train()
     tree.train()
     assert_same_loss_and_gradients(tree, conv, [*names, "abcxyz"])  # one name that has a variance
     found = [module for module in conv.modules() if isinstance(module, BatchNorm)]

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import KINDS, conv_of, norms_of, random_tree
+from helpers import KINDS, norms_of, random_tree
 
 import reference
 from reference import NETWORKS, BatchNorm1d, FlattenConsecutive
+from wavenet_conv import from_tree
 
 NAMES = [a + b + c for a in "abcde" for b in "aeiou" for c in ("n", "lla", "mo")]
 CHARACTERS = "".join(sorted(set("".join(NAMES))))
@@ -48,7 +49,7 @@ def test_a_tree_comes_back_from_its_convolutional_model(kind):
     tree = random_tree((3, 2), n_embd=4, n_hidden=(5, 6), **kind)
     for norm in (layer for layer in tree.layers if hasattr(layer, "eps")):
         norm.eps = 1e-3
-    back, tokens = reference.from_conv(conv_of(tree)), torch.randint(27, (3, 16))
+    back, tokens = reference.from_conv(from_tree(tree)), torch.randint(27, (3, 16))
     assert [type(layer) for layer in back.layers] == [type(layer) for layer in tree.layers]
     assert torch.equal(reference.window_logits(back, tokens), reference.window_logits(tree, tokens))
     assert reference.context_of(back) == 6 * kind.get("head_kernel_size", 1)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import ALPHABET, LAYER_NORM, LINEAR, MIXED, conv_of, needs_numba, random_tree
+from helpers import ALPHABET, LAYER_NORM, LINEAR, MIXED, needs_numba, random_tree
 from torch import Tensor
 
 import reference
-from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConvError
+from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConvError, from_tree
 
 ABC = Vocabulary(ALPHABET)
 SMALL = dict(n_embd=6, n_hidden=16)
@@ -38,7 +38,7 @@ gated_or_not = pytest.mark.parametrize("gated", [False, True], ids=["tanh", "gat
 
 def random_conv(kernel_sizes=(2, 2, 2), **options) -> ConvWaveNet:
     """A model in evaluation mode with random statistics, in float64; options of `random_tree`."""
-    return conv_of(random_tree(kernel_sizes, **SMALL | options))
+    return from_tree(random_tree(kernel_sizes, **SMALL | options))
 
 
 def rejects(message: str, call, *args, **options) -> bool:

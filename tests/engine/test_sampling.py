@@ -6,11 +6,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from engine.cases import ABC, GATED, WIDE, rejects
-from helpers import LAYER_NORM, MIXED, conv_of, random_tree
+from helpers import LAYER_NORM, MIXED, random_tree
 from hypothesis import given, settings
 
 import reference
-from wavenet_conv import Vocabulary, sample, sample_stream, sampling
+from wavenet_conv import Vocabulary, from_tree, sample, sample_stream, sampling
 from wavenet_conv.sampling import tokens_at, uniform
 
 OPTIONS = st.fixed_dictionaries(
@@ -54,7 +54,7 @@ def short_tree(dtype=torch.float64, end=1.0, **sizes):
     return tree
 
 
-CONVS = [conv_of(short_tree(torch.float32, **kind)) for kind in ({}, {"gated": True}, LAYER_NORM, MIXED)]
+CONVS = [from_tree(short_tree(torch.float32, **kind)) for kind in ({}, {"gated": True}, LAYER_NORM, MIXED)]
 
 
 def chosen(probs, temperature=1.0, top_k=1000, top_p=1.0):
@@ -84,9 +84,9 @@ def names_of_the_loop(tree, vocab, count, seed=42, prefix="", max_length=100, **
 def test_10_000_names_are_those_of_the_lectures_loop(monkeypatch, sizes, count):
     tree = short_tree(**sizes, end=1.5)
     expected = names_of_the_loop(tree, ABC, count)
-    assert sample(conv_of(tree), ABC, count) == expected
+    assert sample(from_tree(tree), ABC, count) == expected
     monkeypatch.setattr(sampling, "LONG", 0)
-    assert sample(conv_of(tree), ABC, count) == expected
+    assert sample(from_tree(tree), ABC, count) == expected
 
 
 @pytest.mark.parametrize("sizes, characters", MODELS, ids=lambda value: str(value if value else len(value)))
@@ -97,8 +97,8 @@ def test_names_are_those_of_the_lectures_loop(device, way, sizes, characters, le
     options = {"seed": 7, "max_length": max_length, "prefix": (characters[:4] * 19)[:length]}
     tree = short_tree(**sizes, vocab_size=len(vocab))
     expected = names_of_the_loop(tree, vocab, 40, **options)
-    assert sample(conv_of(tree), vocab, 40, **options, device=device) == expected
-    assert list(islice(sample_stream(conv_of(tree), vocab, **options, device=device, batch_size=9), 40)) == expected
+    assert sample(from_tree(tree), vocab, 40, **options, device=device) == expected
+    assert list(islice(sample_stream(from_tree(tree), vocab, **options, device=device, batch_size=9), 40)) == expected
 
 
 @pytest.mark.parametrize("tied", [[0], [3, 7, 20]], ids=["distinct", "tied"])
@@ -110,7 +110,7 @@ def test_names_with_options_are_those_of_the_lectures_loop(way, options, tied):
         for part in (tree.layers[-1].weight, tree.layers[-1].bias[None]):
             part[:, tied] = part[:, tied[0], None].clone()
         tree.layers[-1].bias[tied] += 2 * (len(tied) > 1)
-    names = sample(conv_of(tree), ABC, 30, max_length=12, **options)
+    names = sample(from_tree(tree), ABC, 30, max_length=12, **options)
     assert names == names_of_the_loop(tree, ABC, 30, max_length=12, **options)
     assert len(tied) == 1 or {"c", "g", "t"} <= set("".join(names))
 
@@ -135,7 +135,7 @@ def test_batch_size_and_count_do_not_change_names(batch_size, seed, options, con
 @pytest.mark.parametrize("sizes", [WIDE, GATED | {"n_hidden": (7, 40, 9)}, OTHER], ids=["wide", "gated", "other"])
 def test_distributions_have_the_same_bits_in_any_batch(way, monkeypatch, threads, sizes):
     """So a draw cannot depend on the batch, however close its number is to the border between two tokens."""
-    conv, calls = conv_of(short_tree(torch.float32, **sizes, end=2.0)), []
+    conv, calls = from_tree(short_tree(torch.float32, **sizes, end=2.0)), []
     monkeypatch.setattr(sampling, "uniform", lambda *args: [calls.append(args[1:]), uniform(*args)][1])
     monkeypatch.setattr(sampling, "tokens_at", lambda *args: [calls.append(args[0]), tokens_at(*args)][1])
     found = []
@@ -179,7 +179,7 @@ def test_uniform_numbers_are_splitmix64():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_logits_that_are_not_finite_are_an_error_of_names_that_are_asked_for(way, value):
-    conv = conv_of(short_tree(torch.float32))
+    conv = from_tree(short_tree(torch.float32))
     expected = sample(conv, ABC, 300)
     firsts = {c: next(i for i, name in enumerate([*expected, c + "."]) if c in name[:-1]) for c in ABC.characters}
     first, letter = max((index, c) for c, index in firsts.items() if index < 40)
@@ -190,7 +190,7 @@ def test_logits_that_are_not_finite_are_an_error_of_names_that_are_asked_for(way
 
 def test_half_precision_is_drawn_from_in_float32(way):
     for dtype in (torch.float16, torch.bfloat16):
-        conv = conv_of(short_tree(torch.float32)).to(dtype)
+        conv = from_tree(short_tree(torch.float32)).to(dtype)
         assert sample(conv, ABC, 100) == sample(conv.float(), ABC, 100)
     assert sample(conv, ABC, 9, temperature=1e-42) == sample(conv, ABC, 9, temperature=0)
 
@@ -214,7 +214,7 @@ def test_wrong_options_are_rejected_at_the_call():
 
 
 def test_sampling_leaves_the_model_and_the_random_state_as_they_were(way):
-    conv = conv_of(short_tree()).train()
+    conv = from_tree(short_tree()).train()
     state = torch.random.get_rng_state()
     assert sample(conv, ABC, 0) == [] and sample(conv, ABC, 30, seed=1) != sample(conv, ABC, 30, seed=2)
     assert list(islice(sample_stream(conv, ABC, 10**30, max_length=10**30), 3)) == sample(conv, ABC, 3)

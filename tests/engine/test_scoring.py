@@ -6,9 +6,9 @@ from math import log
 import pytest
 import torch
 from engine.cases import ABC, gated_or_not, outputs_of, random_conv, rejects
-from helpers import LAYER_NORM, MIXED, conv_of, random_tree
+from helpers import LAYER_NORM, MIXED, random_tree
 
-from wavenet_conv import Scorer, Vocabulary, scoring
+from wavenet_conv import Scorer, Vocabulary, from_tree, scoring
 from wavenet_conv.engine import kernel, shared
 
 NAMES = ["emma", "", "olivia", "a", "xqzvkj", "maximiliano", "emma"]
@@ -23,12 +23,12 @@ def assert_scores_are_the_trees(tree, names, vocab, device="cpu"):
     expected = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
     positions = torch.tensor([len(name) + 1 for name in names])
     sums = torch.stack([part.sum() for part in expected.split(positions.tolist())])
-    scorer = Scorer(conv_of(tree), vocab, device=device)
+    scorer = Scorer(from_tree(tree), vocab, device=device)
     values, offsets = scorer.position_log_probs(names)
     assert values.dtype == torch.float64 and torch.equal(offsets.diff(), positions) and offsets[-1] == len(values)
     assert (values - expected).abs().max() < 1e-12
     assert (scorer.score(names) - sums).abs().max() < 1e-11  # up to 20 positions
-    scores = Scorer(conv_of(tree), vocab, dtype=torch.float32, device=device).score(names)
+    scores = Scorer(from_tree(tree), vocab, dtype=torch.float32, device=device).score(names)
     assert scores.dtype == torch.float32 and ((scores - sums).abs() < 1e-5 * positions).all()
 
 

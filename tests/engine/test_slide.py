@@ -3,10 +3,10 @@
 import pytest
 import torch
 from engine.cases import ABC, DTYPES, outputs_of, random_conv, rejects
-from helpers import EXACT, KINDS, conv_of, random_tree, to_exact
+from helpers import EXACT, KINDS, random_tree, to_exact
 
 import reference
-from wavenet_conv import ConvWaveNet, FoldedWaveNet, WaveNetConfig, WaveNetConvError, fold_batch_norm
+from wavenet_conv import ConvWaveNet, FoldedWaveNet, WaveNetConfig, WaveNetConvError, fold_batch_norm, from_tree
 from wavenet_conv.engine.weights import fold
 
 TOKENS = torch.randint(27, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -38,7 +38,8 @@ def test_logits_of_models_without_a_bias_or_with_other_widths(bias):
 @pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (8,), (1, 4, 1, 2)], ids=str)
 def test_logits_are_the_trees_to_the_bit_where_arithmetic_is_exact(names, device, clamp_for_tanh, kernel_sizes, kind):
     tree = to_exact(random_tree(kernel_sizes, n_embd=6, n_hidden=16, **kind)).to(device)
-    folded = fold_batch_norm(conv_of(tree))
+    folded = fold_batch_norm(from_tree(tree))
+    clamp_for_tanh()
     expected = outputs_of(tree, names[::40], ABC, device)[0]
     assert expected.unique().numel() > 100  # the outputs differ
     assert torch.equal(outputs_of(folded, names[::40], ABC, device)[0], expected)

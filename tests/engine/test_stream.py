@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 from engine.cases import ABC, BACKENDS, DEEP, GATED, OTHERS, SHAPES, WIDE, random_conv, rejects, streamed
-from helpers import LAYER_NORM, conv_of, needs_numba, random_tree
+from helpers import LAYER_NORM, needs_numba, random_tree
 from hypothesis import given, settings
 
 import reference
-from wavenet_conv import Stream
+from wavenet_conv import Stream, from_tree
 from wavenet_conv.engine.stream import FEW_ROWS
 
 backends = pytest.mark.parametrize("batch_size, compiled", BACKENDS)
 
 
 def assert_gives_the_trees_logits(tree, names, tolerance, batch_size, compiled=None):
-    stream = Stream(conv_of(tree), batch_size, compiled=compiled)
+    stream = Stream(from_tree(tree), batch_size, compiled=compiled)
     for start in range(0, len(names), batch_size):
         start = min(start, len(names) - batch_size)
         tokens, lengths = ABC.encode(names[start : start + batch_size], context=stream.context)
@@ -47,7 +47,7 @@ def test_logits_of_other_kinds_are_the_trees_by_pytorch(names, sizes, batch_size
     tree, message = random_tree(**sizes), "no other activation, no layer norm.*leave out compiled=True"
     assert_gives_the_trees_logits(tree, names[::1200], 1e-12, batch_size)
     assert_gives_the_trees_logits(random_tree(**sizes, dtype=torch.float32), names[:20], 1e-5, batch_size)
-    assert not Stream(conv_of(tree)).compiled and rejects(message, Stream, conv_of(tree), compiled=True)
+    assert not Stream(from_tree(tree)).compiled and rejects(message, Stream, from_tree(tree), compiled=True)
 
 
 @backends
@@ -80,7 +80,7 @@ def test_reset_rows_do_not_change_the_others(data):
     sizes = data.draw(st.sampled_from([GATED, DEEP, *SHAPES, *OTHERS]))
     batch_size = data.draw(st.sampled_from([1, 2, FEW_ROWS + 1]))
     tree = random_tree(**sizes, vocab_size=5)
-    stream = Stream(conv_of(tree), batch_size)
+    stream = Stream(from_tree(tree), batch_size)
     read = [[0] * stream.context for _ in range(batch_size)]
     for _ in range(20):
         tokens = data.draw(st.lists(st.integers(0, 4), min_size=batch_size, max_size=batch_size))
@@ -102,7 +102,7 @@ def test_push_gives_the_logits_after_each_prefix(sizes, device):
     """Of any lengths, with one `.` or a whole context before them; the stream continues from there."""
     prefixes = ["", "a", "maximiliano", "x" * 40, "emma"]
     tree = random_tree(**sizes, device=device)
-    stream = Stream(conv_of(tree), len(prefixes))
+    stream = Stream(from_tree(tree), len(prefixes))
     stream.step(torch.arange(5, device=device))  # push forgets this
     for context in (1, stream.context):
         pushed = stream.push(*ABC.encode(prefixes, context=context))
@@ -118,7 +118,7 @@ def test_push_gives_the_logits_after_each_prefix(sizes, device):
 @pytest.mark.parametrize("batch_size, compiled", BACKENDS[1:])
 @pytest.mark.parametrize("sizes", [WIDE, GATED, DEEP], ids=["wide", "gated", "deep"])
 def test_a_state_continues_in_another_stream(batch_size, compiled, sizes, device):
-    conv = conv_of(random_tree(**sizes, dtype=torch.float32))
+    conv = from_tree(random_tree(**sizes, dtype=torch.float32))
     stream, file = Stream(conv, batch_size, compiled=compiled), io.BytesIO()
     tokens = torch.randint(0, 27, (batch_size, 30), generator=torch.Generator().manual_seed(0))
     streamed(stream, tokens[:, :11])

@@ -9,11 +9,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import KINDS, MIXED, assert_same_gradients, conv_of, random_tree
+from helpers import KINDS, MIXED, assert_same_gradients, random_tree
 from hypothesis import given, settings
 
 import reference
-from wavenet_conv import Vocabulary, WaveNetConfig
+from wavenet_conv import Vocabulary, WaveNetConfig, from_tree
 from wavenet_conv.training import Corpus, Recipe, Trainer, evaluate, new_model, predictions, shared_logits, total_loss
 from wavenet_conv.training.ranks import batch_norm_over_ranks
 
@@ -77,7 +77,7 @@ def test_a_batch_is_the_windows_of_its_names(kernel_sizes, head, names, data):
 @settings(max_examples=30)
 @given(kernel_size_lists, name_lists, st.sampled_from(KINDS))
 def test_logits_are_the_models(kernel_sizes, names, kind):
-    conv = conv_of(random_tree(kernel_sizes, n_embd=5, n_hidden=7, vocab_size=len(VOCAB), **kind))
+    conv = from_tree(random_tree(kernel_sizes, n_embd=5, n_hidden=7, vocab_size=len(VOCAB), **kind))
     corpus = Corpus(names, VOCAB, conv)
     batch = corpus.batch(torch.arange(len(names)))
     expected = conv(tokens_of_windows(batch))[:, 0]
@@ -90,13 +90,13 @@ def test_logits_are_the_models(kernel_sizes, names, kind):
 @given(kernel_size_lists, name_lists, st.sampled_from(KINDS), st.integers(0, 99))
 def test_loss_gradients_and_statistics_are_the_trees(kernel_sizes, names, kind, seed):
     tree = random_tree(kernel_sizes, n_embd=5, n_hidden=7, vocab_size=len(VOCAB), **kind, seed=seed).train()
-    conv = conv_of(tree).train()
+    conv = from_tree(tree).train()
     names = [*names, "abcxyz"]  # one name with a variance of its own
     expected, found = tree_loss(tree, names), shared_loss(conv, names)
     assert abs(expected - found) < 1e-10
     expected.backward()
     found.backward()
-    assert_close(conv.state_dict(), conv_of(tree).state_dict())  # running statistics among them
+    assert_close(conv.state_dict(), from_tree(tree).state_dict())  # running statistics among them
     assert_same_gradients(tree, conv)
 
 
@@ -105,7 +105,7 @@ def test_twenty_steps_are_the_trees(names, vocab, kind):
     """From the same start, with the same names per step, the two are still alike after twenty steps of SGD."""
     few = names[:600]
     tree = random_tree(n_embd=6, n_hidden=16, **kind).train()
-    conv = conv_of(tree)
+    conv = from_tree(tree)
     recipe = Recipe(steps=20, batch_size=32, optimizer="sgd", schedule="constant", lr=0.1, weight_decay=0.0, seed=3)
     trainer = Trainer(conv, vocab, few, names[600:650], recipe)
     for _ in range(20):
@@ -117,7 +117,7 @@ def test_twenty_steps_are_the_trees(names, vocab, kind):
             parameter.data -= 0.1 * parameter.grad
         trainer.advance()
         assert abs(trainer.losses[-1] - loss) < 1e-8
-    assert_close(conv.state_dict(), conv_of(tree).state_dict(), 1e-8)
+    assert_close(conv.state_dict(), from_tree(tree).state_dict(), 1e-8)
 
 
 def test_teachers_give_their_share_of_the_targets(small):

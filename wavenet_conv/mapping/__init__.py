@@ -28,8 +28,7 @@ from .rules import logits_of
 from .trace import Tracer
 from .values import WINDOWS
 
-CONTEXTS = (*range(1, 257), 512, 1024, 2048, 4096)  # tokens per window that are tried
-TRACED = 8  # of these, how many are traced
+LONGEST = 4096  # tokens per window that are tried
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.01}
 TOKENS_AT_ONCE = 2**17  # in the windows that both models read together
 MOST_TOKENS = 2**22  # in all windows that are compared
@@ -77,13 +76,13 @@ def from_tree(model: Any, *, context: int | None = None) -> ConvWaveNet:
         device = next((tensor.device for tensor in tensors if tensor.is_floating_point()), torch.device("cpu"))
         stack.enter_context(exact_float32_on(device))
         contexts = [context] if context is not None else _contexts(function, device)
-        traces = [_trace(model, function, size, device) for size in contexts[:TRACED]]
+        traces = [_trace(model, function, size, device) for size in contexts]
         failed = [trace for trace in traces if trace.conv is None]
         if failed:
             raise _error(failed[-1], tensors)
         if len(contexts) > 1:
-            sizes = ", ".join(map(str, contexts[:TRACED]))
-            raise MappingError(f"the model makes one prediction from {sizes} tokens, and so on; give context=")
+            sizes = " or ".join(map(str, contexts))
+            raise MappingError(f"the model makes one prediction per window of {sizes} tokens; say which with context=")
         (trace,) = traces
         _prove(function, trace)
     return trace.conv
@@ -99,22 +98,23 @@ class Trace:
 
 
 def _contexts(function: Callable[[Tensor], Any], device: torch.device) -> list[int]:
-    """The numbers of tokens for which a model makes one prediction per window."""
-    found, errors = list[int](), dict[int, Exception]()
-    for size in CONTEXTS:
-        if found and size > 256:
-            break
+    """The least number of tokens for which a model makes one prediction per window, and others for which it does."""
+    errors: dict[int, Exception] = {}
+
+    def fits(size: int) -> bool:
         try:
             logits_in(function(torch.zeros(WINDOWS, size, dtype=torch.int64, device=device)), WINDOWS)
-            found.append(size)
         except Exception as error:  # any kind, since it is the model's
             errors[size] = error
-    if not found:
+        return size not in errors
+
+    least = next(filter(fits, range(1, LONGEST + 1)), None)
+    if least is None:
         raise MappingError(
-            f"the model makes one prediction per window for none of 1 to 256, 512, 1024, 2048 and 4096 tokens; for "
-            f"8 tokens: {_text(errors[8])}; give it with context=, or wrap the model in a function of the windows alone"
+            f"the model makes one prediction per window for no number of tokens from 1 to {LONGEST:,}; for 8 tokens: "
+            f"{_text(errors[8])}; give the number as context=, or wrap the model in a function of the windows alone"
         )
-    return found
+    return [least, *filter(fits, (least + 1, 2 * least))]
 
 
 def _trace(model: Any, function: Callable[[Tensor], Any], size: int, device: torch.device) -> Trace:
@@ -159,8 +159,8 @@ def _prove(function: Callable[[Tensor], Any], trace: Trace) -> None:
     tolerance = TOLERANCE[conv.embedding.weight.dtype]
     for part in windows.split(max(1, TOKENS_AT_ONCE // conv.context)):
         expected, found, real = logits_in(function(part), len(part)).double(), conv(part)[:, 0], exact(part)[:, 0]
-        rounding = 16 * float((found - real).abs().max())  # what the dtype does to this model
-        difference = (expected - found).abs()
+        rounding = 16 * float((found - real).abs().nan_to_num(nan=0.0).max())  # what the dtype does to this model
+        difference = (expected - found).abs().masked_fill(expected == found, 0.0)  # also where both are infinite
         if not (difference <= tolerance * expected.abs().clamp(min=1) + rounding).all():
             raise MappingError(
                 f"the model computes something else than its trace shows, with a largest difference of "
