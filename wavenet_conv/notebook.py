@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import is_dataclass
 from functools import partial, reduce
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -38,6 +39,7 @@ def logits_in(output: Any, windows: int) -> Tensor:
 
     Axes of length 1 are removed. Raises `ShapeError` if there is no tensor with one row of numbers per window.
     """
+    output = vars(output) if is_dataclass(output) else output
     tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
     for tensor in tensors:
         axes = [size for size in tensor.shape if size != 1]
@@ -72,14 +74,33 @@ def _inside(part: Any) -> Iterable[Any]:
         return (part.__self__, part.__func__)
     if isinstance(part, partial):
         return (part.func, *part.args, *part.keywords.values())
+    if isinstance(part, (staticmethod, classmethod)):
+        return (part.__func__,)
     if isinstance(part, FunctionType):
         try:
             names = inspect.getclosurevars(part)
         except ValueError:  # a cell that is still empty
             return ()
-        return (*names.nonlocals.values(), *names.globals.values(), *vars(part).values())
-    methods = (getattr(type(part), name, None) for name in ("__call__", "forward"))
-    return (vars(part) if hasattr(part, "__dict__") else {}, *(m for m in methods if isinstance(m, FunctionType)))
+        defaults = (part.__defaults__, part.__kwdefaults__)
+        return (*names.nonlocals.values(), *names.globals.values(), *defaults, vars(part))
+    classes = [kind for kind in type(part).__mro__ if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
+    return (*_attributes(part).values(), *(member for kind in classes for member in vars(kind).values()))
+
+
+def _attributes(part: Any) -> dict[str, Any]:
+    """What an object holds, in its `__dict__` and in slots."""
+    slots = [name for kind in type(part).__mro__ for name in vars(kind).get("__slots__", ())]
+    found = {name: getattr(part, name) for name in slots if hasattr(part, name)}
+    return found | getattr(part, "__dict__", {})
+
+
+def _set_attributes(part: Any, saved: dict[str, Any]) -> None:
+    found = _attributes(part)
+    for name in found.keys() - saved.keys():
+        object.__delattr__(part, name)
+    for name, value in saved.items():
+        if name not in found or found[name] is not value:
+            object.__setattr__(part, name, value)
 
 
 @contextmanager
@@ -90,10 +111,8 @@ def left_as_found(model: Any) -> Iterator[list[Tensor]]:
     """
     parts = parts_of(model)
     containers: list[tuple[Any, Any]] = [(part, part.copy()) for part in parts if isinstance(part, (dict, list))]
+    objects = [(part, _attributes(part)) for part in parts if not isinstance(part, (dict, list, tuple, Tensor))]
     tensors = [(part, part.detach().clone()) for part in parts if isinstance(part, Tensor)]
-    for part, _ in containers:
-        if isinstance(part, dict) and isinstance(part.get("training"), bool):
-            part["training"] = False
     devices = {tensor.device for tensor, _ in tensors if tensor.is_cuda}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=list(devices)))
@@ -101,8 +120,13 @@ def left_as_found(model: Any) -> Iterator[list[Tensor]]:
         if "torch._dynamo" in sys.modules:  # compiled parts run as they are written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
+            for part, _ in objects:
+                if isinstance(getattr(part, "training", None), bool):
+                    object.__setattr__(part, "training", False)
             yield [tensor for tensor, _ in tensors]
         finally:
+            for part, attributes in objects:
+                _set_attributes(part, attributes)
             for part, saved in containers:
                 if isinstance(part, list):
                     part[:] = saved

@@ -14,6 +14,7 @@ import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,11 +25,13 @@ from ..model import ConvWaveNet
 from ..notebook import as_function, left_as_found, logits_in
 from ..precision import exact_float32_on
 from .assemble import assemble, describe
-from .rules import logits_of
+from .rules import UNREAD, WIDTH, logits_of
 from .trace import Tracer
 from .values import WINDOWS
 
 LONGEST = 4096  # tokens per window that are tried
+FURTHER = 64  # more tokens per window that are tried to see whether the least number is the only one
+FAILURES = 8  # numbers of tokens that are traced
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.01}
 TOKENS_AT_ONCE = 2**17  # in the windows that both models read together
 MOST_TOKENS = 2**22  # in all windows that are compared
@@ -75,16 +78,10 @@ def from_tree(model: Any, *, context: int | None = None) -> ConvWaveNet:
     with left_as_found(model) as tensors, ExitStack() as stack:
         device = next((tensor.device for tensor in tensors if tensor.is_floating_point()), torch.device("cpu"))
         stack.enter_context(exact_float32_on(device))
-        contexts = [context] if context is not None else _contexts(function, device)
-        traces = [_trace(model, function, size, device) for size in contexts]
-        failed = [trace for trace in traces if trace.conv is None]
-        if failed:
-            raise _error(failed[-1], tensors)
-        if len(contexts) > 1:
-            sizes = " or ".join(map(str, contexts))
-            raise MappingError(f"the model makes one prediction per window of {sizes} tokens; say which with context=")
-        (trace,) = traces
-        _prove(function, trace)
+        trace = _trace(model, function, context, device) if context else _found(model, function, device)
+        complaints = trace.complaints if trace.conv is None else _differences(function, trace)
+        if complaints:
+            raise _error(complaints, tensors)
     return trace.conv
 
 
@@ -95,10 +92,11 @@ class Trace:
     conv: Any  # a ConvWaveNet, or None
     complaints: tuple[str, ...]
     operators: list[str]
+    unread: bool = False  # whether the model leaves out positions of its windows
 
 
-def _contexts(function: Callable[[Tensor], Any], device: torch.device) -> list[int]:
-    """The least number of tokens for which a model makes one prediction per window, and others for which it does."""
+def _found(model: Any, function: Callable[[Tensor], Any], device: torch.device) -> Trace:
+    """The trace for the number of tokens for which a model makes one prediction per window."""
     errors: dict[int, Exception] = {}
 
     def fits(size: int) -> bool:
@@ -108,13 +106,35 @@ def _contexts(function: Callable[[Tensor], Any], device: torch.device) -> list[i
             errors[size] = error
         return size not in errors
 
-    least = next(filter(fits, range(1, LONGEST + 1)), None)
-    if least is None:
-        raise MappingError(
-            f"the model makes one prediction per window for no number of tokens from 1 to {LONGEST:,}; for 8 tokens: "
-            f"{_text(errors[8])}; give the number as context=, or wrap the model in a function of the windows alone"
-        )
-    return [least, *filter(fits, (least + 1, 2 * least))]
+    failed: list[Trace] = []
+    for size in filter(fits, range(1, LONGEST + 1)):
+        trace = _trace(model, function, size, device)
+        if trace.conv is not None:
+            others = islice(filter(fits, range(size + 1, 2 * size + FURTHER)), FAILURES)
+            return next(
+                (again for other in others if (again := _conflict(model, function, size, other, device))), trace
+            )
+        failed.append(trace)
+        if len(failed) == FAILURES:
+            break
+    if failed:
+        return failed[0]
+    error = next((error for error in errors.values() if isinstance(error, ShapeError)), errors[8])
+    raise MappingError(
+        f"the model makes one prediction per window for no number of tokens from 1 to {LONGEST:,}; {_text(error)}; "
+        f"give the number as context=, or wrap the model in a function of the windows alone"
+    )
+
+
+def _conflict(
+    model: Any, function: Callable[[Tensor], Any], size: int, other: int, device: torch.device
+) -> Trace | None:
+    """A failed trace if a model that maps for `size` tokens makes one prediction of `other` tokens too."""
+    trace = _trace(model, function, other, device)
+    if trace.unread or (all(text.endswith((UNREAD, WIDTH)) for text in trace.complaints) and trace.conv is None):
+        return None
+    complaint = f"it makes one prediction per window of {size} and of {other} tokens; say which with context="
+    return Trace(None, (*trace.complaints, complaint), trace.operators)
 
 
 def _trace(model: Any, function: Callable[[Tensor], Any], size: int, device: torch.device) -> Trace:
@@ -132,15 +152,14 @@ def _trace(model: Any, function: Callable[[Tensor], Any], size: int, device: tor
     if complaints or value.stage is None:
         return Trace(None, complaints, tracer.operators)
     try:
-        return Trace(assemble(value.stage, logits), (), tracer.operators)
+        return Trace(assemble(value.stage, logits), (), tracer.operators, tracer.unread)
     except MappingError as error:
         return Trace(None, (str(error),), tracer.operators)
 
 
-def _error(trace: Trace, tensors: list[Tensor]) -> MappingError:
-    complaints = list(trace.complaints)
+def _error(complaints: tuple[str, ...], tensors: list[Tensor]) -> MappingError:
     if any(tensor.is_floating_point() and not tensor.isfinite().all() for tensor in tensors):
-        complaints.append("a tensor of the model is NaN or infinite")
+        complaints += ("a tensor of the model is NaN or infinite",)
     text = complaints[0] if len(complaints) == 1 else "".join(f"\n- {complaint}" for complaint in complaints)
     return MappingError(f"the model has no equal convolutional model: {text}")
 
@@ -149,8 +168,8 @@ def _text(error: Exception) -> str:
     return str(error) if isinstance(error, ShapeError) else f"{type(error).__name__}: {error}"
 
 
-def _prove(function: Callable[[Tensor], Any], trace: Trace) -> None:
-    """Raises `MappingError` unless both models agree on windows in which every token is at every position."""
+def _differences(function: Callable[[Tensor], Any], trace: Trace) -> tuple[str, ...]:
+    """A complaint unless both models agree on windows in which every token is at every position."""
     conv = trace.conv
     exact, device, vocab_size = copy.deepcopy(conv).double(), conv.embedding.weight.device, conv.config.vocab_size
     rotated = (torch.arange(vocab_size)[:, None] + torch.arange(conv.context)) % vocab_size
@@ -162,9 +181,10 @@ def _prove(function: Callable[[Tensor], Any], trace: Trace) -> None:
         rounding = 16 * float((found - real).abs().nan_to_num(nan=0.0).max())  # what the dtype does to this model
         difference = (expected - found).abs().masked_fill(expected == found, 0.0)  # also where both are infinite
         if not (difference <= tolerance * expected.abs().clamp(min=1) + rounding).all():
-            raise MappingError(
-                f"the model computes something else than its trace shows, with a largest difference of "
-                f"{float(difference.nan_to_num(nan=torch.inf).max()):.3g}; "
-                f"does it depend on the values of tokens in Python?\n- traced: {', '.join(trace.operators)}\n"
-                f"- mapped: {describe(conv)}"
+            largest = float(difference.nan_to_num(nan=torch.inf).max())
+            return (
+                f"it computes something else than its trace shows, with a largest difference of {largest:.3g}; does "
+                f"its Python code depend on the tokens?\n- traced: {', '.join(trace.operators)}\n"
+                f"- mapped: {describe(conv)}",
             )
+    return ()

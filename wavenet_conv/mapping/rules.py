@@ -16,6 +16,9 @@ from .trace import MOVES, RULES, Rule, Tracer, values_in
 from .values import WINDOWS, Activation, Gate, Linear, Norm, Skip, Table, Tokens, Value, affine, alike
 
 OVERLAP = "reads positions that overlap or are no neighbours; a layer merges k neighbours, each of them once"
+UNREAD = "does not read all positions; give the number of tokens that the model reads as context="
+WIDTH = "return one logit for each token of the vocabulary"
+SELECTIONS = ("slice", "select", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "unbind", "index")
 REDUCTIONS = ("mean", "sum", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "prod", "logsumexp")
 
 
@@ -38,7 +41,7 @@ def unknown(trace: Tracer, *args: Any, **kwargs: Any) -> Value:
     if "softmax" in trace.name:
         return trace.nothing("normalizes over several numbers; return the logits themselves, and use no attention")
     if trace.name in REDUCTIONS and trace.shape[:1] != (WINDOWS,):
-        return trace.nothing("is a statistic of the batch: predictions depend on each other; use evaluation mode")
+        return trace.nothing("is a statistic of the batch: predictions depend on other examples; use evaluation mode")
     if trace.name in REDUCTIONS:
         return trace.nothing("is a statistic of positions or channels; of these only nn.LayerNorm is known")
     return trace.nothing("has no equal in a tree")
@@ -47,9 +50,14 @@ def unknown(trace: Tracer, *args: Any, **kwargs: Any) -> Value:
 @rule(*MOVES)
 def moved(trace: Tracer, *args: Any, **kwargs: Any) -> Value | list[Value]:
     """An operator that only moves elements is applied to the parts of the value."""
-    values = alike(values_in(args, kwargs))
+    if isinstance(args[0], Tensor):
+        return unknown(trace, *args, **kwargs)
+    given = values_in(args, kwargs)
+    if trace.name in SELECTIONS:  # parts of one value keep one stage
+        given = [trace.fold(value) or value for value in given]
+    values = alike(given)
     if values is None:
-        return trace.nothing("joins values of different layers; a layer merges nodes of the one layer below it")
+        return trace.nothing("joins values of different layers; a layer merges nodes of one layer, k of them each time")
     if trace.name == "_to_copy":
         return values[0]
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -108,7 +116,8 @@ def one_hot(trace: Tracer, zeros: Any, dim: int, tokens: Any, source: Any, **_: 
 
 @rule("embedding_renorm")
 def rescaled_rows(trace: Tracer, *_: Any) -> Value:
-    return trace.nothing("rescales the rows of the embedding while it reads them (max_norm); build it without")
+    trace.written.append(f"{trace.where()} rescales the rows that it reads (max_norm); build it without")
+    return Value(None, None)
 
 
 @rule("add", "sub", "rsub", "mul", "div", "neg")
@@ -138,6 +147,8 @@ def arithmetic(trace: Tracer, a: Any, b: Any = -1.0, *options: Any, **named: Any
 
 def combined(trace: Tracer, a: Value, b: Value) -> Value:
     """An operator of two values that depend on the tokens."""
+    if torch.Tag.pointwise not in trace.func.tags:
+        return trace.nothing("multiplies two values that both depend on the tokens (attention?)")
     known = [value.map(lambda part: part.expand(trace.shape)) for value in (a, b) if value.stage is not None]
     if len(known) == 1:  # the complaint about the other one is enough
         return known[0]
@@ -192,9 +203,22 @@ def gate(trace: Tracer, x: Value, sigmoid: Value) -> Value | None:
 def activation(trace: Tracer, value: Value, name: str, **options: Any) -> Value:
     if isinstance(value.stage, Tokens) or options.get("approximate", "none") != "none":
         return unknown(trace, value)
-    value = trace.settle(value)
+    value = trace.fold(value) or merged(trace, value)
     stage = trace.stage(Activation, *value.stage.sizes, value.stage, name)
     return Value(stage, value.ids, (), value.complaints)
+
+
+def merged(trace: Tracer, value: Value) -> Value:
+    """A value whose constants differ for the children of a node, such as those of a batch norm after a merge.
+
+    A linear map that merges the last axis and changes no number makes them constants per channel.
+    """
+    rows = value.map(lambda part: part.flatten(0, -2))
+    out = linear(trace, replace(rows, steps=()), torch.eye(value.ids.shape[-1]))
+    if out.stage is None or trace.fold(replace(out, steps=rows.steps)) is None:
+        return trace.settle(value)
+    out = trace.settle(replace(out, steps=rows.steps))
+    return out.map(lambda part: part.view(value.ids.shape))
 
 
 RULES |= {name: partial(activation, name=name) for name in ("tanh", "relu", "gelu", "silu", "sigmoid")}
@@ -247,9 +271,13 @@ def linear(trace: Tracer, value: Value, weight: Tensor) -> Value:
         return unknown(trace, value)
     window, position, channel = value.places()
     above = len(window) // WINDOWS  # positions of the layer above
-    size = stage.positions // max(above, 1)
+    size, rest = divmod(stage.positions, max(above, 1))
+    unread = position.unique().numel() < stage.positions
+    trace.unread |= unread
+    if rest and unread:
+        return trace.nothing(UNREAD)
     parent = (window * above + position // max(size, 1))[:, 0]
-    if not above or size * above != stage.positions or len(parent.unique()) != len(window):
+    if not above or rest or len(parent.unique()) != len(window):
         return trace.nothing(OVERLAP)
     child = position - (parent % above * size)[:, None]
     if not torch.equal(window, (parent // above)[:, None].expand_as(window)):
@@ -281,7 +309,9 @@ def varies(rows: Tensor) -> bool:
 def batch_norm(trace: Tracer, x: Any, gamma: Any, beta: Any, mean: Any, var: Any, *rest: Any) -> Value:
     training = rest[0] if len(rest) == 3 else trace.name == "_batch_norm_with_update"
     if training or not isinstance(mean, Tensor):
-        return trace.complaint(x, "uses statistics of the batch: predictions depend on each other; keep running ones")
+        return trace.complaint(
+            x, "uses statistics of the batch: predictions depend on other examples; keep running statistics"
+        )
 
     def numbers(constant: Tensor | None, default: float) -> Tensor:
         constant = torch.full((x.ids.shape[1],), default) if constant is None else constant
@@ -329,5 +359,5 @@ def logits_of(trace: Tracer, value: Value | None) -> Value:
         stage = stage.below
     if stage is not None and width != len(stage.weight):
         text = f"the model returns {width} numbers per window, and its embedding has {len(stage.weight)} rows"
-        return found.but(f"{text}; return one logit for each token of the vocabulary")
+        return found.but(f"{text}; {WIDTH}")
     return found

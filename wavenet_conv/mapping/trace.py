@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,12 +72,13 @@ class Tracer(TorchDispatchMode):
 
     def __init__(self, model: Any, windows: Tensor):
         super().__init__()
-        self.paths = {id(m): path for path, m in model.named_modules()} if isinstance(model, nn.Module) else {}
+        self.paths = dict(_paths(model))
         self.values = WeakTensorKeyDictionary()
         self.roots = WeakTensorKeyDictionary()  # constants: (var, eps, power) of (var + eps) ** power
         self.noise = WeakTensorKeyDictionary()  # random constants: the complaint
         self.written: list[str] = []  # complaints about constants that the model changes
         self.operators: list[str] = []
+        self.unread = False  # whether positions of a layer are left out
         self.memo: dict[Any, Any] = {}  # equal steps are one stage
         ids = torch.arange(windows.numel()).view(windows.shape)
         self.values[windows] = Value(Tokens(windows.shape[1], 1, None), ids)
@@ -93,7 +94,9 @@ class Tracer(TorchDispatchMode):
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
         if any(leaf in self.values for leaf in given):
-            if outputs and self.name not in SHAPES_ONLY:
+            if self.name in ("rand_like", "randn_like"):
+                self._remember_constant([], outputs, args)
+            elif outputs and self.name not in SHAPES_ONLY:
                 self.shape = outputs[0].shape
                 self.operators.append(self.name)
                 self._follow(outputs, args, kwargs)
@@ -152,9 +155,8 @@ class Tracer(TorchDispatchMode):
             if not line and not file.startswith((_HERE, _TORCH)):
                 code = linecache.getline(file, frame.f_lineno).strip()
                 line = f"{Path(file).name}, line {frame.f_lineno}" + (f" ({code:.80})" if code else "")
-            if id(owner) in self.paths:
-                path = f"{self.paths[id(owner)] or 'the model'} ({type(owner).__name__})"
-        return f"`{self.name}` in " + (" of ".join(part for part in (line, path) if part) or "the model")
+            path = self.paths.get(id(owner), "")
+        return f"`{self.name.strip('_')}` in " + (" of ".join(part for part in (line, path) if part) or "the model")
 
     def complaint(self, value: Value, reason: str) -> Value:
         return value.but(f"{self.where()} {reason}")
@@ -174,7 +176,7 @@ class Tracer(TorchDispatchMode):
 
     def number(self, constant: Any) -> Tensor:
         """A constant as float64 in the shape of the output."""
-        return torch.as_tensor(constant).detach().cpu().double().expand(self.shape)
+        return torch.as_tensor(constant, dtype=torch.float64, device="cpu").detach().expand(self.shape)
 
     def fold(self, value: Value) -> Value | None:
         """The value with its steps made part of the stage; None where their constants differ per position.
@@ -212,6 +214,18 @@ class Tracer(TorchDispatchMode):
         if key not in self.memo:
             self.memo[key] = kind(*arguments)
         return self.memo[key]
+
+
+def _paths(model: Any, prefix: str = "") -> Iterator[tuple[int, str]]:
+    """The names of layers for errors: paths of modules, places in a list."""
+    if isinstance(model, (list, tuple)):
+        for place, layer in enumerate(model):
+            yield from _paths(layer, f"{prefix}{place}.")
+    elif isinstance(model, nn.Module):
+        for path, module in model.named_modules():
+            yield id(module), f"{(prefix + path).rstrip('.') or 'the model'} ({type(module).__name__})"
+    elif prefix:
+        yield id(model), f"{prefix.rstrip('.')} ({type(model).__name__})"
 
 
 def folded(stage: Stage, scale: Tensor, shift: Tensor) -> Stage:
