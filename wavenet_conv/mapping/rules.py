@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .pairs import combined
 from .trace import MOVES, RULES, Rule, Tracer, values_in
-from .values import WINDOWS, Activation, Gate, Linear, Norm, Skip, Table, Tokens, Value, affine, alike
+from .values import WINDOWS, Activation, Linear, Norm, Table, Tokens, Value, affine, alike
 
 OVERLAP = "reads positions that overlap or are no neighbours; a layer merges k neighbours, each of them once"
 UNREAD = "does not read all positions; give the number of tokens that the model reads as context="
 WIDTH = "return one logit for each token of the vocabulary"
-SELECTIONS = ("slice", "select", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "unbind", "index")
-REDUCTIONS = ("mean", "sum", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "prod", "logsumexp")
+SELECTIONS = ["slice", "select", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "unbind", "index"]
+REDUCTIONS = ["mean", "sum", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "prod", "logsumexp"]
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -48,7 +49,7 @@ def unknown(trace: Tracer, *args: Any, **kwargs: Any) -> Value:
 
 
 @rule(*MOVES)
-def moved(trace: Tracer, *args: Any, **kwargs: Any) -> Value | list[Value]:
+def moved(trace: Tracer, *args: Any, **kwargs: Any) -> Any:
     """An operator that only moves elements is applied to the parts of the value."""
     if isinstance(args[0], Tensor):
         return unknown(trace, *args, **kwargs)
@@ -61,29 +62,18 @@ def moved(trace: Tracer, *args: Any, **kwargs: Any) -> Value | list[Value]:
     if trace.name == "_to_copy":
         return values[0]
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    # These need elements to lie in memory in a certain order, which the parts' elements may not.
+    # Views need elements to lie in memory in a certain order, which the parts' elements may not.
     function = torch.reshape if trace.name in ("view", "_unsafe_view", "_reshape_alias") else trace.func
 
-    def apply(parts: Iterable[Tensor]) -> Any:
+    def apply(parts: Iterable[Tensor]) -> list[Tensor]:
         parts = iter(parts)
-        swapped = [next(parts) if isinstance(leaf, Value) else _on_cpu(leaf) for leaf in leaves]
+        on_cpu = [leaf.cpu() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        swapped = [next(parts) if isinstance(leaf, Value) else leaf for leaf in on_cpu]
         positional, named = pytree.tree_unflatten(swapped, spec)
-        return function(*positional[: 2 if function is torch.reshape else None], **named)
+        return pytree.tree_leaves(function(*positional[: 2 if function is torch.reshape else None], **named))
 
-    ids, first = apply(value.ids for value in values), values[0]
     constants = [apply(step.constant for step in steps) for steps in zip(*(value.steps for value in values))]
-
-    def moved_value(ids: Tensor, constants: Iterable[Tensor]) -> Value:
-        steps = tuple(replace(step, constant=constant) for step, constant in zip(first.steps, constants))
-        return replace(first, ids=ids, steps=steps)
-
-    if isinstance(ids, Tensor):
-        return moved_value(ids, constants)
-    return [moved_value(part, [constant[i] for constant in constants]) for i, part in enumerate(ids)]
-
-
-def _on_cpu(leaf: Any) -> Any:
-    return leaf.cpu() if isinstance(leaf, Tensor) else leaf
+    return [values[0].moved(ids, moved) for ids, *moved in zip(apply(value.ids for value in values), *constants)]
 
 
 @rule("embedding", "index", "index_select")
@@ -115,7 +105,7 @@ def one_hot(trace: Tracer, zeros: Any, dim: int, tokens: Any, source: Any, **_: 
 
 
 @rule("embedding_renorm")
-def rescaled_rows(trace: Tracer, *_: Any) -> Value:
+def max_norm(trace: Tracer, *_: Any) -> Value:
     trace.written.append(f"{trace.where()} rescales the rows that it reads (max_norm); build it without")
     return Value(None, None)
 
@@ -143,61 +133,6 @@ def arithmetic(trace: Tracer, a: Any, b: Any = -1.0, *options: Any, **named: Any
     if power == (0.5 if name == "div" else -0.5):
         return trace.then(value, "root", trace.number(var), eps)
     return trace.then(value, "mul", 1 / c if name == "div" else c)
-
-
-def combined(trace: Tracer, a: Value, b: Value) -> Value:
-    """An operator of two values that depend on the tokens."""
-    if torch.Tag.pointwise not in trace.func.tags:
-        return trace.nothing("multiplies two values that both depend on the tokens (attention?)")
-    known = [value.map(lambda part: part.expand(trace.shape)) for value in (a, b) if value.stage is not None]
-    if len(known) == 1:  # the complaint about the other one is enough
-        return known[0]
-    found = None
-    if trace.name in ("add", "sub"):
-        if trace.name == "sub":
-            known[1] = trace.then(known[1], "mul", -torch.ones(trace.shape).double())
-        reason = "adds two values that both depend on the tokens (a residual or recurrent connection?)"
-        found = both_linear(trace, *known) or skip(trace, *known) or skip(trace, *known[::-1])
-    else:
-        reason = "multiplies two values that both depend on the tokens (attention?)"
-        if trace.name == "mul":
-            found = gate(trace, *known) or gate(trace, *known[::-1])
-    return found or trace.nothing(f"{reason}; of these the gated block of reference.GatedBlock is known")
-
-
-def both_linear(trace: Tracer, a: Value, b: Value) -> Value | None:
-    """The sum of two linear maps of the same nodes, such as of the left and the right children."""
-    f, g = (fold.stage if fold else None for fold in (trace.fold(a), trace.fold(b)))
-    if not (isinstance(f, Linear) and isinstance(g, Linear) and f.below is g.below and torch.equal(a.ids, b.ids)):
-        return None
-    return Value(replace(f, taps=f.taps + g.taps, bias=f.bias + g.bias), a.ids)
-
-
-def skip(trace: Tracer, new: Value, old: Value) -> Value | None:
-    """A linear map of a gate, plus the rightmost child."""
-    top, child = trace.fold(new), trace.fold(old)
-    if not top or not child or not isinstance(top.stage, Linear) or not isinstance(top.stage.below, Gate):
-        return None
-    size = child.stage.positions // top.stage.positions
-    window, position, channel = top.places()
-    if not torch.equal(child.places(), torch.stack([window, position * size + size - 1, channel])):
-        return None
-    return Value(trace.stage(Skip, *top.stage.sizes, top.stage, child.stage), top.ids)
-
-
-def gate(trace: Tracer, x: Value, sigmoid: Value) -> Value | None:
-    """`x * sigmoid(x)`, which is SiLU, or `tanh(f) * sigmoid(g)`."""
-    if not (isinstance(sigmoid.stage, Activation) and sigmoid.stage.name == "sigmoid" and not sigmoid.steps):
-        return None
-    fold, below, (window, position, channel) = trace.fold(x), sigmoid.stage.below, sigmoid.places()
-    if fold and fold.stage is below and torch.equal(x.ids, sigmoid.ids):
-        return Value(trace.stage(Activation, *below.sizes, below, "silu"), x.ids)
-    is_tanh = isinstance(x.stage, Activation) and x.stage.name == "tanh" and not x.steps
-    if not is_tanh or not torch.equal(x.places()[:2], sigmoid.places()[:2]):
-        return None
-    pairs, ids = torch.stack([x.places()[2], channel], -1).flatten(0, -2).unique(dim=0, return_inverse=True)
-    stage = Gate(below.positions, len(pairs), x.stage.below, below, *pairs.unbind(1))
-    return Value(stage, (window * below.positions + position) * len(pairs) + ids.view(window.shape))
 
 
 def activation(trace: Tracer, value: Value, name: str, **options: Any) -> Value:

@@ -22,34 +22,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .values import Linear, Norm, Stage, Step, Tokens, Value, affine, batch_norm_in
 
-MOVES = (  # operators that only move elements
-    *("view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "numpy_T", "squeeze", "expand"),
-    *(
-        "unsqueeze",
-        "clone",
-        "alias",
-        "detach",
-        "slice",
-        "select",
-        "split",
-        "split_with_sizes",
-        "unsafe_split",
-        "unbind",
-    ),
-    *(
-        "unsafe_chunk",
-        "gather",
-        "flip",
-        "roll",
-        "unfold",
-        "repeat",
-        "lift_fresh",
-        "_to_copy",
-        "cat",
-        "stack",
-        "diagonal",
-    ),
-)
+# Operators that only move elements.
+MOVES = """
+view _unsafe_view reshape _reshape_alias permute transpose t numpy_T squeeze expand unsqueeze clone alias detach slice
+select split split_with_sizes unsafe_split unsafe_chunk unbind gather flip roll unfold repeat lift_fresh _to_copy cat
+stack diagonal
+""".split()  # noqa: SIM905
 POWERS = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
 SHAPES_ONLY = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_empty", "new_full")
 _HERE, _TORCH = str(Path(__file__).parent.parent), str(Path(torch.__file__).parent)

@@ -115,8 +115,12 @@ class Value:
         """The value after an operator that only moves elements."""
         if self.stage is None:
             return self
-        steps = tuple(replace(step, constant=function(step.constant)) for step in self.steps)
-        return replace(self, ids=function(self.ids), steps=steps)
+        return self.moved(function(self.ids), [function(step.constant) for step in self.steps])
+
+    def moved(self, ids: Tensor, constants: Sequence[Tensor]) -> Value:
+        """The value with other elements, and the constants of its steps for these."""
+        steps = tuple(replace(step, constant=constant) for step, constant in zip(self.steps, constants))
+        return replace(self, ids=ids, steps=steps)
 
     def but(self, *complaints: str) -> Value:
         """The value with more complaints."""
