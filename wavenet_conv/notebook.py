@@ -77,14 +77,23 @@ def _inside(part: Any) -> Iterable[Any]:
     if isinstance(part, (staticmethod, classmethod)):
         return (part.__func__,)
     if isinstance(part, FunctionType):
+        if _in_library(part):
+            return ()
         try:
             names = inspect.getclosurevars(part)
         except ValueError:  # a cell that is still empty
             return ()
         defaults = (part.__defaults__, part.__kwdefaults__)
         return (*names.nonlocals.values(), *names.globals.values(), *defaults, vars(part))
-    classes = [kind for kind in type(part).__mro__ if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
+    classes = [kind for kind in type(part).__mro__ if not _in_library(kind)]
     return (*_attributes(part).values(), *(member for kind in classes for member in vars(kind).values()))
+
+
+def _in_library(part: Any) -> bool:
+    """Whether a function or a class is of Python itself or of an installed package, which keep no state of a model."""
+    module = str(part.__module__).partition(".")[0]
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return module == "torch" or module in sys.stdlib_module_names or "-packages" in file
 
 
 def _attributes(part: Any) -> dict[str, Any]:
