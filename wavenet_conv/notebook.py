@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import is_dataclass
 from functools import partial, reduce
 from types import FunctionType, MethodType, ModuleType
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from .errors import ShapeError
@@ -35,27 +38,31 @@ def as_function(model: Any) -> Callable[[Tensor], Any]:
 
 
 def logits_in(output: Any, windows: int) -> Tensor:
-    """The logits `(windows, width)` in what a model returns: a tensor, or the first that fits in a tuple or a dict.
+    """The logits `(windows, width)` in what a model returns: a tensor, or the one that fits in a tuple or a dict.
 
-    Axes of length 1 are removed. Raises `ShapeError` if there is no tensor with one row of numbers per window.
+    Axes of length 1 are removed. Raises `ShapeError` unless one tensor has one row of numbers per window.
     """
     output = vars(output) if is_dataclass(output) else output
+    output = output.get("logits", output) if isinstance(output, dict) else output
     tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    fitting = []
     for tensor in tensors:
         axes = [size for size in tensor.shape if size != 1]
         width = tensor.numel() // windows
         if tensor.is_floating_point() and axes == [size for size in (windows, width) if size != 1] and tensor.ndim:
-            return tensor.reshape(windows, width)
+            fitting.append(tensor.reshape(windows, width))
+    if len(fitting) == 1:
+        return fitting[0]
     found = [tuple(tensor.shape) for tensor in tensors] or type(output).__name__
-    raise ShapeError(f"the model returns {found} for {windows} windows, not one row of logits for each")
+    raise ShapeError(f"the model returns {found} for {windows} windows, not one row of logits for each, once")
 
 
 def parts_of(model: Any) -> list[Any]:
     """The objects that a model is made of: layers, containers, tensors, and what its functions refer to."""
     found: dict[int, Any] = {}
-    waiting = [model]
+    waiting = deque([model])
     while waiting and len(found) < OBJECTS:
-        part = waiting.pop()
+        part = waiting.popleft()
         if isinstance(part, _ATOMS) or id(part) in found:
             continue
         found[id(part)] = part
@@ -119,21 +126,38 @@ def left_as_found(model: Any) -> Iterator[list[Tensor]]:
     Afterwards flags, attributes, lists, tensors and the random state are what they were.
     """
     parts = parts_of(model)
-    containers: list[tuple[Any, Any]] = [(part, part.copy()) for part in parts if isinstance(part, (dict, list))]
+    containers: list[tuple[Any, Any]] = [(part, dict(part)) for part in parts if isinstance(part, dict)]
+    containers += [(part, list(part)) for part in parts if isinstance(part, list)]
     objects = [(part, _attributes(part)) for part in parts if not isinstance(part, (dict, list, tuple, Tensor))]
-    tensors = [(part, part.detach().clone()) for part in parts if isinstance(part, Tensor)]
-    devices = {tensor.device for tensor, _ in tensors if tensor.is_cuda}
+    tensors = [
+        part for part in parts if isinstance(part, Tensor) and part.layout == torch.strided and not is_lazy(part)
+    ]
+    values = [tensor.detach().clone() for tensor in tensors]
+    generators = [(part, part.get_state()) for part in parts if isinstance(part, torch.Generator)]
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    switched: list[Any] = []  # what was in training mode
+
+    def switch(part: Any, _: Any = None) -> None:
+        if isinstance(getattr(part, "training", None), bool) and part.training:
+            part.training = False
+            switched.append(part)
+
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=list(devices)))
         stack.enter_context(torch.no_grad())
         if "torch._dynamo" in sys.modules:  # compiled parts run as they are written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
-            for part, _ in objects:
-                if isinstance(getattr(part, "training", None), bool):
-                    object.__setattr__(part, "training", False)
-            yield [tensor for tensor, _ in tensors]
+            for part, attributes in objects:
+                if isinstance(part, nn.Module) or hasattr(type(part), "training") or "training" in attributes:
+                    with suppress(AttributeError):  # a property
+                        switch(part)
+            # Modules that the search has not found, such as those that a module of Python holds.
+            stack.callback(register_module_forward_pre_hook(switch).remove)
+            yield tensors
         finally:
+            for part in switched:
+                part.training = True
             for part, attributes in objects:
                 _set_attributes(part, attributes)
             for part, saved in containers:
@@ -142,6 +166,8 @@ def left_as_found(model: Any) -> Iterator[list[Tensor]]:
                 elif part.keys() != saved.keys() or any(part[key] is not saved[key] for key in saved):
                     part.clear()
                     part.update(saved)
-            for tensor, values in tensors:
-                if not torch.equal(tensor.nan_to_num(), values.nan_to_num()):
-                    tensor.copy_(values)
+            for tensor, value in zip(tensors, values):
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+            for generator, state in generators:
+                generator.set_state(state)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from ..model import ConvWaveNet
 from ..notebook import as_function, left_as_found, logits_in
 from ..precision import exact_float32_on
 from .assemble import assemble, describe
-from .rules import UNREAD, WIDTH, logits_of
+from .rules import UNREAD, WIDTH, logits_of, reads_all
 from .trace import Tracer
 from .values import WINDOWS
 
@@ -69,7 +70,7 @@ def from_tree(model: Any, *, context: int | None = None) -> ConvWaveNet:
     """
     if isinstance(model, ConvWaveNet):
         raise MappingError("the model is a ConvWaveNet already; from_tree takes a model of windows")
-    if context is not None and (not isinstance(context, int) or isinstance(context, bool) or context < 1):
+    if context is not None and (not isinstance(context, Integral) or isinstance(context, bool) or context < 1):
         raise MappingError(f"context is {context!r}; it must be an integer of at least 1")
     try:
         function = as_function(model)
@@ -78,7 +79,9 @@ def from_tree(model: Any, *, context: int | None = None) -> ConvWaveNet:
     with left_as_found(model) as tensors, ExitStack() as stack:
         device = next((tensor.device for tensor in tensors if tensor.is_floating_point()), torch.device("cpu"))
         stack.enter_context(exact_float32_on(device))
-        trace = _trace(model, function, context, device) if context else _found(model, function, device)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        trace = _trace(model, function, int(context), device) if context else _found(model, function, device)
         complaints = trace.complaints if trace.conv is None else _differences(function, trace)
         if complaints:
             raise _error(complaints, tensors)
@@ -92,25 +95,33 @@ class Trace:
     conv: Any  # a ConvWaveNet, or None
     complaints: tuple[str, ...]
     operators: list[str]
-    unread: bool = False  # whether the model leaves out positions of its windows
+    size: int  # tokens per window
+    reads_all: bool = True  # whether every position of the windows counts
 
 
 def _found(model: Any, function: Callable[[Tensor], Any], device: torch.device) -> Trace:
     """The trace for the number of tokens for which a model makes one prediction per window."""
-    errors: dict[int, Exception] = {}
+    errors: dict[bool, str] = {}  # one of a model that ran, and one of a model that did not
 
     def fits(size: int) -> bool:
         try:
             logits_in(function(torch.zeros(WINDOWS, size, dtype=torch.int64, device=device)), WINDOWS)
         except Exception as error:  # any kind, since it is the model's
-            errors[size] = error
-        return size not in errors
+            if size <= 8 or not errors:
+                errors[isinstance(error, ShapeError)] = _text(error)
+            return False
+        return True
 
     failed: list[Trace] = []
-    for size in filter(fits, range(1, LONGEST + 1)):
+    for size in range(1, LONGEST + 1):
+        if failed and size > failed[0].size + FURTHER:
+            break
+        if not fits(size):
+            continue
         trace = _trace(model, function, size, device)
         if trace.conv is not None:
-            others = islice(filter(fits, range(size + 1, 2 * size + FURTHER)), FAILURES)
+            last = 2 * size + FURTHER * (4 if size == 1 else 1)
+            others = islice(filter(fits, range(size + 1, last)), FAILURES)
             return next(
                 (again for other in others if (again := _conflict(model, function, size, other, device))), trace
             )
@@ -119,10 +130,9 @@ def _found(model: Any, function: Callable[[Tensor], Any], device: torch.device) 
             break
     if failed:
         return failed[0]
-    error = next((error for error in errors.values() if isinstance(error, ShapeError)), errors[8])
     raise MappingError(
-        f"the model makes one prediction per window for no number of tokens from 1 to {LONGEST:,}; {_text(error)}; "
-        f"give the number as context=, or wrap the model in a function of the windows alone"
+        f"the model makes one prediction per window for no number of tokens from 1 to {LONGEST:,}; "
+        f"{errors[max(errors)]}; give the number as context=, or wrap the model in a function of the windows alone"
     )
 
 
@@ -131,10 +141,12 @@ def _conflict(
 ) -> Trace | None:
     """A failed trace if a model that maps for `size` tokens makes one prediction of `other` tokens too."""
     trace = _trace(model, function, other, device)
-    if trace.unread or (all(text.endswith((UNREAD, WIDTH)) for text in trace.complaints) and trace.conv is None):
+    if trace.conv is not None and not trace.reads_all:
+        return None
+    if trace.conv is None and all(text.endswith((UNREAD, WIDTH)) for text in trace.complaints):
         return None
     complaint = f"it makes one prediction per window of {size} and of {other} tokens; say which with context="
-    return Trace(None, (*trace.complaints, complaint), trace.operators)
+    return Trace(None, (*trace.complaints, complaint), trace.operators, other)
 
 
 def _trace(model: Any, function: Callable[[Tensor], Any], size: int, device: torch.device) -> Trace:
@@ -146,15 +158,15 @@ def _trace(model: Any, function: Callable[[Tensor], Any], size: int, device: tor
             logits = logits_in(function(windows), WINDOWS)
     except Exception as error:  # any kind, since it is the model's
         complaint = f"the model cannot run on windows of shape {tuple(windows.shape)}: {_text(error)}"
-        return Trace(None, (*tracer.written, complaint), tracer.operators)
-    value = logits_of(tracer, tracer.values.get(logits))
+        return Trace(None, (*tracer.written, complaint), tracer.operators, size)
+    value = logits_of(tracer, tracer.values.get(logits), logits.dtype)
     complaints = (*tracer.written, *value.complaints)
     if complaints or value.stage is None:
-        return Trace(None, complaints, tracer.operators)
+        return Trace(None, complaints, tracer.operators, size)
     try:
-        return Trace(assemble(value.stage, logits), (), tracer.operators, tracer.unread)
+        return Trace(assemble(value.stage, logits), (), tracer.operators, size, reads_all(value.stage))
     except MappingError as error:
-        return Trace(None, (str(error),), tracer.operators)
+        return Trace(None, (str(error),), tracer.operators, size)
 
 
 def _error(complaints: tuple[str, ...], tensors: list[Tensor]) -> MappingError:
@@ -172,15 +184,24 @@ def _differences(function: Callable[[Tensor], Any], trace: Trace) -> tuple[str, 
     """A complaint unless both models agree on windows in which every token is at every position."""
     conv = trace.conv
     exact, device, vocab_size = copy.deepcopy(conv).double(), conv.embedding.weight.device, conv.config.vocab_size
-    rotated = (torch.arange(vocab_size)[:, None] + torch.arange(conv.context)) % vocab_size
+    every = torch.arange(vocab_size)[:, None]
     drawn = torch.randint(vocab_size, (64, conv.context), generator=torch.Generator().manual_seed(0))
-    windows = torch.cat([drawn, rotated])[: max(64, MOST_TOKENS // conv.context)].to(device)
+    begun = drawn[0].expand(conv.context + 1, -1).triu(1)[:, : conv.context].flip(0)  # after more and more zeros
+    windows = torch.cat(
+        [begun, drawn, (every + torch.arange(conv.context)) % vocab_size, every.expand(-1, conv.context)]
+    )
+    windows = windows[: max(64, MOST_TOKENS // conv.context)].to(device)
     tolerance = TOLERANCE[conv.embedding.weight.dtype]
     for part in windows.split(max(1, TOKENS_AT_ONCE // conv.context)):
-        expected, found, real = logits_in(function(part), len(part)).double(), conv(part)[:, 0], exact(part)[:, 0]
+        try:
+            expected = logits_in(function(part.clone()), len(part)).double()
+        except Exception as error:  # any kind, since it is the model's
+            return (f"the model cannot run on windows of shape {tuple(part.shape)}: {_text(error)}",)
+        found, real = conv(part)[:, 0], exact(part)[:, 0]
         rounding = 16 * float((found - real).abs().nan_to_num(nan=0.0).max())  # what the dtype does to this model
         difference = (expected - found).abs().masked_fill(expected == found, 0.0)  # also where both are infinite
-        if not (difference <= tolerance * expected.abs().clamp(min=1) + rounding).all():
+        size = float(expected.abs().nan_to_num(0.0, 0.0, 0.0).max().clamp(min=1))
+        if not (difference <= tolerance * size + rounding).all():
             largest = float(difference.nan_to_num(nan=torch.inf).max())
             return (
                 f"it computes something else than its trace shows, with a largest difference of {largest:.3g}; does "

@@ -54,6 +54,8 @@ def moved(trace: Tracer, *args: Any, **kwargs: Any) -> Any:
     if isinstance(args[0], Tensor):
         return unknown(trace, *args, **kwargs)
     given = values_in(args, kwargs)
+    if isinstance(args[0], (list, tuple)) and len(given) < len(args[0]):
+        return trace.nothing("joins values with constants; a layer merges nodes of one layer, k of them each time")
     if trace.name in SELECTIONS:  # parts of one value keep one stage
         given = [trace.fold(value) or value for value in given]
     values = alike(given)
@@ -101,7 +103,8 @@ def one_hot(trace: Tracer, zeros: Any, dim: int, tokens: Any, source: Any, **_: 
     ):
         return unknown(trace, tokens)
     trace.name = "embedding"
-    return lookup(trace, torch.eye(zeros.shape[-1]), tokens.map(lambda part: part.squeeze(-1)))
+    table = torch.eye(zeros.shape[-1], dtype=torch.int64)
+    return lookup(trace, table, tokens.map(lambda part: part.squeeze(-1)))
 
 
 @rule("embedding_renorm")
@@ -129,8 +132,8 @@ def arithmetic(trace: Tracer, a: Any, b: Any = -1.0, *options: Any, **named: Any
         return trace.then(trace.then(value, "mul", -torch.ones_like(c)), "add", c)
     if name in ("add", "sub", "rsub"):
         return trace.then(value, name.removeprefix("r"), c)
-    var, eps, power = trace.roots.get(constant, (None, 0.0, 0.0)) if isinstance(constant, Tensor) else (None, 0.0, 0.0)
-    if power == (0.5 if name == "div" else -0.5):
+    var, eps, power = trace.roots.get(constant, (c, 0.0, 0.0)) if isinstance(constant, Tensor) else (c, 0.0, 0.0)
+    if power == (0.5 if name == "div" else -0.5) and var.ndim:  # one number is no variance per channel
         return trace.then(value, "root", trace.number(var), eps)
     return trace.then(value, "mul", 1 / c if name == "div" else c)
 
@@ -207,9 +210,7 @@ def linear(trace: Tracer, value: Value, weight: Tensor) -> Value:
     window, position, channel = value.places()
     above = len(window) // WINDOWS  # positions of the layer above
     size, rest = divmod(stage.positions, max(above, 1))
-    unread = position.unique().numel() < stage.positions
-    trace.unread |= unread
-    if rest and unread:
+    if rest and position.unique().numel() < stage.positions:
         return trace.nothing(UNREAD)
     parent = (window * above + position // max(size, 1))[:, 0]
     if not above or rest or len(parent.unique()) != len(window):
@@ -253,6 +254,7 @@ def batch_norm(trace: Tracer, x: Any, gamma: Any, beta: Any, mean: Any, var: Any
         return trace.number(constant.view(-1, *[1] * (x.ids.ndim - 2)))
 
     *_, momentum, eps = rest
+    momentum = momentum or 0.1  # 0 stands for an average of all batches, momentum=None
     value = trace.then(trace.then(x, "sub", numbers(mean, 0.0)), "root", numbers(var, 1.0), eps, momentum)
     return trace.then(trace.then(value, "mul", numbers(gamma, 1.0)), "add", numbers(beta, 0.0))
 
@@ -279,7 +281,7 @@ def in_order(trace: Tracer, value: Value | None, width: int) -> Value | None:
     return value if in_order else None
 
 
-def logits_of(trace: Tracer, value: Value | None) -> Value:
+def logits_of(trace: Tracer, value: Value | None, dtype: torch.dtype) -> Value:
     """What a model returns, `(windows, vocab)`, as a stage of one position."""
     if value is None:
         return Value(None, None, (), ("the logits do not depend on the tokens",))
@@ -289,10 +291,22 @@ def logits_of(trace: Tracer, value: Value | None) -> Value:
     found = in_order(trace, trace.settle(value), width)
     if found is None or found.stage is None or found.stage.positions != 1:
         found = linear(trace, trace.settle(value), torch.eye(width))
+    found = found.but(*value.complaints)
     stage = found.stage
     while stage is not None and not isinstance(stage, Table):
         stage = stage.below
     if stage is not None and width != len(stage.weight):
         text = f"the model returns {width} numbers per window, and its embedding has {len(stage.weight)} rows"
         return found.but(f"{text}; {WIDTH}")
+    if stage is not None and stage.weight.is_floating_point() and stage.weight.dtype != dtype:
+        return found.but(f"the embedding is {stage.weight.dtype} and the logits {dtype}; compute in one dtype")
     return found
+
+
+def reads_all(stage: Any) -> bool:
+    """Whether every position of the window has a weight."""
+    while not isinstance(stage, Table):
+        if isinstance(stage, Linear) and not stage.taps.flatten(1).any(1).all():
+            return False
+        stage = stage.below
+    return True

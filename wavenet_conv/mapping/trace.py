@@ -56,7 +56,6 @@ class Tracer(TorchDispatchMode):
         self.noise = WeakTensorKeyDictionary()  # random constants: the complaint
         self.written: list[str] = []  # complaints about constants that the model changes
         self.operators: list[str] = []
-        self.unread = False  # whether positions of a layer are left out
         self.memo: dict[Any, Any] = {}  # equal steps are one stage
         ids = torch.arange(windows.numel()).view(windows.shape)
         self.values[windows] = Value(Tokens(windows.shape[1], 1, None), ids)
@@ -73,13 +72,13 @@ class Tracer(TorchDispatchMode):
         outputs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
         if any(leaf in self.values for leaf in given):
             if self.name in ("rand_like", "randn_like"):
-                self._remember_constant([], outputs, args)
+                self._remember_constant([], outputs, args, kwargs)
             elif outputs and self.name not in SHAPES_ONLY:
                 self.shape = outputs[0].shape
                 self.operators.append(self.name)
                 self._follow(outputs, args, kwargs)
         else:
-            self._remember_constant(given, outputs, args)
+            self._remember_constant(given, outputs, args, kwargs)
         return out
 
     def _follow(self, outputs: list[Tensor], args: Any, kwargs: Any) -> None:
@@ -90,6 +89,10 @@ class Tracer(TorchDispatchMode):
         given, in_place = values_in(args, kwargs), self.func.overloadpacket.__name__.endswith("_")
         if in_place and not isinstance(args[0], Value) and outputs[0]._is_view():  # noqa: SLF001
             self.written.append(f"{self.where()} writes into a tensor of constants; compute a new tensor instead")
+        if in_place:  # other tensors in the same memory change too
+            memory = outputs[0].untyped_storage().data_ptr()
+            for tensor in [t for t in self.values if t.untyped_storage().data_ptr() == memory and t is not args[0]]:
+                self.values[tensor] = self.nothing("changes a part of a tensor that is used later; compute a new one")
         unknown = sum(value.stage is None for value in given)
         if unknown == len(given) or (unknown and torch.Tag.pointwise not in self.func.tags):
             found: Any = Value(None, None)
@@ -104,21 +107,26 @@ class Tracer(TorchDispatchMode):
         for tensor, value in zip(outputs, found if isinstance(found, list) else [found] * len(outputs)):
             self.values[tensor] = replace(value, complaints=tuple(dict.fromkeys(complaints + value.complaints)))
 
-    def _remember_constant(self, given: list[Tensor], outputs: list[Tensor], args: Any) -> None:
+    def _remember_constant(self, given: list[Tensor], outputs: list[Tensor], args: Any, kwargs: Any) -> None:
         """Keeps of a constant whether it is random, and whether it is a root, as in a batch norm."""
         noise = [self.noise[leaf] for leaf in given if leaf in self.noise]
         if torch.Tag.nondeterministic_seeded in self.func.tags:
             noise = [self._noise()]
         for tensor in outputs if noise else ():
             self.noise[tensor] = noise[0]
-        known = self.roots.get(given[0]) if given else None
-        var, eps, power = known or (given[0] if given else None, 0.0, 1.0)
+        if self.func.overloadpacket.__name__.endswith("_"):
+            self.roots.pop(outputs[0], None)
+            return
+        if not given or kwargs or len(outputs) != 1:
+            return
+        known = self.roots.get(given[0])
+        var, eps, power = known or (given[0].clone(), 0.0, 1.0)
         second = args[1] if len(args) == 2 and isinstance(args[1], (int, float)) else None
         if self.name == "add" and known is None and second is not None:
             self.roots[outputs[0]] = (var, float(second), 1.0)
         elif self.name in POWERS or (self.name == "pow" and second is not None):
             self.roots[outputs[0]] = (var, eps, power * (POWERS.get(self.name) or float(second or 0)))
-        elif self.name in ("mul", *MOVES) and known and len(outputs) == 1 and (second in (1, None)):
+        elif known and (self.name in MOVES or (self.name == "mul" and second == 1)):
             self.roots[outputs[0]] = (self.func(var, *args[1:]), eps, power)
 
     def _noise(self) -> str:
