@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -53,8 +54,13 @@ def logits_in(output: Any, windows: int) -> Tensor:
             fitting.append(tensor.reshape(windows, width))
     if len(fitting) == 1:
         return fitting[0]
+    if fitting:
+        several = " and ".join(str(tuple(tensor.shape)) for tensor in fitting)
+        raise ShapeError(
+            f"the model returns several rows per window, {several}; return the logits alone, or as 'logits'"
+        )
     found = [tuple(tensor.shape) for tensor in tensors] or type(output).__name__
-    raise ShapeError(f"the model returns {found} for {windows} windows, not one row of logits for each, once")
+    raise ShapeError(f"the model returns {found} for {windows} windows, not one row of logits for each")
 
 
 def parts_of(model: Any) -> list[Any]:
@@ -152,7 +158,9 @@ def left_as_found(model: Any) -> Iterator[list[Tensor]]:
                 if isinstance(part, nn.Module) or hasattr(type(part), "training") or "training" in attributes:
                     with suppress(AttributeError):  # a property
                         switch(part)
-            # Modules that the search has not found, such as those that a module of Python holds.
+            # For modules that the search has not found, such as those that a module of Python holds.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Using `torch.compile")
             stack.callback(register_module_forward_pre_hook(switch).remove)
             yield tensors
         finally:

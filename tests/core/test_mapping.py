@@ -87,7 +87,7 @@ def snapshot(model):
     found = {}
     for path, part in members(model):
         if isinstance(part, torch.Tensor):
-            grad = None if part.grad is None else part.grad.tolist()
+            grad = part.grad.tolist() if part.is_leaf and part.grad is not None else None
             found[path] = (id(part), part.detach().double().tolist(), part.requires_grad, grad, str(part.dtype))
         elif isinstance(part, (bool, int, float, type(None))):
             found[path] = part

@@ -76,10 +76,10 @@ def from_tree(model: Any, *, context: int | None = None) -> ConvWaveNet:
         function = as_function(model)
     except ShapeError as error:
         raise MappingError(str(error)) from error
-    with left_as_found(model) as tensors, ExitStack() as stack:
+    # The first one turns gradients on again, which the second one turns off.
+    with torch.inference_mode(False), left_as_found(model) as tensors, ExitStack() as stack:
         device = next((tensor.device for tensor in tensors if tensor.is_floating_point()), torch.device("cpu"))
         stack.enter_context(exact_float32_on(device))
-        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         trace = _trace(model, function, int(context), device) if context else _found(model, function, device)
         complaints = trace.complaints if trace.conv is None else _differences(function, trace)
