@@ -111,18 +111,42 @@ def _in_library(part: Any) -> bool:
 
 def _attributes(part: Any) -> dict[str, Any]:
     """What an object holds, in its `__dict__` and in slots."""
-    slots = [name for kind in type(part).__mro__ for name in vars(kind).get("__slots__", ())]
-    found = {name: getattr(part, name) for name in slots if hasattr(part, name)}
+    slots = [vars(kind).get("__slots__", ()) for kind in type(part).__mro__]
+    names = [name for given in slots for name in ([given] if isinstance(given, str) else given)]
+    found = {name: getattr(part, name) for name in names if hasattr(part, name)}
     return found | getattr(part, "__dict__", {})
 
 
-def _set_attributes(part: Any, saved: dict[str, Any]) -> None:
-    found = _attributes(part)
-    for name in found.keys() - saved.keys():
-        object.__delattr__(part, name)
-    for name, value in saved.items():
-        if name not in found or found[name] is not value:
-            object.__setattr__(part, name, value)
+def _snapshot(parts: list[Any]) -> Callable[[], None]:
+    """A function that gives these objects the contents that they have now."""
+    containers: list[tuple[Any, Any]] = [(part, dict(part)) for part in parts if isinstance(part, dict)]
+    containers += [(part, list(part)) for part in parts if isinstance(part, list)]
+    objects = [(part, _attributes(part)) for part in parts if not isinstance(part, (dict, list, tuple, Tensor))]
+    tensors = [part for part in parts if isinstance(part, Tensor) and part.layout == torch.strided]
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors if not is_lazy(tensor)]
+    generators = [(part, part.get_state()) for part in parts if isinstance(part, torch.Generator)]
+
+    def restore() -> None:
+        for part, attributes in objects:
+            found = _attributes(part)
+            for name in found.keys() - attributes.keys():
+                object.__delattr__(part, name)
+            for name, value in attributes.items():
+                if name not in found or found[name] is not value:
+                    object.__setattr__(part, name, value)
+        for part, saved in containers:
+            if isinstance(part, list):
+                part[:] = saved
+            elif part.keys() != saved.keys() or any(part[key] is not saved[key] for key in saved):
+                part.clear()
+                part.update(saved)
+        for tensor, value in values:
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
+        for generator, state in generators:
+            generator.set_state(state)
+
+    return restore
 
 
 @contextmanager
@@ -132,14 +156,7 @@ def left_as_found(model: Any) -> Iterator[list[Tensor]]:
     Afterwards flags, attributes, lists, tensors and the random state are what they were.
     """
     parts = parts_of(model)
-    containers: list[tuple[Any, Any]] = [(part, dict(part)) for part in parts if isinstance(part, dict)]
-    containers += [(part, list(part)) for part in parts if isinstance(part, list)]
-    objects = [(part, _attributes(part)) for part in parts if not isinstance(part, (dict, list, tuple, Tensor))]
-    tensors = [
-        part for part in parts if isinstance(part, Tensor) and part.layout == torch.strided and not is_lazy(part)
-    ]
-    values = [tensor.detach().clone() for tensor in tensors]
-    generators = [(part, part.get_state()) for part in parts if isinstance(part, torch.Generator)]
+    restore, tensors = _snapshot(parts), [part for part in parts if isinstance(part, Tensor)]
     devices = {tensor.device for tensor in tensors if tensor.is_cuda}
     switched: list[Any] = []  # what was in training mode
 
@@ -151,31 +168,19 @@ def left_as_found(model: Any) -> Iterator[list[Tensor]]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=list(devices)))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Using `torch.compile")  # about the hook below
         if "torch._dynamo" in sys.modules:  # compiled parts run as they are written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
-            for part, attributes in objects:
-                if isinstance(part, nn.Module) or hasattr(type(part), "training") or "training" in attributes:
+            for part in parts:
+                if isinstance(part, nn.Module) or hasattr(type(part), "training") or "training" in _attributes(part):
                     with suppress(AttributeError):  # a property
                         switch(part)
             # For modules that the search has not found, such as those that a module of Python holds.
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", "Using `torch.compile")
             stack.callback(register_module_forward_pre_hook(switch).remove)
             yield tensors
         finally:
             for part in switched:
                 part.training = True
-            for part, attributes in objects:
-                _set_attributes(part, attributes)
-            for part, saved in containers:
-                if isinstance(part, list):
-                    part[:] = saved
-                elif part.keys() != saved.keys() or any(part[key] is not saved[key] for key in saved):
-                    part.clear()
-                    part.update(saved)
-            for tensor, value in zip(tensors, values):
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
-            for generator, state in generators:
-                generator.set_state(state)
+            restore()

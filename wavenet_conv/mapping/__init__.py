@@ -25,8 +25,8 @@ from ..errors import MappingError, ShapeError
 from ..model import ConvWaveNet
 from ..notebook import as_function, left_as_found, logits_in
 from ..precision import exact_float32_on
-from .assemble import assemble, describe
-from .rules import UNREAD, WIDTH, logits_of, reads_all
+from .assemble import assemble, describe, reads_all
+from .rules import UNREAD, WIDTH, logits_of
 from .trace import Tracer
 from .values import WINDOWS
 

@@ -153,10 +153,8 @@ def merged(trace: Tracer, value: Value) -> Value:
     """
     rows = value.map(lambda part: part.flatten(0, -2))
     out = linear(trace, replace(rows, steps=()), torch.eye(value.ids.shape[-1]))
-    if out.stage is None or trace.fold(replace(out, steps=rows.steps)) is None:
-        return trace.settle(value)
-    out = trace.settle(replace(out, steps=rows.steps))
-    return out.map(lambda part: part.view(value.ids.shape))
+    found = trace.fold(replace(out, steps=rows.steps)) if out.stage is not None else None
+    return trace.settle(value) if found is None else found.map(lambda part: part.view(value.ids.shape))
 
 
 RULES |= {name: partial(activation, name=name) for name in ("tanh", "relu", "gelu", "silu", "sigmoid")}
@@ -205,7 +203,7 @@ def linear(trace: Tracer, value: Value, weight: Tensor) -> Value:
     if isinstance(value.stage, Linear):  # what comes after another step becomes part of this linear map
         value = trace.fold(value) or value
     stage = value.stage
-    if stage is None or isinstance(stage, Tokens):
+    if isinstance(stage, Tokens):
         return unknown(trace, value)
     window, position, channel = value.places()
     above = len(window) // WINDOWS  # positions of the layer above
@@ -277,8 +275,7 @@ def in_order(trace: Tracer, value: Value | None, width: int) -> Value | None:
     """The value, if its rows `(rows, width)` are the nodes of its stage one after the other."""
     if value is None or value.stage is None or value.stage.channels != width:
         return None
-    in_order = torch.equal(value.ids.flatten(), torch.arange(WINDOWS * value.stage.positions * width))
-    return value if in_order else None
+    return value if torch.equal(value.ids.flatten(), torch.arange(WINDOWS * value.stage.positions * width)) else None
 
 
 def logits_of(trace: Tracer, value: Value | None, dtype: torch.dtype) -> Value:
@@ -301,12 +298,3 @@ def logits_of(trace: Tracer, value: Value | None, dtype: torch.dtype) -> Value:
     if stage is not None and stage.weight.is_floating_point() and stage.weight.dtype != dtype:
         return found.but(f"the embedding is {stage.weight.dtype} and the logits {dtype}; compute in one dtype")
     return found
-
-
-def reads_all(stage: Any) -> bool:
-    """Whether every position of the window has a weight."""
-    while not isinstance(stage, Table):
-        if isinstance(stage, Linear) and not stage.taps.flatten(1).any(1).all():
-            return False
-        stage = stage.below
-    return True

@@ -134,15 +134,7 @@ class Tracer(TorchDispatchMode):
 
     def where(self) -> str:
         """The operator, and the module or the line of the notebook that calls it."""
-        path, line, frame = "", "", inspect.currentframe()
-        while frame is not None and frame.f_back is not None and not path:
-            frame = frame.f_back
-            file, owner = frame.f_code.co_filename, frame.f_locals.get("self")
-            if not line and not file.startswith((_HERE, _TORCH)):
-                code = linecache.getline(file, frame.f_lineno).strip()
-                line = f"{Path(file).name}, line {frame.f_lineno}" + (f" ({code:.80})" if code else "")
-            path = self.paths.get(id(owner), "")
-        return f"`{self.name.strip('_')}` in " + (" of ".join(part for part in (line, path) if part) or "the model")
+        return f"`{self.name.strip('_')}` in " + (_caller(self.paths) or "the model")
 
     def complaint(self, value: Value, reason: str) -> Value:
         return value.but(f"{self.where()} {reason}")
@@ -212,6 +204,18 @@ def _paths(model: Any, prefix: str = "") -> Iterator[tuple[int, str]]:
             yield id(module), f"{(prefix + path).rstrip('.') or 'the model'} ({type(module).__name__})"
     elif prefix:
         yield id(model), f"{prefix.rstrip('.')} ({type(model).__name__})"
+
+
+def _caller(paths: dict[int, str]) -> str:
+    """The line outside of PyTorch and this package that is running, and the module that it belongs to."""
+    path, line, frame = "", "", inspect.currentframe()
+    while frame is not None and not path:
+        file, owner = frame.f_code.co_filename, frame.f_locals.get("self")
+        if not line and not file.startswith((_HERE, _TORCH)):
+            code = linecache.getline(file, frame.f_lineno).strip()
+            line = f"{Path(file).name}, line {frame.f_lineno}" + (f" ({code:.80})" if code else "")
+        path, frame = paths.get(id(owner), ""), frame.f_back
+    return " of ".join(part for part in (line, path) if part)
 
 
 def folded(stage: Stage, scale: Tensor, shift: Tensor) -> Stage:
