@@ -9,6 +9,8 @@ from torch import nn, rand, randn
 from wavenet_conv import Vocabulary, from_tree, verify
 from wavenet_conv.errors import MappingError
 
+ABC = Vocabulary("abcdefghijklmnopqrstuvwxyz")
+
 
 class Parts(types.SimpleNamespace):
     """A flat tree of three tokens, `logits(h(x))`, by a seed."""
@@ -99,9 +101,7 @@ FOLDED = {
 @pytest.mark.parametrize("model", FOLDED.values(), ids=FOLDED)
 def test_what_is_no_batch_norm_by_its_parts_folds(model):
     conv = from_tree(model)
-    assert (
-        conv.config.norm == ("none",) and verify(model, conv, ["emma"], Vocabulary("abcdefghijklmnopqrstuvwxyz")).equal
-    )
+    assert conv.config.norm == ("none",) and verify(model, conv, ["emma"], ABC).equal
 
 
 def in_training(**options):
@@ -143,4 +143,38 @@ def test_generator_of_the_notebook_is_left_as_it_was():
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
 def test_script_module_maps():
     model = torch.jit.script(in_training())
-    assert verify(model, from_tree(model), ["emma"], Vocabulary("abcdefghijklmnopqrstuvwxyz")).equal and model.training
+    assert verify(model, from_tree(model), ["emma"], ABC).equal and model.training
+
+
+MERGES = [randn(12, 10).double() / 3, *(randn(20, 10).double() / 4 for _ in range(2))]
+
+
+def recursive(x, layer=2):
+    if x.shape[1] == 1:
+        return p.C[x[:, 0]]
+    halves = [recursive(half, layer - 1) for half in x.chunk(2, 1)]
+    return torch.tanh(torch.cat(halves, 1) @ MERGES[layer] + p.mean)
+
+
+def lists(x):
+    nodes = [p.C[column] for column in x.unbind(1)]
+    for W in MERGES:
+        pairs = zip(nodes[::2], nodes[1::2])
+        nodes = [torch.tanh(((torch.hstack(pair) @ W) - p.mean) / torch.sqrt(p.var + 1e-5) * p.gain) for pair in pairs]
+    return nodes[0]
+
+
+def a_matrix_per_child(x):
+    h = p.C[x]
+    for W in MERGES:
+        left, right = W.chunk(2)
+        h = torch.tanh(h[:, ::2] @ left + h[:, 1::2] @ right + p.mean)
+    return h[:, 0]
+
+
+@pytest.mark.parametrize("nodes, norm", [(recursive, "none"), (lists, "batch"), (a_matrix_per_child, "none")])
+def test_tree_that_is_computed_node_by_node_maps(nodes, norm):
+    model = lambda x: nodes(x) @ p.V
+    conv = from_tree(model)
+    assert conv.config.kernel_sizes == (2, 2, 2) and conv.config.norm == (norm,) * 3
+    assert verify(model, conv, ["emma", "olivia"], ABC).equal

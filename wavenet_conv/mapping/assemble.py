@@ -41,15 +41,6 @@ def assemble(last: Stage, like: Tensor) -> ConvWaveNet:
     return _gated(last, like) if _has_gate(last) else _plain(last, like)
 
 
-def reads_all(stage: Any) -> bool:
-    """Whether every position of the window has a weight."""
-    while not isinstance(stage, Table):
-        if isinstance(stage, Linear) and not stage.taps.flatten(1).any(1).all():
-            return False
-        stage = stage.below
-    return True
-
-
 def describe(conv: ConvWaveNet) -> str:
     """The layers of a model in one line."""
     c = conv.config

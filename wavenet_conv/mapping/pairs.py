@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from .trace import Tracer
-from .values import Activation, Gate, Linear, Skip, Value
+from .values import WINDOWS, Activation, Gate, Linear, Skip, Value
 
 
 def combined(trace: Tracer, a: Value, b: Value) -> Value:
@@ -31,11 +29,26 @@ def combined(trace: Tracer, a: Value, b: Value) -> Value:
 
 
 def both_linear(trace: Tracer, a: Value, b: Value) -> Value | None:
-    """The sum of two linear maps of the same nodes, such as of the left and the right children."""
-    f, g = (fold.stage if fold else None for fold in (trace.fold(a), trace.fold(b)))
-    if not (isinstance(f, Linear) and isinstance(g, Linear) and f.below is g.below and torch.equal(a.ids, b.ids)):
+    """The sum of two linear maps of the same layer, such as of the left and the right children."""
+    folds = [trace.fold(value) for value in (a, b)]
+    stages = [fold.stage for fold in folds if fold is not None and isinstance(fold.stage, Linear)]
+    if len(stages) < 2 or stages[0].below is not stages[1].below or stages[0].channels != stages[1].channels:
         return None
-    return Value(replace(f, taps=f.taps + g.taps, bias=f.bias + g.bias), a.ids)
+    below, channels, bias = stages[0].below, stages[0].channels, stages[0].bias + stages[1].bias
+    if stages[0].positions == stages[1].positions and torch.equal(a.ids, b.ids):
+        return Value(trace.linear(below, stages[0].positions, stages[0].taps + stages[1].taps, bias), a.ids)
+    above = a.ids.numel() // (WINDOWS * channels)
+    size = below.positions // max(above, 1)
+    taps, nodes = bias.new_zeros(size, below.channels, channels), []
+    for stage, value in zip(stages, (a, b)):
+        window, position, channel = value.places()
+        first = position * len(stage.taps)
+        child = int(first.flatten()[0] % size)
+        if size * above != below.positions or (first % size != child).any() or child + len(stage.taps) > size:
+            return None
+        taps[child : child + len(stage.taps)] += stage.taps
+        nodes.append((window * above + first // size) * channels + channel)
+    return Value(trace.linear(below, above, taps, bias), nodes[0]) if torch.equal(*nodes) else None
 
 
 def skip(trace: Tracer, new: Value, old: Value) -> Value | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -12,23 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .linear import linear
 from .pairs import combined
-from .trace import MOVES, RULES, Rule, Tracer, values_in
-from .values import WINDOWS, Activation, Linear, Norm, Table, Tokens, Value, affine, alike
+from .trace import MOVES, RULES, Tracer, rule, values_in
+from .values import WINDOWS, Activation, Norm, Table, Tokens, Value, alike
 
-OVERLAP = "reads positions that overlap or are no neighbours; a layer merges k neighbours, each of them once"
-UNREAD = "does not read all positions; give the number of tokens that the model reads as context="
 WIDTH = "return one logit for each token of the vocabulary"
 SELECTIONS = ["slice", "select", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "unbind", "index"]
 REDUCTIONS = ["mean", "sum", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "prod", "logsumexp"]
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return register
 
 
 @rule("unknown")
@@ -166,76 +157,6 @@ def clamp(trace: Tracer, value: Value, least: Any = None, most: Any = None, **na
     return activation(trace, value, "relu") if is_relu else unknown(trace, value)
 
 
-@rule("mm", "addmm", "bmm", "baddbmm")
-def matmul(trace: Tracer, *args: Any, **options: Any) -> Value:
-    bias, a, b = args if len(args) == 3 else (0.0, *args)
-    if any(option != 1 for option in options.values()) or isinstance(bias, Value):
-        return unknown(trace, *args)
-    if isinstance(a, Value) and isinstance(b, Value):
-        return combined(trace, a, b)
-    flipped = isinstance(b, Value)
-    value, matrices = (b.map(lambda part: part.mT), a.mT) if flipped else (a, b)
-    if matrices.ndim == 3 and varies(matrices):
-        return trace.nothing("uses other weights at each position: a node must not depend on where it stands")
-    leading = value.ids.shape[:-1] if value.stage else ()
-    rows, matrix = value.map(lambda part: part.flatten(0, -2)), matrices[0] if matrices.ndim == 3 else matrices
-    out = linear(trace, rows, matrix).map(lambda part: part.unflatten(0, leading))
-    out = out.map(lambda part: part.mT) if flipped else out
-    return out if out.stage is None else trace.then(out, "add", trace.number(bias))
-
-
-@rule("convolution")
-def convolution(
-    trace: Tracer, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, *rest: Any
-) -> Value:
-    transposed, _, groups = rest
-    if weight.ndim != 3 or transposed or groups != 1 or any(padding):
-        return trace.nothing("pads with zeros, or is no plain nn.Conv1d; a layer merges k neighbours")
-    starts = torch.arange(trace.shape[2])[:, None] * stride[0]
-    reads = starts + torch.arange(weight.shape[2]) * dilation[0]
-    rows = x.map(lambda part: part[:, :, reads].transpose(1, 2).flatten(2).flatten(0, 1))
-    out = linear(trace, rows, weight.flatten(1).t()).map(lambda part: part.unflatten(0, (len(x.ids), -1)).mT)
-    return out if bias is None or out.stage is None else trace.then(out, "add", trace.number(bias[:, None]))
-
-
-def linear(trace: Tracer, value: Value, weight: Tensor) -> Value:
-    """`value @ weight` for rows `(rows, inputs)` of nodes and a constant `(inputs, outputs)`: k neighbours per row."""
-    if isinstance(value.stage, Linear):  # what comes after another step becomes part of this linear map
-        value = trace.fold(value) or value
-    stage = value.stage
-    if isinstance(stage, Tokens):
-        return unknown(trace, value)
-    window, position, channel = value.places()
-    above = len(window) // WINDOWS  # positions of the layer above
-    size, rest = divmod(stage.positions, max(above, 1))
-    if rest and position.unique().numel() < stage.positions:
-        return trace.nothing(UNREAD)
-    parent = (window * above + position // max(size, 1))[:, 0]
-    if not above or rest or len(parent.unique()) != len(window):
-        return trace.nothing(OVERLAP)
-    child = position - (parent % above * size)[:, None]
-    if not torch.equal(window, (parent // above)[:, None].expand_as(window)):
-        return trace.nothing("mixes the windows of different examples")
-    if child.min() < 0 or child.max() >= size:
-        return trace.nothing(OVERLAP)
-    places = child * stage.channels + channel
-    if varies(places):
-        return trace.nothing("reads other children, or in another order, at each position")
-    scale, shift = affine(value.steps, value.ids.shape)
-    weight = weight.detach().cpu().double()
-    taps = weight.new_zeros(size * stage.channels, weight.shape[1])
-    taps.index_add_(0, places[0], scale[0][:, None] * weight)
-    found = Linear(above, weight.shape[1], stage, taps.unflatten(0, (size, stage.channels)), shift[0] @ weight)
-    out = Value(found, parent[:, None] * weight.shape[1] + torch.arange(weight.shape[1]))
-    if varies(scale) or varies(shift):
-        return trace.per_position(out, value.steps, varies)
-    return out
-
-
-def varies(rows: Tensor) -> bool:
-    return not torch.equal(rows, rows[:1].expand_as(rows))
-
-
 @rule(
     *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"),
     *("miopen_batch_norm", "_batch_norm_no_update", "_batch_norm_with_update"),
@@ -287,7 +208,7 @@ def logits_of(trace: Tracer, value: Value | None, dtype: torch.dtype) -> Value:
     width, trace.name = value.ids.shape[1], "return"
     found = in_order(trace, trace.settle(value), width)
     if found is None or found.stage is None or found.stage.positions != 1:
-        found = linear(trace, trace.settle(value), torch.eye(width))
+        found = linear(trace, trace.settle(value), torch.eye(width), whole=True)
     found = found.but(*value.complaints)
     stage = found.stage
     while stage is not None and not isinstance(stage, Table):

@@ -41,6 +41,14 @@ Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}  # by the name of the operator, without the underscore of its in-place form
 
 
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
 def values_in(*arguments: Any) -> list[Value]:
     return [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Value)]
 
@@ -185,6 +193,11 @@ class Tracer(TorchDispatchMode):
         columns = (value.per_channel(numbers)[0] for numbers in affine(value.steps, value.ids.shape))
         settled = Value(folded(value.stage, *columns), value.ids, (), value.complaints)
         return self.per_position(settled, value.steps, lambda constant: not value.per_channel(constant)[1])
+
+    def linear(self, below: Stage, positions: int, taps: Tensor, bias: Tensor) -> Linear:
+        """A linear map; equal ones are one stage, also if a model computes node by node."""
+        key = (Linear, below, positions, taps.shape, taps.numpy().tobytes(), bias.numpy().tobytes())
+        return self.memo.setdefault(key, Linear(positions, taps.shape[2], below, taps, bias))
 
     def stage(self, kind: type[Kind], *arguments: Any) -> Kind:
         """A stage of this kind; equal steps are one stage."""
