@@ -65,8 +65,8 @@ def save_checkpoint(
         path, model, vocab: Where to write what.
         notes: Anything that JSON can hold.
         names: The list that the model was trained on. The file then holds quantiles of its bits per character, for
-            `Scorer.percentile`, and its SHA-256, for `wavenet-conv sample --novel`, as the note `names_sha256` if
-            `notes` have none.
+            `Scorer.percentile`, and for `wavenet-conv sample --novel --list FILE` the SHA-256 of the sorted list, not
+            the list itself, as the note `names_sha256` if `notes` have none.
 
     Raises:
         CheckpointError: `load_checkpoint` would reject the file, for example because a weight is NaN; `names` are

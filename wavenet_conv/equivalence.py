@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import NamesError, ShapeError
+from .errors import ConfigError, NamesError, ShapeError
 from .notebook import as_function, left_as_found, logits_in
 from .precision import exact_float32_on
 from .vocabulary import Vocabulary, checked_names
@@ -59,8 +59,8 @@ def verify(
     """Runs `tree` on every window of every name and `conv` on every whole name, and compares all logits.
 
     Both run in evaluation mode, without gradients and without TF32, and are afterwards what they were. Both are in
-    float64 or in float32. Equal models read the same tokens in the same way, whatever these mean: if the notebook's
-    numbering is not `.` as 0 and sorted characters as 1, 2, ..., `vocab` is `Vocabulary.from_mapping(stoi)`.
+    float64 or in float32. A wrong vocabulary is not detected, since both models then read the same wrong tokens: if the
+    notebook's numbers are not `.` as 0 and sorted characters as 1, 2, ..., give `Vocabulary.from_mapping(stoi)`.
 
     Args:
         tree: What `from_tree` takes: tokens int64 `(windows, context)` to logits `(windows, vocab)`, which may be in a
@@ -78,6 +78,8 @@ def verify(
     if not callable(conv) or not hasattr(conv, "context"):
         found = type(conv).__name__
         raise ShapeError(f"the second model is a {found}; call verify(tree, conv, names, vocab) with a ConvWaveNet")
+    if not isinstance(vocab, Vocabulary):
+        raise ConfigError(f"the vocabulary is a {type(vocab).__name__}; take Vocabulary.from_mapping(stoi)")
     if hasattr(conv, "config"):
         vocab.check_size(conv.config.vocab_size)
     names = checked_names(names)

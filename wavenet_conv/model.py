@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from .config import ACTIVATIONS, WaveNetConfig
 from .errors import ConfigError, ModeError
-from .vocabulary import check_sequences
+from .vocabulary import Vocabulary, check_sequences
 
 
 class BatchNorm(nn.Module):
@@ -230,3 +230,12 @@ class ConvWaveNet(nn.Module):
             pads = [(tap * d, (size - 1 - tap) * d) for tap in range(size)]
             counts.insert(0, torch.stack([F.pad(counts[0], pad) for pad in pads]).sum(0))
         return counts
+
+
+def check_pair(model: Any, vocab: Any) -> None:
+    """Raises `ConfigError` unless these are a `ConvWaveNet` and a vocabulary of as many tokens."""
+    if not isinstance(model, ConvWaveNet):
+        raise ConfigError(f"the model is a {type(model).__name__}, not a ConvWaveNet; map it with from_tree first")
+    if not isinstance(vocab, Vocabulary):
+        raise ConfigError(f"the vocabulary is a {type(vocab).__name__}; take Vocabulary.from_mapping(stoi)")
+    vocab.check_size(model.config.vocab_size)

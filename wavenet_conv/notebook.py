@@ -34,7 +34,9 @@ def as_function(model: Any) -> Callable[[Tensor], Any]:
         return model.module
     if callable(model) and not isinstance(model, (type, nn.ModuleList)):
         return model
-    found = f"a {model.__name__}, a class" if isinstance(model, type) else f"a {type(model).__name__}"
+    if isinstance(model, type):
+        raise ShapeError(f"the model is the class {model.__name__}; pass an instance of it")
+    found = f"a {type(model).__name__}"
     raise ShapeError(f"the model is {found}; pass what maps tokens (windows, context) to logits, or a list of layers")
 
 

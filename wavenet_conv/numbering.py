@@ -56,8 +56,10 @@ def read_mapping(mapping: Any, end: str) -> tuple[str, int]:
     characters = keys[:token] + keys[token + 1 :]
     for key in characters:
         if len(key) != 1:
-            only = f"only end={end!r} may be another, and its token also pads before a name"
-            raise NamesError(f"the key {key!r} is not a single character; {only}")
+            fix = f"only the end, {end!r}, may be longer; a model with one token for the start and another for the end"
+            raise NamesError(
+                f"the key {key!r} is not a single character; {fix} has to be trained again with one for both"
+            )
     return "".join(characters), token
 
 

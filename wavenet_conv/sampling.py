@@ -20,7 +20,7 @@ from .engine.rings import TILE_ROWS, TorchSteps
 from .engine.shared import NodeCache, SharedNodes
 from .engine.weights import fold
 from .errors import ConfigError, SamplingError
-from .model import ConvWaveNet
+from .model import ConvWaveNet, check_pair
 from .numbering import to_engine
 from .precision import exact_float32_on
 from .vocabulary import Vocabulary
@@ -83,7 +83,7 @@ def sample_stream(
         SamplingError: From the iterator: logits are NaN or infinite.
     """
     draw = Draw(temperature, top_k, top_p)
-    vocab.check_size(model.config.vocab_size)
+    check_pair(model, vocab)
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ConfigError(f"seed is {seed!r}; it must be an integer from 0 to 2**63 - 1")
     if n is not None and (not isinstance(n, int) or n < 0):

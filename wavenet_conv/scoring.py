@@ -17,7 +17,7 @@ from .checkpoint import load_checkpoint
 from .engine.shared import NodeCache, SharedNodes
 from .engine.weights import fold
 from .errors import ConfigError, NamesError, ShapeError
-from .model import ConvWaveNet
+from .model import ConvWaveNet, check_pair
 from .numbering import to_engine
 from .precision import exact_float32
 from .vocabulary import Vocabulary, check_tokens, checked_names, lengths_of
@@ -60,7 +60,7 @@ class Scorer:
             most, and changes no score.
 
     Raises:
-        ConfigError: The vocabulary is not the model's.
+        ConfigError: The model is no `ConvWaveNet`, or the vocabulary is not the model's.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Scorer:
         quantiles: Tensor | None = None,
         remember: bool = False,
     ):
-        vocab.check_size(model.config.vocab_size)
+        check_pair(model, vocab)
         self.vocab, self.quantiles, self.context, self.remember = vocab, quantiles, model.context, remember
         weights = fold(model, device, dtype).end_first(vocab.end)
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype

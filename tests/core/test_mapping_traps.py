@@ -64,7 +64,7 @@ def broadcasts_positions(x):
     return (p.C[x] + p.P).flatten(1) @ p.A
 
 
-CHANGES = "changes a part of a tensor that is used later; compute a new one"
+CHANGES = "changes a part of a tensor that is used later, as recurrent cells do; compute a new one"
 REJECTED = [
     (writes_into_the_window, 3, rf"`fill` in test_mapping_traps.py, line \d+ .x.:, 0. = 0. {CHANGES}"),
     (writes_through_numpy, 3, "computes something else than its trace shows"),

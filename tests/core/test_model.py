@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from wavenet_conv import ConvWaveNet, WaveNetConfig, WaveNetConvError
+from wavenet_conv import ConvWaveNet, Scorer, Vocabulary, WaveNetConfig, WaveNetConvError, sample, verify
+from wavenet_conv.training import fit
 
 TOKENS = torch.randint(27, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -114,3 +115,21 @@ def test_tokens_that_are_no_sequences_are_rejected(tokens, message):
 def test_config_of_an_impossible_model_is_rejected(config, message):
     with pytest.raises(WaveNetConvError, match=message):
         WaveNetConfig(**config)
+
+
+STOI = {".": 0, "a": 1, "b": 2}
+CALLS = {
+    "Scorer": Scorer,
+    "sample": lambda model, vocab: sample(model, vocab, 1),
+    "fit": lambda model, vocab: fit(model, vocab, ["a"], ["b"]),
+    "verify": lambda model, vocab: verify(model, model, ["a"], vocab),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_dictionary_is_no_vocabulary_and_a_notebooks_model_no_convolutional_one(call):
+    model = ConvWaveNet(WaveNetConfig(3, 2, 2))
+    with pytest.raises(WaveNetConvError, match=r"the vocabulary is a dict; take Vocabulary.from_mapping\(stoi\)"):
+        call(model, STOI)
+    with pytest.raises(WaveNetConvError, match="model is a Linear.*(map it with from_tree first|with a ConvWaveNet)"):
+        call(torch.nn.Linear(2, 2), Vocabulary.from_mapping(STOI))

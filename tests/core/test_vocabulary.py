@@ -124,8 +124,8 @@ def test_a_vocabulary_of_any_numbers_behaves_as_the_standard_one(numbering):
     [
         ({"a": 0, "b": 1}, ".", "no '.' in the mapping; say which key ends a name with end=..."),
         ([*".ab"], "<E>", "no '<E>' in the mapping; say which key ends"),
-        ([".", "ab"], ".", "the key 'ab' is not a single character; only end='.' may be another, and its token also"),
-        (["<S>", "<E>", "a"], "<E>", "the key '<S>' is not a single character; only end='<E>' may be"),
+        ([".", "ab"], ".", "the key 'ab' is not a single character; only the end, '.', may be longer"),
+        (["<S>", "<E>", "a"], "<E>", "the key '<S>' is not a single character; only the end, '<E>', may be"),
         (["", ".", "a"], ".", "the key '' is not a single character"),
         (
             {".": 0, "a": 2},

@@ -47,11 +47,12 @@ def from_tree(model: Any, *, context: int | None = None) -> ConvWaveNet:
     The gated block of the WaveNet paper is known too (`GatedLayer`). Other arithmetic with constants per channel
     becomes part of a linear map. A batch norm stays one where its parts can be told, which are
     `(x - mean) / sqrt(var + eps) * gamma + beta` in any order or `torch.nn.BatchNorm1d`, so that training can go on;
-    one that is spelled out has a momentum of 0.1.
+    one that is spelled out has a momentum of 0.1. One that divides by a running standard deviation becomes part of the
+    linear map.
 
-    The model runs in evaluation mode without gradients. Its flags, attributes, statistics, weights and the random state
-    are afterwards what they were. Tokens keep their numbers: where the notebook's `stoi` is not `.` as 0 and sorted
-    characters as 1, 2, ..., take `Vocabulary.from_mapping(stoi)`.
+    The model runs some times, in evaluation mode and without gradients. Its flags, attributes, statistics, weights and
+    the random state are afterwards what they were. Tokens keep their numbers: where the notebook's `stoi` is not `.` as
+    0 and sorted characters as 1, 2, ..., take `Vocabulary.from_mapping(stoi)`.
 
         conv = from_tree(model)
         print(verify(model, conv, names, Vocabulary.from_mapping(stoi)))

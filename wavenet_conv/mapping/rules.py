@@ -36,7 +36,7 @@ def unknown(trace: Tracer, *args: Any, **kwargs: Any) -> Value:
         return trace.nothing("is a statistic of the batch: predictions depend on other examples; use evaluation mode")
     if trace.name in REDUCTIONS:
         return trace.nothing("is a statistic of positions or channels; of these only nn.LayerNorm is known")
-    return trace.nothing("has no equal in a tree")
+    return trace.nothing("has no equal in a tree, which merges k neighbours by linear maps, norms and activations")
 
 
 @rule(*MOVES)
@@ -202,7 +202,8 @@ def in_order(trace: Tracer, value: Value | None, width: int) -> Value | None:
 def logits_of(trace: Tracer, value: Value | None, dtype: torch.dtype) -> Value:
     """What a model returns, `(windows, vocab)`, as a stage of one position."""
     if value is None:
-        return Value(None, None, (), ("the logits do not depend on the tokens",))
+        text = "the logits do not depend on the tokens, or the model leaves PyTorch (.numpy(), .tolist(), .item())"
+        return Value(None, None, (), (text,))
     if value.stage is None:
         return value
     width, trace.name = value.ids.shape[1], "return"

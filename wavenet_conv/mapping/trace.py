@@ -31,7 +31,10 @@ stack diagonal
 POWERS = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
 SHAPES_ONLY = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_empty", "new_full")
 _HERE, _TORCH = str(Path(__file__).parent.parent), str(Path(torch.__file__).parent)
-PER_POSITION = "uses constants that differ per position (learned positions?): a node must not depend on where it stands"
+PER_POSITION = (
+    "uses constants that differ per position (learned positions?): a node must not depend on where it stands; train "
+    "again without them"
+)
 STATISTICS = (
     "uses statistics per position: a node must not depend on where it stands; let the batch norm reduce over all axes "
     "but the last, (0, 1) for three axes, and train again"
@@ -98,9 +101,9 @@ class Tracer(TorchDispatchMode):
         if in_place and not isinstance(args[0], Value) and outputs[0]._is_view():  # noqa: SLF001
             self.written.append(f"{self.where()} writes into a tensor of constants; compute a new tensor instead")
         if in_place:  # other tensors in the same memory change too
-            memory = outputs[0].untyped_storage().data_ptr()
+            memory, reason = outputs[0].untyped_storage().data_ptr(), "changes a part of a tensor that is used later"
             for tensor in [t for t in self.values if t.untyped_storage().data_ptr() == memory and t is not args[0]]:
-                self.values[tensor] = self.nothing("changes a part of a tensor that is used later; compute a new one")
+                self.values[tensor] = self.nothing(f"{reason}, as recurrent cells do; compute a new one")
         unknown = sum(value.stage is None for value in given)
         if unknown == len(given) or (unknown and torch.Tag.pointwise not in self.func.tags):
             found: Any = Value(None, None)
@@ -138,7 +141,7 @@ class Tracer(TorchDispatchMode):
             self.roots[outputs[0]] = (self.func(var, *args[1:]), eps, power)
 
     def _noise(self) -> str:
-        return f"{self.where()} draws random numbers (dropout in training mode?); put it into evaluation mode"
+        return f"{self.where()} draws random numbers; give F.dropout training=self.training, or call .eval()"
 
     def where(self) -> str:
         """The operator, and the module or the line of the notebook that calls it."""

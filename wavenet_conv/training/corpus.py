@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..engine.ids import crossing_starts, node_ids, node_starts, tap_views
 from ..errors import NamesError
-from ..model import ConvWaveNet
+from ..model import ConvWaveNet, check_pair
 from ..numbering import from_engine
 from ..vocabulary import Vocabulary, checked_names
 
@@ -39,6 +39,7 @@ class Corpus:
     """
 
     def __init__(self, names: Sequence[str], vocab: Vocabulary, model: ConvWaveNet):
+        check_pair(model, vocab)
         names = checked_names(names)
         if not names:
             raise NamesError("there is nothing to learn from an empty list; give at least one name")

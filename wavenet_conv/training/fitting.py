@@ -54,6 +54,9 @@ def fit(
 ) -> Trainer:
     """Train a model in place, and leave it with the best weights and in evaluation mode; returns the trainer.
 
+    The best weights are those of a validation in this run. The weights at the start are not among them, so give a
+    trained model a small learning rate.
+
     Args:
         model, vocab: the model, on any device, and its vocabulary.
         train, valid: names to train and to validate on.

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..errors import ModeError, TrainingError
-from ..model import BatchNorm, ConvWaveNet
+from ..model import BatchNorm, ConvWaveNet, check_pair
 from ..recipe import Recipe
 from ..vocabulary import Vocabulary
 from .corpus import Corpus
@@ -46,6 +46,7 @@ class Trainer:
         recipe: Recipe,
         teachers: Sequence[ConvWaveNet] = (),
     ):
+        check_pair(model, vocab)
         if any(teacher.training for teacher in teachers):
             raise ModeError("a teacher is in training mode; call .eval() first")
         self.model, self.recipe, self.device = model.train(), recipe, model.embedding.weight.device
