@@ -76,6 +76,8 @@ def save_checkpoint(
     for value, kind in ((model, ConvWaveNet), (vocab, Vocabulary)):
         if not isinstance(value, kind):
             raise CheckpointError(f"{path}: a checkpoint holds a {kind.__name__}, not a {type(value).__name__}")
+    if not isinstance(notes, (Mapping, type(None))):
+        raise CheckpointError(f"{path}: notes are a {type(notes).__name__}; give a dict, and a training list as names=")
     tensors = model.state_dict()
     with _naming(path):
         if names is not None:

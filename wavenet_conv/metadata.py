@@ -28,8 +28,6 @@ SAVE_AGAIN = "write it again with save_checkpoint"
 def metadata_of(
     model: ConvWaveNet, vocab: Vocabulary, notes: Mapping[str, Any] | None, names: list[str] | None
 ) -> dict[str, str]:
-    if not isinstance(notes, (Mapping, type(None))):
-        raise CheckpointError(f"notes are a {type(notes).__name__}, not a dict; give the training list as names=")
     version = _version(model.config, vocab)
     notes = dict(notes or {})
     if names is not None:

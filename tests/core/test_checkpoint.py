@@ -266,9 +266,9 @@ def test_parts_that_do_not_fit_are_rejected(tmp_path, change, complaint):
         ({"names": []}, "names is empty; give the list that the model was trained on"),
         ({"names": ["ab", "ac"]}, "name 1 ('ac'): character 'c' at position 1 is not in the vocabulary 'ab'"),
         ({"names": "ab"}, "names is one string, 'ab'; pass a list"),
-        ({"names": NAMES, "notes": 5}, "notes hold what JSON can"),
+        ({"notes": ["emma"]}, "notes are a list; give a dict, and a training list as names="),
     ],
-    ids=["size", "surrogate", "tree", "notes", "nan", "nan of names", "no names", "unknown", "string", "number"],
+    ids=["size", "surrogate", "tree", "notes", "nan", "nan of names", "no names", "unknown", "string", "list"],
 )
 def test_saving_rejects_what_loading_would(path, change, complaint):
     before = path.read_bytes()
