@@ -96,9 +96,9 @@ def test_names_are_those_of_the_lectures_loop(device, way, sizes, characters, le
     vocab = Vocabulary(characters)
     options = {"seed": 7, "max_length": max_length, "prefix": (characters[:4] * 19)[:length]}
     tree = short_tree(**sizes, vocab_size=len(vocab))
-    expected = names_of_the_loop(tree, vocab, 16, **options)
-    assert sample(from_tree(tree), vocab, 16, **options, device=device) == expected
-    assert list(islice(sample_stream(from_tree(tree), vocab, **options, device=device, batch_size=9), 16)) == expected
+    conv, expected = from_tree(tree), names_of_the_loop(tree, vocab, 16, **options)
+    assert sample(conv, vocab, 16, **options, device=device) == expected
+    assert list(islice(sample_stream(conv, vocab, **options, device=device, batch_size=9), 16)) == expected
 
 
 @pytest.mark.parametrize("tied", [[0], [3, 7, 20]], ids=["distinct", "tied"])

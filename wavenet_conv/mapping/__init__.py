@@ -31,7 +31,7 @@ from .trace import Tracer
 from .values import WINDOWS
 
 LONGEST = 4096  # tokens per window that are tried
-FURTHER = 64  # more tokens per window that are tried to see whether the least number is the only one
+FURTHER = 64  # more tokens per window that are tried after a number that fits but does not map
 FAILURES = 8  # numbers of tokens that are traced
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.01}
 TOKENS_AT_ONCE = 2**17  # in the windows that both models read together
@@ -120,8 +120,7 @@ def _found(model: Any, function: Callable[[Tensor], Any], device: torch.device) 
             continue
         trace = _trace(model, function, size, device)
         if trace.conv is not None:
-            last = 2 * size + FURTHER * (4 if size == 1 else 1)
-            others = islice(filter(fits, range(size + 1, last)), FAILURES)
+            others = islice(filter(fits, range(size + 1, 257 if size == 1 else 2 * size + 1)), FAILURES)
             return next(
                 (again for other in others if (again := _conflict(model, function, size, other, device))), trace
             )
