@@ -28,6 +28,7 @@ SAVE_AGAIN = "write it again with save_checkpoint"
 def metadata_of(
     model: ConvWaveNet, vocab: Vocabulary, notes: Mapping[str, Any] | None, names: list[str] | None
 ) -> dict[str, str]:
+    """The metadata of a file with this model; `names` is its training list."""
     version = _version(model.config, vocab)
     notes = dict(notes or {})
     if names is not None:

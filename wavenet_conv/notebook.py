@@ -1,4 +1,4 @@
-"""Runs a notebook's model, whatever it is made of, and leaves it as it was."""
+"""Runs a notebook's model, made of any classes or functions, and leaves it as it was."""
 
 from __future__ import annotations
 

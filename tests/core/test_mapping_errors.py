@@ -283,11 +283,6 @@ def test_no_context_fits():
         from_tree(model)
 
 
-def test_long_context_is_found():
-    weight, table = randn(300 * 6, 27), randn(27, 6)
-    assert from_tree(lambda x: table[x].flatten(1) @ weight).context == 300
-
-
 def test_context_that_does_not_fit():
     with pytest.raises(MappingError, match=r"cannot run on windows of shape \(2, 7\)"):
         from_tree(build(tree), context=7)

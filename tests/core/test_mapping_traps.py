@@ -178,3 +178,8 @@ def test_tree_that_is_computed_node_by_node_maps(nodes, norm):
     conv = from_tree(model)
     assert conv.config.kernel_sizes == (2, 2, 2) and conv.config.norm == (norm,) * 3
     assert verify(model, conv, ["emma", "olivia"], ABC).equal
+
+
+def test_long_context_is_found():
+    weight, table = randn(300 * 6, 27), randn(27, 6)
+    assert from_tree(lambda x: table[x].flatten(1) @ weight).context == 300

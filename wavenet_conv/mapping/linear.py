@@ -16,6 +16,7 @@ OVERLAP = "reads positions that overlap or are no neighbours; a layer merges k n
 
 @rule("mm", "addmm", "bmm", "baddbmm")
 def matmul(trace: Tracer, *args: Any, **options: Any) -> Value:
+    """A value times a matrix of constants, on either side, with or without a bias."""
     bias, a, b = args if len(args) == 3 else (0.0, *args)
     if any(option != 1 for option in options.values()) or isinstance(bias, Value):
         return RULES["unknown"](trace, *args)
@@ -37,6 +38,7 @@ def matmul(trace: Tracer, *args: Any, **options: Any) -> Value:
 def convolution(
     trace: Tracer, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, *rest: Any
 ) -> Value:
+    """`nn.Conv1d` without padding: rows of the positions that each output reads, times a matrix."""
     transposed, _, groups = rest
     if weight.ndim != 3 or transposed or groups != 1 or any(padding):
         return trace.nothing("pads with zeros, or is no plain nn.Conv1d; a layer merges k neighbours")
@@ -93,4 +95,5 @@ def _kernel_size(position: Tensor, positions: int, whole: bool) -> int:
 
 
 def varies(rows: Tensor) -> bool:
+    """Whether rows differ from the first one."""
     return not torch.equal(rows, rows[:1].expand_as(rows))

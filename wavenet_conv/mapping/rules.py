@@ -100,6 +100,7 @@ def one_hot(trace: Tracer, zeros: Any, dim: int, tokens: Any, source: Any, **_: 
 
 @rule("embedding_renorm")
 def max_norm(trace: Tracer, *_: Any) -> Value:
+    """An embedding that changes its own rows."""
     trace.written.append(f"{trace.where()} rescales the rows that it reads (max_norm); build it without")
     return Value(None, None)
 
@@ -130,6 +131,7 @@ def arithmetic(trace: Tracer, a: Any, b: Any = -1.0, *options: Any, **named: Any
 
 
 def activation(trace: Tracer, value: Value, name: str, **options: Any) -> Value:
+    """A function of each number."""
     if isinstance(value.stage, Tokens) or options.get("approximate", "none") != "none":
         return unknown(trace, value)
     value = trace.fold(value) or merged(trace, value)
@@ -153,6 +155,7 @@ RULES |= {name: partial(activation, name=name) for name in ("tanh", "relu", "gel
 
 @rule("clamp", "clamp_min")
 def clamp(trace: Tracer, value: Value, least: Any = None, most: Any = None, **named: Any) -> Value:
+    """ReLU by another name."""
     is_relu = (named.get("min", least), named.get("max", most)) == (0, None)
     return activation(trace, value, "relu") if is_relu else unknown(trace, value)
 
@@ -162,6 +165,7 @@ def clamp(trace: Tracer, value: Value, least: Any = None, most: Any = None, **na
     *("miopen_batch_norm", "_batch_norm_no_update", "_batch_norm_with_update"),
 )
 def batch_norm(trace: Tracer, x: Any, gamma: Any, beta: Any, mean: Any, var: Any, *rest: Any) -> Value:
+    """Batch norm over axis 1, by running statistics: four steps."""
     training = rest[0] if len(rest) == 3 else trace.name == "_batch_norm_with_update"
     if training or not isinstance(mean, Tensor):
         return trace.complaint(
@@ -180,6 +184,7 @@ def batch_norm(trace: Tracer, x: Any, gamma: Any, beta: Any, mean: Any, var: Any
 
 @rule("native_layer_norm")
 def layer_norm(trace: Tracer, x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Value:
+    """Layer norm over the channels of a node, or of neighbours that it merges."""
     inputs = prod(shape)
     rows = x.map(lambda part: part.reshape(-1, inputs))
     below = in_order(trace, trace.fold(rows), inputs) or linear(trace, rows, torch.eye(inputs))

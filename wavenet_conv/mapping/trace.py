@@ -45,6 +45,8 @@ RULES: dict[str, Rule] = {}  # by the name of the operator, without the undersco
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers the rule of these operators."""
+
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
         return function
@@ -53,6 +55,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def values_in(*arguments: Any) -> list[Value]:
+    """The values among the arguments of an operator."""
     return [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Value)]
 
 
