@@ -16,9 +16,8 @@ from torch import Tensor
 from ..config import ACTIVATIONS
 from .weights import Affine, LayerWeights, NormWeights, Weights
 
-COLUMNS = (
-    16  # the columns of a matrix product are a multiple of this: otherwise equal rows can differ in their last bits
-)
+# The columns of a matrix product are a multiple of this: otherwise equal rows can differ in their last bits.
+COLUMNS = 16
 
 
 @dataclass(frozen=True)

@@ -85,13 +85,9 @@ def lookup(trace: Tracer, table: Any, *args: Any, **kwargs: Any) -> Any:
 @rule("scatter")
 def one_hot(trace: Tracer, zeros: Any, dim: int, tokens: Any, source: Any, **_: Any) -> Value:
     """As `torch.nn.functional.one_hot` does it: rows of the identity."""
-    ones = 0 if isinstance(zeros, Value) else int(zeros.count_nonzero())  # they are there already if it was in place
-    if (
-        isinstance(zeros, Value)
-        or ones not in (0, tokens.ids.numel())
-        or dim not in (-1, zeros.ndim - 1)
-        or source != 1
-    ):
+    if isinstance(zeros, Value) or dim not in (-1, zeros.ndim - 1) or source != 1:
+        return unknown(trace, tokens)
+    if int(zeros.count_nonzero()) not in (0, tokens.ids.numel()):  # the ones are there already if it was in place
         return unknown(trace, tokens)
     trace.name = "embedding"
     table = torch.eye(zeros.shape[-1], dtype=torch.int64)
@@ -187,7 +183,7 @@ def layer_norm(trace: Tracer, x: Any, shape: Any, weight: Any, bias: Any, eps: f
     """Layer norm over the channels of a node, or of neighbours that it merges."""
     inputs = prod(shape)
     rows = x.map(lambda part: part.reshape(-1, inputs))
-    below = in_order(trace, trace.fold(rows), inputs) or linear(trace, rows, torch.eye(inputs))
+    below = in_order(trace.fold(rows), inputs) or linear(trace, rows, torch.eye(inputs))
     if below.stage is None:
         return below
     one = torch.ones(inputs)
@@ -197,7 +193,7 @@ def layer_norm(trace: Tracer, x: Any, shape: Any, weight: Any, bias: Any, eps: f
     return Value(stage, below.ids.view(x.ids.shape), (), below.complaints)
 
 
-def in_order(trace: Tracer, value: Value | None, width: int) -> Value | None:
+def in_order(value: Value | None, width: int) -> Value | None:
     """The value, if its rows `(rows, width)` are the nodes of its stage one after the other."""
     if value is None or value.stage is None or value.stage.channels != width:
         return None
@@ -212,7 +208,7 @@ def logits_of(trace: Tracer, value: Value | None, dtype: torch.dtype) -> Value:
     if value.stage is None:
         return value
     width, trace.name = value.ids.shape[1], "return"
-    found = in_order(trace, trace.settle(value), width)
+    found = in_order(trace.settle(value), width)
     if found is None or found.stage is None or found.stage.positions != 1:
         found = linear(trace, trace.settle(value), torch.eye(width), whole=True)
     found = found.but(*value.complaints)
