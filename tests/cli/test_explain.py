@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from helpers import KINDS, random_tree, run_python
+from helpers import KINDS, random_tree
 from rich.cells import cell_len
 
 from wavenet_conv import Scorer, Vocabulary, from_tree, load_checkpoint, save_checkpoint
@@ -132,13 +133,13 @@ def test_lines_fit_and_columns_are_aligned(explain, save_random, tmp_path, names
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-def test_any_encoding_of_standard_output(save_random, tmp_path, encoding):
-    path = save_random(tmp_path / "model.safetensors", ODD)
-    code = "import sys; from wavenet_conv.cli import main; sys.exit(main(['explain', '--model', *sys.argv[1:]]))"
-    done = run_python(code, path, "é漢", env={"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"})
-    unicode = encoding == "utf-8"
-    assert done.stdout.startswith('"é漢"\n' if unicode else '"\\u00e9\\u6f22"\n') and done.stdout.isascii() != unicode
-    assert ("##" in done.stdout) != unicode and ("██" in done.stdout) == unicode
+def test_any_encoding_of_standard_output(explain, save_random, monkeypatch, tmp_path, encoding):
+    path, stdout = save_random(tmp_path / "model.safetensors", ODD), io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    explain("--model", path, "é漢")
+    text, unicode = stdout.buffer.getvalue().decode(encoding), encoding == "utf-8"
+    assert text.startswith('"é漢"\n' if unicode else '"\\u00e9\\u6f22"\n') and text.isascii() != unicode
+    assert ("##" in text) != unicode and ("██" in text) == unicode
 
 
 def test_colors_are_for_terminals_and_change_no_text(explain):

@@ -22,17 +22,17 @@ LIKELIEST = 3  # characters that are shown for every position
 Record = dict[str, Any]
 
 DESCRIPTION = """\
-Shows every character of a name, and its end, in a row: the probability that the model gives it, its surprise in bits as
-a number and as a bar, and the likeliest characters there. All bars have one scale. A bar is red if a uniform guess
-would be less surprised, yellow from half of that on, and green below. Then follow the natural-log likelihood of the
-name, bits per character and, if the checkpoint has quantiles of its training list, the percent of that list that need
-fewer bits. Characters are written as inside a JSON string.
+Shows each character of a name, and then its end, in a row: the probability that the model gives it, its surprise in
+bits as a number and as a bar, and the likeliest characters there. All bars have one scale. A bar is red if a uniform
+guess would be less surprised, yellow from half of that on, and green below. Then follow the natural-log likelihood of
+the name, bits per character, and, if the checkpoint has quantiles of its training list, the percent of that list that
+need fewer bits. Characters are written as inside a JSON string.
 
-The last table counts nodes. loop: the whole tree of every window. pass: the convolutional pass, one node at every
-position. reused: nodes of the loop that the pass takes from an earlier window. stream: one new node per layer for every
-character. distinct: nodes that cover different characters, which are all that `wavenet-conv score` evaluates.
+The last table counts the nodes of each layer. loop: the whole tree of every window. pass: the convolutional pass, one
+node at every position. reused: nodes of the loop that the pass takes from an earlier window. stream: one new node per
+row. distinct: nodes that cover different characters; `wavenet-conv score` shares equal ones, also across names.
 
-With --json each name is one line: numbers have all their digits, and null is a NaN, or as a character the end.
+With --json each name is one line. Numbers have all their digits; null is a NaN, or as a character the end.
 """
 
 
