@@ -136,6 +136,12 @@ def test_lines_fit_and_columns_are_aligned(explain, save_random, tmp_path, names
     assert {len(line.split()) for line in lines if re.match(r" +(\d+|all) ", line)} == {6}
 
 
+def test_a_narrow_terminal_shows_fewer_of_the_likeliest(explain):
+    for width, shown in ((40, "a 13% k  9% m  8%"), (39, "a 13% k  9%"), (30, "a 13%"), (28, ""), (20, "")):
+        _, header, row, *_ = explain("emma", width=width).decode().splitlines()
+        assert header.endswith("likeliest") == bool(shown) and re.fullmatch(rf"e     4\.8% 4\.39 █+ *{shown}", row)
+
+
 def test_odd_characters_are_written_as_in_json(explain, save_random, tmp_path):
     text = explain("--model", save_random(tmp_path / "model.safetensors", ODD + "red/"), ODD, "[red] [/]").decode()
     assert '\n"[red] [/]"\n' in text and json.loads(text.splitlines()[0]) == ODD

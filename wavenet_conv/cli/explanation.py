@@ -63,12 +63,12 @@ class Page:
         left = [self.gap.join(cells) + self.gap for cells in zip(*columns)]
         likely = [[self._likely(other) for other in position["likeliest"]] for position in positions]
         ranks = [[self.gap + cell for cell in _aligned(["", *rank])] for rank in zip(*likely)]
-        room = self.width - cell_len(left[0])
-        while ranks and sum(cell_len(rank[0]) for rank in ranks) > room - BARS[0]:
+        room, title, right = self.width - cell_len(left[0]), f"{self.gap}likeliest", 0
+        while ranks and (right := max(len(title), sum(cell_len(rank[0]) for rank in ranks))) > room - BARS[0]:
             ranks.pop()
-        bar = min(max(room - sum(cell_len(rank[0]) for rank in ranks), BARS[0]), BARS[1])
-        title = "surprise" if bar >= len("surprise") else ""
-        yield Text(f"{left[0]}{title:{bar}}{self.gap}{'likeliest' if ranks else ''}".rstrip(), "dim")
+        bar = min(max(room - right if ranks else room, BARS[0]), BARS[1])
+        surprise = "surprise" if bar >= len("surprise") else ""
+        yield Text(f"{left[0]}{surprise:{bar}}{title if ranks else ''}".rstrip(), "dim")
         longest = max(position["bits"] or 0.0 for position in positions) or 1.0
         for start, position, *cells in zip(left[1:], positions, *(rank[1:] for rank in ranks)):
             bits = position["bits"] or 0.0
