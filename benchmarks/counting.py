@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 from unittest.mock import patch
 
@@ -77,10 +76,3 @@ def nodes_of(call: Callable[[], Any], config: WaveNetConfig) -> list[int]:
 def outputs(names: Sequence[str]) -> int:
     """Positions of these names: one per character and one for each end."""
     return sum(map(len, names)) + len(names)
-
-
-def distinct_nodes(names: Sequence[str], kernel_sizes: Sequence[int]) -> list[int]:
-    """Different nodes per layer that these names have at all: nodes that cover the same characters are the same."""
-    padded = ["." * prod(kernel_sizes) + name for name in names]
-    spans = [prod(kernel_sizes[:layer]) for layer in range(1, len(kernel_sizes) + 1)]
-    return [len({name[i : i + span] for name in padded for i in range(len(name) - span + 1)}) for span in spans]

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import reference
 from benchmarks import harness
-from benchmarks.counting import distinct_nodes, outputs
+from benchmarks.counting import outputs
 from benchmarks.harness import Benchmark, Results, Session
 from benchmarks.methods import MISSING, PEER, PEERS, Models, OnList, exact_scores, list_rows, random_models
 from benchmarks.tables import Row, Table, text, with_shares
 from wavenet_conv.checkpoint import load_checkpoint
+from wavenet_conv.counts import count_nodes
 from wavenet_conv.sampling import sample_stream
 from wavenet_conv.scoring import CHUNK_NAMES
 
@@ -45,7 +46,7 @@ def run(session: Session) -> Results:
     results: Results = {"model": model, "names": used, "equality": {"equal": equal, **equality}}
     if not equal:
         return results
-    results["distinct_nodes"] = distinct_nodes(names, models.conv.config.kernel_sizes)
+    results["distinct_nodes"] = list(count_nodes(names, models.conv.config).distinct)
     rows = list_rows(lists, "scores", models, session)
     results["methods"] = rows[: len(METHODS)]
     results["limits"] = {"matmul_multiply_adds_per_second": harness.matmul_rate(session.device)}

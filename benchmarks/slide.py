@@ -17,11 +17,12 @@ from torch import Tensor
 
 import reference
 from benchmarks import harness
-from benchmarks.counting import distinct_nodes, nodes_of
+from benchmarks.counting import nodes_of
 from benchmarks.harness import Benchmark, Call, Results, Session, Sized, call_rows, rows_at_best
 from benchmarks.methods import METHODS, Models, OnList, list_rows, random_models
 from benchmarks.tables import Row, Table, text, with_shares
 from wavenet_conv import verify
+from wavenet_conv.counts import count_nodes
 from wavenet_conv.equivalence import TOLERANCE
 
 NAME = "analisa"  # on which one pass is timed, or the first name if the list has not its characters
@@ -41,8 +42,8 @@ def run(session: Session) -> Results:
     results: Results = {"model": model, "names": used, "equality": equality(models, names, session)}
     if not results["equality"]["equal"]:
         return results
-    lists, sizes = {"one_name": [name], "whole_list": names}, model["kernel_sizes"]
-    results["distinct_nodes"] = {key: distinct_nodes(part, sizes) for key, part in lists.items()}
+    lists = {"one_name": [name], "whole_list": names}
+    results["distinct_nodes"] = {key: [*count_nodes(part, models.conv.config).distinct] for key, part in lists.items()}
     results["matmul_multiply_adds_per_second"] = harness.matmul_rate(session.device)
     results["one_name"] = one_name_rows(models, tokens, session)
     on_list = {name: OnList(name, models, names, session.pick(50, 300)) for name in COMPARED}

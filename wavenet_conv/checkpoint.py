@@ -105,8 +105,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         with open(DEFAULT if path == "default" else path, "rb") as file, _naming(path):
             return _checkpoint(file)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}; {_GIVE}") from error
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise CheckpointError(f"{path}: {getattr(error, 'strerror', None) or error}; {_GIVE}") from error
 
 
 def _ordered(data: bytes) -> bytes:

@@ -2,17 +2,19 @@
 
 import json
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
+from helpers import ALPHABET
 from rich.progress import Progress
 
 import reference
 from benchmarks import counting, harness
 from benchmarks.harness import Benchmark
 from benchmarks.tables import Table, print_page
-from wavenet_conv import WaveNetConfig, WaveNetConvError, fold_batch_norm, from_tree
-from wavenet_conv.names import lecture_names, read_names
+from wavenet_conv import Vocabulary, WaveNetConfig, WaveNetConvError, fold_batch_norm, from_tree
+from wavenet_conv.counts import count_nodes
 
 CPU = torch.device("cpu")
 RESULTS = {"equality": {"equal": True, "tolerance": 1e-5}, "rows": [{"method": "loop", "us": 2.0}]}
@@ -141,9 +143,15 @@ def test_multiply_adds_of_products_and_convolutions_are_counted():
     assert counting.shared_multiply_adds(config, [10, 20]) == 10 * 2 * 6 * 7 + 20 * 7 * 5
 
 
-def test_distinct_nodes_are_different_spans():
-    assert counting.distinct_nodes(["ab", "aa"], (2, 2)) == [4, 4]  # .. .a ab aa and .... ...a ..ab ..aa
-    path = lecture_names()
-    if path is not None:
-        bigrams, fourgrams, windows = counting.distinct_nodes(read_names(path), (2, 2, 2))
-        assert windows == 58_841 and bigrams == 602 and fourgrams == 22_135
+@pytest.mark.parametrize("sizes", [{"kernel_sizes": (3, 2)}, {"kernel_sizes": (2, 2), "head_kernel_size": 2}], ids=str)
+def test_counted_nodes_are_those_that_models_compute(sizes):
+    tree = reference.build(n_embd=4, n_hidden=(5, 6), norm="none", **sizes).eval()
+    conv, vocab, names = from_tree(tree), Vocabulary(ALPHABET), ["emma", "", "isabellaisabella"]
+    expected = count_nodes(names, conv.config)
+    loop, convolution = [], []
+    with torch.no_grad():
+        for name in names:
+            tokens, _ = vocab.encode([name], context=conv.context)
+            loop.append(counting.nodes_of(partial(reference.loop_logits, tree, tokens), conv.config))
+            convolution.append(counting.nodes_of(partial(conv, tokens), conv.config))
+    assert expected.loop == tuple(map(sum, zip(*loop))) and expected.convolution == tuple(map(sum, zip(*convolution)))

@@ -109,6 +109,20 @@ def test_a_model_with_a_notebooks_numbers_and_its_list(sample, save_random, tmp_
     assert torch.equal(torch.tensor([float(row[1]) for row in rows]), Scorer.load(path, device="cpu").score(names))
 
 
+@pytest.mark.parametrize("line_end", ["\n", "\r"])
+def test_names_with_line_ends_are_written_in_formats_that_have_escapes(sample, save_random, tmp_path, line_end):
+    path = save_random(tmp_path / "model.safetensors", "a" + line_end, end=-0.5)
+    code, out, err = sample(model=path)
+    found = f"--format txt: --model {path} has the character {line_end!r}, which ends a line inside a name"
+    fix = "use --format tsv or --format jsonl, which write it as an escape"
+    assert (code, out, err) == (2, b"", f"wavenet-conv: {found}; {fix}\n")
+    code, out, err = sample("--format", "jsonl", model=path)
+    names = [json.loads(text)["name"] for text in texts(out)]
+    assert (code, err, names) == (0, "", draw(path, 20)) and line_end in "".join(names)
+    _, *rows = texts(sample("--format", "tsv", model=path)[1])
+    assert [json.loads(f'"{row.split(chr(9))[0]}"') for row in rows] == names
+
+
 def test_training_lists_that_are_missing_or_wrong_are_rejected(sample, monkeypatch, tmp_path, trained):
     path, file, listed, drawn = trained
     monkeypatch.setenv("WAVENET_CONV_LECTURE_NAMES", str(file))  # as if it were the lecture's, which may not be here

@@ -58,6 +58,10 @@ def sample(
     if listed and not novel:
         raise UsageError(f"--list {listed}: it is read only with --novel; add --novel, or omit --list")
     place, checkpoint = device_of(device), load_model(model)
+    line_ends = [character for character in "\n\r" if character in checkpoint.vocab.characters]
+    if format == "txt" and line_ends:
+        found = f"--model {model} has the character {line_ends[0]!r}, which ends a line inside a name"
+        raise UsageError(f"--format txt: {found}; use --format tsv or --format jsonl, which write it as an escape")
     skipped = _training_names(model, checkpoint, listed) if novel else set()
     with usage_errors(ConfigError), usage_errors(NamesError, "--prefix: "):
         draws = None if novel or unique else count
