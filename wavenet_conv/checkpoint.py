@@ -62,7 +62,9 @@ def save_checkpoint(
     """Writes a model, in any mode and on any device, to one file; a previous file stays until the new one is complete.
 
     Args:
-        path, model, vocab: Where to write what.
+        path: Where to write.
+        model: What to write.
+        vocab: The vocabulary of the model.
         notes: Anything that JSON can hold.
         names: The list that the model was trained on. The file then holds quantiles of its bits per character, for
             `Scorer.percentile`, and for `wavenet-conv sample --novel --list FILE` the SHA-256 of the sorted list, not
