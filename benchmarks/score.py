@@ -4,9 +4,9 @@ Equality comes first: log-likelihoods that differ from the float64 tree's end th
 Then every method on the whole list with its share of the matrix-product rate, the installed peer `pytorch-tcn`, and
 growth with the number of distinct names. float32 throughout, IEEE also on CUDA.
 
-- The list: sharing saves most of the multiply-adds, and more of them the longer the list. What is left is finding the
-  ids, and reading and adding what nodes contribute.
-- Growth: the time per name falls until the nodes outgrow the processor's caches, and then stays nearly the same.
+- The list: sharing saves most of the multiply-adds.
+- Growth: the longer the list, the fewer multiply-adds per position. The time per name falls at first, and then stays
+  nearly the same.
 
 The published run takes some minutes on two cores, with the extra `bench`:
 `python -m benchmarks.score --full --names "$(wavenet-conv lecture-names)" --json benchmarks/results/score-cpu.json`

@@ -1,0 +1,127 @@
+"""Writes the generated parts of the pages: `python docs/make.py`.
+
+A page marks such a part by `<!-- generated: NAME -->` and `<!-- end -->`, each on a line of its own. NAME is `commands`
+(the options of all commands), `benchmarks` (all results) or the name of one file of results (its tables).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from importlib import import_module
+from inspect import cleandoc
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the benchmarks are not installed
+
+from benchmarks.tables import summary
+from wavenet_conv.cli import new_parser
+from wavenet_conv.files import write_whole
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PART = re.compile(r"(?<=^<!-- generated: )([\w.-]+) -->\n.*?(?=^<!-- end -->$)", re.DOTALL | re.MULTILINE)
+ORDER = ("slide", "score", "sample", "train", "ladder")  # what is not in it comes after
+
+
+def commands() -> Iterator[str]:
+    """Every command: how it is called, what it does, and its options."""
+    for parser in subparsers(new_parser()):
+        positionals = [action for action in actions(parser) if not action.option_strings]
+        words = [f"[{name_of(action)}]" if action.nargs == "?" else name_of(action) for action in positionals]
+        yield f"## {parser.prog}"
+        yield f"`{' '.join([parser.prog, '[OPTIONS]', *words])}`"
+        yield from (escaped(part) for part in cleandoc(parser.description or "").split("\n\n"))
+        yield from options(parser)
+
+
+def options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """A table of a command's arguments, if it has any."""
+    rows = []
+    for action in actions(parser):
+        call = ", ".join(action.option_strings)
+        must = " (required)" if action.option_strings and action.required else ""
+        if action.nargs != 0:
+            call = f"{call} {name_of(action)}".strip()
+        rows.append(f"| `{call}` | {escaped(action.help or '')}{must} |")
+    if rows:
+        yield "\n".join(["| argument | meaning |", "| --- | --- |", *rows])
+
+
+def actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The arguments of a parser, without `--help`."""
+    return [action for action in parser._actions if action.dest != "help"]  # noqa: SLF001, there is no public way
+
+
+def subparsers(parser: argparse.ArgumentParser) -> Iterable[argparse.ArgumentParser]:
+    """The parsers of the commands."""
+    choices: Any = next(action.choices for action in actions(parser) if action.nargs == argparse.PARSER)
+    return choices.values()
+
+
+def name_of(action: argparse.Action) -> str:
+    """What stands for the value of an argument."""
+    choices = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else None
+    return str(action.metavar or choices or action.dest.upper())
+
+
+def escaped(text: str) -> str:
+    """Text with what Markdown would read; options and settings are set as code."""
+    parts = re.split(r"(`[^`]*`|(?<![\w-])--?[a-z][\w-]*(?: (?:[A-Z]{2,}|[A-Z])\b)?|\{[^}]* = [^}]*\}|\\.)", text)
+    return "".join(part if not i % 2 or part[0] == "`" else f"`{part}`" for i, part in enumerate(parts))
+
+
+def benchmarks() -> Iterator[str]:
+    """Every file of results: the question, how to read the answer, what was run, and the tables."""
+    place = {name: index for index, name in enumerate(ORDER)}
+    for file in sorted(RESULTS.glob("*.json"), key=lambda file: (place.get(name_in(file), len(place)), file.name)):
+        question, _, text = cleandoc(import_module(f"benchmarks.{name_in(file)}").__doc__ or "").partition("\n\n")
+        yield f"## {name_in(file).capitalize()}"
+        yield f"**{question}**"
+        yield text
+        yield "What was run:"
+        yield "\n".join(f"- {line}" for line in summary(json.loads(file.read_text())))
+        yield from tables(file, "### ")
+
+
+def tables(file: Path, heading: str = "") -> Iterator[str]:
+    """The tables of one file of results."""
+    benchmark = import_module(f"benchmarks.{name_in(file)}").main.args[0]
+    for table in benchmark.tables(json.loads(file.read_text())):
+        yield f"{heading}{table.title}"
+        yield table.markdown()
+        yield table.remark
+
+
+def name_in(file: Path) -> str:
+    """The benchmark that a file of results is of."""
+    return file.name.partition("-")[0]
+
+
+def filled(page: str) -> str:
+    """The text of a page with its generated parts as they should be."""
+
+    def fill(found: re.Match[str]) -> str:
+        name = found[1]
+        parts = {"commands": commands, "benchmarks": benchmarks}[name]() if "." not in name else tables(RESULTS / name)
+        return "\n\n".join([f"{name} -->", *filter(None, parts)]) + "\n\n"
+
+    return PART.sub(fill, page)
+
+
+def main() -> None:
+    """Rewrites each page whose generated parts are stale."""
+    for path in sorted(DOCS.glob("*.md")):
+        page = path.read_text()
+        if filled(page) != page:
+            write_whole(path, filled(page).encode())
+            print(f"{path.relative_to(ROOT)}: written")
+
+
+if __name__ == "__main__":
+    main()
