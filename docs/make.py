@@ -1,7 +1,11 @@
 """Writes the generated parts of the pages: `python docs/make.py`.
 
-A page marks such a part by `<!-- generated: NAME -->` and `<!-- end -->`, each on a line of its own. NAME is `commands`
-(the options of all commands), `benchmarks` (all results) or the name of one file of results (its tables).
+A page marks such a part by `<!-- generated: NAME -->` and `<!-- end -->`, each on a line of its own. NAME is one of
+
+- `commands`: the options of all commands;
+- `benchmarks`: all results, with how to read them;
+- the name of a file of results, such as `slide-cpu.json`: its tables;
+- the full name of a function: its source.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from importlib import import_module
-from inspect import cleandoc
+from inspect import cleandoc, getsource
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +107,24 @@ def name_in(file: Path) -> str:
     return file.name.partition("-")[0]
 
 
+def source(name: str) -> Iterator[str]:
+    """The source of a function. It is `py` and not `python`, since blocks of that run."""
+    module, _, function = name.rpartition(".")
+    yield f"```py\n{getsource(getattr(import_module(module), function))}```"
+
+
+def part(name: str) -> Iterator[str]:
+    """What stands in the part of this name."""
+    if name in ("commands", "benchmarks"):
+        return commands() if name == "commands" else benchmarks()
+    return tables(RESULTS / name) if name.endswith(".json") else source(name)
+
+
 def filled(page: str) -> str:
     """The text of a page with its generated parts as they should be."""
 
     def fill(found: re.Match[str]) -> str:
-        name = found[1]
-        parts = {"commands": commands, "benchmarks": benchmarks}[name]() if "." not in name else tables(RESULTS / name)
-        return "\n\n".join([f"{name} -->", *filter(None, parts)]) + "\n\n"
+        return "\n\n".join([f"{found[1]} -->", *filter(None, part(found[1]))]) + "\n\n"
 
     return PART.sub(fill, page)
 

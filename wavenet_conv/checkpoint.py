@@ -41,8 +41,12 @@ _GIVE = "give a file that save_checkpoint wrote, or 'default'"
 class Checkpoint:
     """What a file holds: a model in evaluation mode on the CPU, its vocabulary, notes and quantiles.
 
-    quantiles: None, or float32 `(q,)`, ascending: the scores in bits per character, at evenly spaced ranks from the
-    smallest to the largest, of the names that the model was trained on.
+    Attributes:
+        model: The model.
+        vocab: Its vocabulary.
+        notes: What was saved with it, such as its losses.
+        quantiles: None, or float32 `(q,)`, ascending: the scores in bits per character, at evenly spaced ranks from the
+            smallest to the largest, of the names that the model was trained on.
     """
 
     model: ConvWaveNet

@@ -12,8 +12,8 @@ from docs.pages import PAGES, Block, blocks_in, runs_with_outputs
 from helpers import ROOT
 
 CHECKER = doctest.OutputChecker()
-# Blocks with these set up an environment or run all tests, as `.ci/run` does itself.
-SET_UP = ("python3 -m venv", "git clone", "python -m pytest", ".ci/run")
+# Blocks with these change the environment or run all tests, as `.ci/run` does itself.
+SET_UP = ("python3 -m venv", "git clone", "pip install", "python -m pytest", ".ci/run")
 
 
 def id_of(path):
