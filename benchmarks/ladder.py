@@ -7,8 +7,7 @@ the lecture's list; its validation loss stands beside the published one. A full 
 - The seconds are of a machine with other work beside, and compare nothing. Those of `ours-wide` and `ours-gated` count
   the training of their three teachers.
 
-The published run takes more than an hour on one core:
-`python -m benchmarks.ladder --full --json benchmarks/results/ladder-cpu.json`
+The published run takes more than an hour on one core.
 """
 
 from __future__ import annotations

@@ -8,8 +8,7 @@ the context. float32 throughout, IEEE also on CUDA; names are compared with the 
 - One character: a stream computes one new node per layer. Its time is that of its calls, not of its arithmetic.
 - Growth: a window's time grows with the context, a stream's only with the number of layers.
 
-The published run takes some minutes on two cores, with the extra `bench`:
-`python -m benchmarks.sample --full --json benchmarks/results/sample-cpu.json`
+The published run uses the extra `bench` and takes some minutes on two cores.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ growth with the number of distinct names. float32 throughout, IEEE also on CUDA.
 - Growth: the longer the list, the fewer multiply-adds per position. The time per name falls at first, and then stays
   nearly the same.
 
-The published run takes some minutes on two cores, with the extra `bench`:
-`python -m benchmarks.score --full --names "$(wavenet-conv lecture-names)" --json benchmarks/results/score-cpu.json`
+The published run reads the lecture's list (`--names FILE`), uses the extra `bench`, and takes some minutes on two
+cores.
 """
 
 from __future__ import annotations

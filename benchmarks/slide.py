@@ -11,8 +11,7 @@ models run; time for one name; time for the whole list; growth with the context.
 - Growth: a longer context makes reuse worth more. Per prediction, the tree computes all nodes of a window, and the pass
   one node per layer, plus those at the ends of the sequence.
 
-The published run takes about two minutes on two cores:
-`python -m benchmarks.slide --full --json benchmarks/results/slide-cpu.json`
+The published run takes about two minutes on two cores.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ code 1 and no timings. Seconds leave out every evaluation of the validation loss
 - One step: with more names per step, more windows share their nodes, and sharing is worth more.
 - Until the loss is reached: both the faster step and another recipe (AdamW, one-cycle, larger batches) count.
 
-The published run takes more than ten minutes on two cores:
-`python -m benchmarks.train --full --names "$(wavenet-conv lecture-names)" --json benchmarks/results/train-cpu.json`
+The published run reads the lecture's list (`--names FILE`) and takes more than ten minutes on two cores.
 """
 
 from __future__ import annotations

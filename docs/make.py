@@ -88,7 +88,7 @@ def benchmarks() -> Iterator[str]:
         yield f"## {name_in(file).capitalize()}"
         yield f"**{question}**"
         yield text
-        yield "What was run:"
+        yield f"`python -m benchmarks.{name_in(file)} --full --json {file.relative_to(ROOT)}` makes these tables. It ran:"
         yield "\n".join(f"- {line}" for line in summary(json.loads(file.read_text())))
         yield from tables(file, "### ")
 

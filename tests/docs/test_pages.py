@@ -40,7 +40,7 @@ def test_every_result_and_every_command_is_on_its_page():
     benchmarks, commands = ((ROOT / "docs" / name).read_text() for name in ("benchmarks.md", "command-line.md"))
     for file in RESULTS:
         assert f"\n## {file.name.partition('-')[0].capitalize()}\n" in benchmarks
-        assert f"--json benchmarks/results/{file.name}`" in benchmarks, "the docstring has no command of the run"
+        assert f"--json benchmarks/results/{file.name}`" in benchmarks
     assert benchmarks.count("\n|") > 10 * len(RESULTS)
     for name in COMMANDS:
         assert f"\n## wavenet-conv {name.replace('_', '-')}\n" in commands
