@@ -88,7 +88,8 @@ def benchmarks() -> Iterator[str]:
         yield f"## {name_in(file).capitalize()}"
         yield f"**{question}**"
         yield text
-        yield f"`python -m benchmarks.{name_in(file)} --full --json {file.relative_to(ROOT)}` makes these tables. It ran:"
+        command = f"python -m benchmarks.{name_in(file)} --full --json {file.relative_to(ROOT).as_posix()}"
+        yield f"`{command}` makes these tables. It ran:"
         yield "\n".join(f"- {line}" for line in summary(json.loads(file.read_text())))
         yield from tables(file, "### ")
 
