@@ -88,19 +88,26 @@ def benchmarks() -> Iterator[str]:
         yield f"## {name_in(file).capitalize()}"
         yield f"**{question}**"
         yield text
-        command = f"python -m benchmarks.{name_in(file)} --full --json {file.relative_to(ROOT).as_posix()}"
-        yield f"`{command}` makes these tables. It ran:"
+        yield f"`{command_of(file)}` makes these tables. It ran:"
         yield "\n".join(f"- {line}" for line in summary(json.loads(file.read_text())))
         yield from tables(file, "### ")
 
 
 def tables(file: Path, heading: str = "") -> Iterator[str]:
-    """The tables of one file of results."""
+    """The tables of one file of results, or how to make them."""
     benchmark = import_module(f"benchmarks.{name_in(file)}").main.args[0]
+    if not file.exists():
+        yield f"There are no results yet. `{command_of(file)}` makes them."
+        return
     for table in benchmark.tables(json.loads(file.read_text())):
         yield f"{heading}{table.title}"
         yield table.markdown()
         yield table.remark
+
+
+def command_of(file: Path) -> str:
+    """The command that writes a file of results."""
+    return f"python -m benchmarks.{name_in(file)} --full --json {file.relative_to(ROOT).as_posix()}"
 
 
 def name_in(file: Path) -> str:

@@ -36,6 +36,13 @@ def test_a_stale_part_is_written_anew_and_the_rest_stays():
     assert MAKE["filled"](filled) == filled
 
 
+def test_results_that_are_missing_are_said_to_be():
+    page = "<!-- generated: slide-{}.json -->\n<!-- end -->\n"
+    assert "no results yet. `python -m benchmarks.slide --full --json " in MAKE["filled"](page.format("none"))
+    with pytest.raises(ModuleNotFoundError):
+        MAKE["filled"](page.format("cpu").replace("slide", "slid"))
+
+
 def test_every_result_and_every_command_is_on_its_page():
     benchmarks, commands = ((ROOT / "docs" / name).read_text() for name in ("benchmarks.md", "command-line.md"))
     for file in RESULTS:
