@@ -30,6 +30,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PART = re.compile(r"(?<=^<!-- generated: )([\w.-]+) -->\n.*?(?=^<!-- end -->$)", re.DOTALL | re.MULTILINE)
+USAGE = {"?": "[{}]", "*": "[{} ...]", "+": "{} ..."}  # how an argument's number is written
 ORDER = ("slide", "score", "sample", "train", "ladder")  # what is not in it comes after
 
 
@@ -37,7 +38,7 @@ def commands() -> Iterator[str]:
     """Every command: how it is called, what it does, and its options."""
     for parser in subparsers(new_parser()):
         positionals = [action for action in actions(parser) if not action.option_strings]
-        words = [f"[{name_of(action)}]" if action.nargs == "?" else name_of(action) for action in positionals]
+        words = [USAGE.get(str(action.nargs), "{}").format(name_of(action)) for action in positionals]
         yield f"## {parser.prog}"
         yield f"`{' '.join([parser.prog, '[OPTIONS]', *words])}`"
         yield from (escaped(part) for part in cleandoc(parser.description or "").split("\n\n"))
