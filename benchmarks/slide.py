@@ -2,6 +2,16 @@
 
 Equality comes first: models that differ end the run with exit code 1 and no timings. Then nodes, counted while the
 models run; time for one name; time for the whole list; growth with the context. float32 throughout, IEEE also on CUDA.
+
+- One name: against the loop, most of the gain is fewer launches. Against the strongest rival, all windows as one batch
+  with batch norm folded, the pass gains little on one short name. `nn.Conv1d` has a large fixed cost on the CPU, so
+  `fold_batch_norm` makes matrix products over shifted views.
+- The whole list: the pass has fewer multiply-adds than the windows, and it reads and writes activations less often. In
+  large batches `nn.Conv1d` is as fast as the matrix products.
+- Growth: a longer context makes reuse worth more. Per prediction, the tree computes all nodes of a window, and the pass
+  one node per layer, plus those at the ends of the sequence.
+
+The published run takes about two minutes on two cores.
 """
 
 from __future__ import annotations

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import rich.table
-from rich import box
-from rich.console import Console
-
 Row = dict[str, Any]
 
 
@@ -33,6 +29,15 @@ class Table(NamedTuple):
             key, _, form = declared.partition(" ")
             found.append([title, *(self._cell(row, key or title, form) for row in self.rows)])
         return [column for column in found if set(column[1:]) != {"-"}]
+
+    def markdown(self) -> str:
+        """The table in Markdown, its first column to the left and the others to the right."""
+        columns = self.cells()
+        widths = [max(map(len, column)) for column in columns]
+        rows = [[cell.rjust(width) for cell, width in zip(cells, widths)] for cells in zip(*columns)]
+        rows = [[first.lstrip().ljust(widths[0]), *others] for first, *others in rows]
+        rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
     def _cell(self, row: Row, key: str, form: str) -> str:
         if key.startswith("~"):
@@ -80,17 +85,15 @@ def words(values: Row) -> str:
     return ", ".join(parts)
 
 
+def summary(results: Row) -> list[str]:
+    """The machine, what was run, and whether all results are equal: one sentence each."""
+    lines = [f"{results['device']}, PyTorch {results['torch']}, {results['dtype']}."]
+    lines += [f"{name.capitalize()}: {words(results[name])}." for name in ("model", "names") if name in results]
+    return [*lines, f"{'Equal' if results['equality']['equal'] else 'NOT EQUAL'}: {words(results['equality'])}."]
+
+
 def print_page(results: Row, tables: Iterable[Table]) -> None:
-    """Prints the machine, what was run, whether all results are equal, and the tables, which are Markdown too."""
-    console = Console(width=400, highlight=False, markup=False, soft_wrap=True)  # a table that wraps is no Markdown
-    console.print(f"{results['device']}, PyTorch {results['torch']}, {results['dtype']}.")
-    for name in [name for name in ("model", "names") if name in results]:
-        console.print(f"{name.capitalize()}: {words(results[name])}.")
-    console.print(f"{'Equal' if results['equality']['equal'] else 'NOT EQUAL'}: {words(results['equality'])}.")
+    """Prints the summary and the tables, which are Markdown too."""
+    print(*summary(results), sep="\n")
     for part in tables:
-        drawn, columns = rich.table.Table(box=box.MARKDOWN), part.cells()
-        for index, (title, *_) in enumerate(columns):
-            drawn.add_column(title, justify="right" if index else "left")
-        for row in zip(*(texts for _, *texts in columns)):
-            drawn.add_row(*row)
-        console.print("", part.title, drawn, *filter(None, [part.remark]), sep="\n")
+        print("", part.title, "", part.markdown(), *(["", part.remark] if part.remark else []), sep="\n")

@@ -41,8 +41,12 @@ _GIVE = "give a file that save_checkpoint wrote, or 'default'"
 class Checkpoint:
     """What a file holds: a model in evaluation mode on the CPU, its vocabulary, notes and quantiles.
 
-    quantiles: None, or float32 `(q,)`, ascending: the scores in bits per character, at evenly spaced ranks from the
-    smallest to the largest, of the names that the model was trained on.
+    Attributes:
+        model: The model.
+        vocab: Its vocabulary.
+        notes: What was saved with it, such as its losses.
+        quantiles: None, or float32 `(q,)`, ascending: the scores in bits per character, at evenly spaced ranks from the
+            smallest to the largest, of the names that the model was trained on.
     """
 
     model: ConvWaveNet
@@ -62,7 +66,9 @@ def save_checkpoint(
     """Writes a model, in any mode and on any device, to one file; a previous file stays until the new one is complete.
 
     Args:
-        path, model, vocab: Where to write what.
+        path: Where to write.
+        model: What to write.
+        vocab: The vocabulary of the model.
         notes: Anything that JSON can hold.
         names: The list that the model was trained on. The file then holds quantiles of its bits per character, for
             `Scorer.percentile`, and for `wavenet-conv sample --novel --list FILE` the SHA-256 of the sorted list, not

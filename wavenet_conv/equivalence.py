@@ -24,7 +24,8 @@ class Report:
 
     Attributes:
         equal: Whether every logit differs by at most `tolerance * max(1, |logit|)`.
-        positions, names: How many outputs and names were compared.
+        positions: How many outputs were compared.
+        names: How many names were compared.
         max_abs_diff: The largest absolute difference of two logits; infinite if one is NaN or infinite.
         worst: The name and the position of that difference.
         argmax_differences: Positions where the models prefer different tokens and it is no tie within the tolerance.

@@ -17,8 +17,12 @@ class ConfigError(WaveNetConvError, ValueError):
 class NamesError(WaveNetConvError, ValueError):
     """A name or a list of names that cannot be read: an unknown character, an empty file.
 
-    index, position, character: The index of the name in its list, the position in the name and the character there,
-    None where there is none. A caller that knows the file builds its own message from them.
+    A caller that knows the file builds its own message from the attributes, which are None where there is none.
+
+    Attributes:
+        index: The index of the name in its list.
+        position: The position in the name.
+        character: The character there.
     """
 
     def __init__(

@@ -16,10 +16,12 @@ class Recipe:
     """How to train; the defaults are those of the preset "fast".
 
     Args:
-        steps, batch_size: optimizer steps, and names per step.
+        steps: optimizer steps.
+        batch_size: names per step.
         optimizer: "adamw" or "sgd".
         schedule: "onecycle" (rises to `lr` over the first `warmup` of the steps, then falls to zero) or "constant".
-        lr, warmup: the highest learning rate, and a share of the steps.
+        lr: the highest learning rate.
+        warmup: a share of the steps, in which the learning rate rises.
         weight_decay: of the weight matrices; biases, norms and the embedding are not decayed.
         dropout: probability that a linear map does not see an input channel.
         ema_decay: decay per step of the exponential moving average of the weights, which is then what is validated

@@ -65,7 +65,8 @@ def sample_stream(
     vocabulary's own order.
 
     Args:
-        model, vocab: A `ConvWaveNet` in any mode, which is copied, and its vocabulary.
+        model: A `ConvWaveNet` in any mode, which is copied.
+        vocab: Its vocabulary.
         n: How many names. Default: without end.
         temperature: Divides the logits; at 0 the most likely character is taken.
         top_k: Draw from the k most likely characters only.
@@ -75,7 +76,8 @@ def sample_stream(
         max_length: Most characters per name, the prefix included; longer names are cut.
         seed: Another seed draws other names.
         batch_size: Names drawn together. Changes speed and memory, not the names.
-        device, dtype: Where and in what to compute. Default: as the model, in at least float32.
+        device: Where to compute. Default: as the model.
+        dtype: In what to compute. Default: as the model, in at least float32.
 
     Raises:
         ConfigError: An option is wrong; the message names it.

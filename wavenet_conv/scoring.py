@@ -54,7 +54,8 @@ class Scorer:
     Args:
         model: A `ConvWaveNet` in any mode; it is copied, and batch norm is folded.
         vocab: The vocabulary of the model.
-        device, dtype: Where and in what to compute. Default: as the model. float32 is IEEE, also on CUDA.
+        device: Where to compute. Default: as the model.
+        dtype: In what to compute. Default: as the model. float32 is IEEE, also on CUDA.
         quantiles: float32 `(q,)`, ascending bits per character of the training list, for `percentile`.
         remember: Whether nodes that one call has evaluated serve the next calls too. This takes some hundred MiB at
             most, and changes no score.

@@ -24,12 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Options that cannot be parsed, `--help` and `--version` raise `SystemExit` instead.
     """
-    parser = argparse.ArgumentParser(prog="wavenet-conv", description=DESCRIPTION)
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name in COMMANDS:
-        import_module(f".{name}", __name__).add_parser(commands)
-    options = vars(parser.parse_args(arguments))
+    options = vars(new_parser().parse_args(arguments))
     run, hint = options.pop("run"), options.pop("hint", "")
     try:
         run(**options)
@@ -43,3 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"wavenet-conv: interrupted{hint}", file=sys.stderr)
         return 130  # what a shell reports for Ctrl-C
     return 0
+
+
+def new_parser() -> argparse.ArgumentParser:
+    """The parser of the command line, with all commands."""
+    parser = argparse.ArgumentParser(prog="wavenet-conv", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        import_module(f".{name}", __name__).add_parser(commands)
+    return parser

@@ -21,8 +21,10 @@ from .weights import Weights, fold
 class FoldedWaveNet:
     """A frozen model for inference: batch norm folded into matrices that are made once (`weights`).
 
-    fast = fold_batch_norm(conv)
-    logits = fast(tokens)  # as conv.eval()(tokens), to rounding
+    Call it on tokens, as a `ConvWaveNet`:
+
+        fast = fold_batch_norm(conv)
+        logits = fast(tokens)  # as conv.eval()(tokens), to rounding
     """
 
     def __init__(self, weights: Weights):

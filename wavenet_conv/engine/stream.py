@@ -38,7 +38,8 @@ class Stream:
     Args:
         model: A `ConvWaveNet` of any kind, in any mode.
         batch_size: Rows.
-        device, dtype: Where and in what to compute. Default: as the model. float32 is IEEE, also on CUDA.
+        device: Where to compute. Default: as the model.
+        dtype: In what to compute. Default: as the model. float32 is IEEE, also on CUDA.
         compiled: Whether Numba's loops take the steps, or PyTorch. Default: loops where they can run, which is on the
             CPU in float32 or float64 with at most 8 rows and the extra "fast", for layers with tanh and no layer norm,
             or gated ones. They are compiled at the first step, in some seconds, and kept beside the package.

@@ -33,8 +33,10 @@ class Corpus:
     raise `NamesError`.
 
     Attributes:
-        windows, next_tokens: of each position of the list int64 `(positions,)`: the id of its window, and what follows.
-        first, outputs: of each name int64 `(names,)`: its first position, and its number of positions.
+        windows: int64 `(positions,)`, the id of the window at each position of the list.
+        next_tokens: int64 `(positions,)`, what follows each window.
+        first: int64 `(names,)`, the first position of each name.
+        outputs: int64 `(names,)`, the number of positions of each name.
         soft_targets: `(positions, vocab)`, what teachers expect, or None.
     """
 

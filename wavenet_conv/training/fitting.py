@@ -58,11 +58,14 @@ def fit(
     trained model a small learning rate.
 
     Args:
-        model, vocab: the model, on any device, and its vocabulary.
-        train, valid: names to train and to validate on.
+        model: the model, on any device.
+        vocab: its vocabulary.
+        train: names to train on.
+        valid: names to validate on.
         recipe: how to train (default: the preset "fast").
         teachers: models in evaluation mode from which it learns too (`Recipe.distill_weight`).
-        seconds, on_validation: see `run`.
+        seconds: see `run`.
+        on_validation: see `run`.
     """
     trainer = Trainer(model, vocab, train, valid, recipe or Recipe(), teachers)
     run(trainer, seconds=seconds, on_validation=on_validation)

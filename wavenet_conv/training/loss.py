@@ -22,7 +22,8 @@ def shared_logits(
     """Logits after each distinct window of a batch: `(windows, vocab)`, differentiable, in the model's mode.
 
     Args:
-        model, batch: a model, and a batch of a corpus that was made for it.
+        model: a model.
+        batch: a batch of a corpus that was made for it.
         dropout: in training, the probability that a linear map does not see an input channel, drawn per distinct node.
         normalize: computes batch norm.
     """

@@ -31,10 +31,13 @@ class Trainer:
     their predictions is a share of the targets (distillation; Hinton et al. 2015, arXiv:1503.02531).
 
     Attributes:
-        step, seconds: steps taken, and seconds spent in `run`.
+        step: steps taken.
+        seconds: seconds spent in `run`.
         losses: of each step, in nats per position: scalars on the device.
         validations: `(step, loss)` of each validation, in nats per position.
-        best_step, best_loss, best_weights: of the lowest validation loss; the weights are a `state_dict`.
+        best_step: the step of the lowest validation loss.
+        best_loss: the lowest validation loss.
+        best_weights: the weights at that step, a `state_dict`.
     """
 
     def __init__(

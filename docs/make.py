@@ -1,0 +1,151 @@
+"""Writes the generated parts of the pages: `python docs/make.py`.
+
+A page marks such a part by `<!-- generated: NAME -->` and `<!-- end -->`, each on a line of its own. NAME is one of
+
+- `commands`: the options of all commands;
+- `benchmarks`: all results, with how to read them;
+- the name of a file of results, such as `slide-cpu.json`: its tables;
+- the full name of a function: its source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from importlib import import_module
+from inspect import cleandoc, getsource
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the benchmarks are not installed
+
+from benchmarks.tables import summary
+from wavenet_conv.cli import new_parser
+from wavenet_conv.files import write_whole
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PART = re.compile(r"(?<=^<!-- generated: )([\w.-]+) -->\n.*?(?=^<!-- end -->$)", re.DOTALL | re.MULTILINE)
+USAGE = {"?": "[{}]", "*": "[{} ...]", "+": "{} ..."}  # how an argument's number is written
+ORDER = ("slide", "score", "sample", "train", "ladder")  # what is not in it comes after
+
+
+def commands() -> Iterator[str]:
+    """Every command: how it is called, what it does, and its options."""
+    for parser in subparsers(new_parser()):
+        positionals = [action for action in actions(parser) if not action.option_strings]
+        words = [USAGE.get(str(action.nargs), "{}").format(name_of(action)) for action in positionals]
+        yield f"## {parser.prog}"
+        yield f"`{' '.join([parser.prog, '[OPTIONS]', *words])}`"
+        yield from (escaped(part) for part in cleandoc(parser.description or "").split("\n\n"))
+        yield from options(parser)
+
+
+def options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """A table of a command's arguments, if it has any."""
+    rows = []
+    for action in actions(parser):
+        call = ", ".join(action.option_strings)
+        must = " (required)" if action.option_strings and action.required else ""
+        if action.nargs != 0:
+            call = f"{call} {name_of(action)}".strip()
+        rows.append(f"| `{call}` | {escaped(action.help or '')}{must} |")
+    if rows:
+        yield "\n".join(["| argument | meaning |", "| --- | --- |", *rows])
+
+
+def actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The arguments of a parser, without `--help`."""
+    return [action for action in parser._actions if action.dest != "help"]  # noqa: SLF001, there is no public way
+
+
+def subparsers(parser: argparse.ArgumentParser) -> Iterable[argparse.ArgumentParser]:
+    """The parsers of the commands."""
+    choices: Any = next(action.choices for action in actions(parser) if action.nargs == argparse.PARSER)
+    return choices.values()
+
+
+def name_of(action: argparse.Action) -> str:
+    """What stands for the value of an argument."""
+    choices = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else None
+    return str(action.metavar or choices or action.dest.upper())
+
+
+def escaped(text: str) -> str:
+    """Text with what Markdown would read; options and settings are set as code."""
+    parts = re.split(r"(`[^`]*`|(?<![\w-])--?[a-z][\w-]*(?: (?:[A-Z]{2,}|[A-Z])\b)?|\{[^}]* = [^}]*\}|\\.)", text)
+    return "".join(part if not i % 2 or part[0] == "`" else f"`{part}`" for i, part in enumerate(parts))
+
+
+def benchmarks() -> Iterator[str]:
+    """Every file of results: the question, how to read the answer, what was run, and the tables."""
+    place = {name: index for index, name in enumerate(ORDER)}
+    for file in sorted(RESULTS.glob("*.json"), key=lambda file: (place.get(name_in(file), len(place)), file.name)):
+        question, _, text = cleandoc(import_module(f"benchmarks.{name_in(file)}").__doc__ or "").partition("\n\n")
+        yield f"## {name_in(file).capitalize()}"
+        yield f"**{question}**"
+        yield text
+        yield f"`{command_of(file)}` makes these tables. It ran:"
+        yield "\n".join(f"- {line}" for line in summary(json.loads(file.read_text())))
+        yield from tables(file, "### ")
+
+
+def tables(file: Path, heading: str = "") -> Iterator[str]:
+    """The tables of one file of results, or how to make them."""
+    benchmark = import_module(f"benchmarks.{name_in(file)}").main.args[0]
+    if not file.exists():
+        yield f"There are no results yet. `{command_of(file)}` makes them."
+        return
+    for table in benchmark.tables(json.loads(file.read_text())):
+        yield f"{heading}{table.title}"
+        yield table.markdown()
+        yield table.remark
+
+
+def command_of(file: Path) -> str:
+    """The command that writes a file of results."""
+    return f"python -m benchmarks.{name_in(file)} --full --json {file.relative_to(ROOT).as_posix()}"
+
+
+def name_in(file: Path) -> str:
+    """The benchmark that a file of results is of."""
+    return file.name.partition("-")[0]
+
+
+def source(name: str) -> Iterator[str]:
+    """The source of a function. It is `py` and not `python`, since blocks of that run."""
+    module, _, function = name.rpartition(".")
+    yield f"```py\n{getsource(getattr(import_module(module), function))}```"
+
+
+def part(name: str) -> Iterator[str]:
+    """What stands in the part of this name."""
+    if name in ("commands", "benchmarks"):
+        return commands() if name == "commands" else benchmarks()
+    return tables(RESULTS / name) if name.endswith(".json") else source(name)
+
+
+def filled(page: str) -> str:
+    """The text of a page with its generated parts as they should be."""
+
+    def fill(found: re.Match[str]) -> str:
+        return "\n\n".join([f"{found[1]} -->", *filter(None, part(found[1]))]) + "\n\n"
+
+    return PART.sub(fill, page)
+
+
+def main() -> None:
+    """Rewrites each page whose generated parts are stale."""
+    for path in sorted(DOCS.glob("*.md")):
+        page = path.read_text()
+        if filled(page) != page:
+            write_whole(path, filled(page).encode())
+            print(f"{path.relative_to(ROOT)}: written")
+
+
+if __name__ == "__main__":
+    main()

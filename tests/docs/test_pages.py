@@ -1,0 +1,113 @@
+"""Generated parts are fresh, every public name is in the API page, and every link leads somewhere."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import runpy
+
+import pytest
+from docs.pages import DOCS, PAGES, broken_links
+from helpers import ROOT
+
+import reference
+import wavenet_conv
+from wavenet_conv import names, training
+from wavenet_conv.cli import COMMANDS
+
+MAKE = runpy.run_path(str(ROOT / "docs" / "make.py"))
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_the_generated_parts_are_fresh(path):
+    page = path.read_text()
+    assert MAKE["filled"](page) == page, f"docs/{path.name} is stale: run `python docs/make.py`"
+
+
+def test_a_stale_part_is_written_anew_and_the_rest_stays():
+    page = (
+        "a\n<!-- generated: slide-cpu.json -->\nold\n<!-- end -->\nb\n<!-- generated: commands -->\n<!-- end -->\nc\n"
+    )
+    filled = MAKE["filled"](page)
+    assert filled.startswith("a\n<!-- generated: slide-cpu.json -->\n\nOne name") and "\nold\n" not in filled
+    assert "\n<!-- end -->\nb\n" in filled and filled.endswith("\n\n<!-- end -->\nc\n")
+    assert MAKE["filled"](filled) == filled
+
+
+def test_results_that_are_missing_are_said_to_be():
+    page = "<!-- generated: slide-{}.json -->\n<!-- end -->\n"
+    assert "no results yet. `python -m benchmarks.slide --full --json " in MAKE["filled"](page.format("none"))
+    with pytest.raises(ModuleNotFoundError):
+        MAKE["filled"](page.format("cpu").replace("slide", "slid"))
+
+
+def test_every_result_and_every_command_is_on_its_page():
+    benchmarks, commands = ((ROOT / "docs" / name).read_text() for name in ("benchmarks.md", "command-line.md"))
+    for file in RESULTS:
+        assert f"\n## {file.name.partition('-')[0].capitalize()}\n" in benchmarks
+        assert f"--json benchmarks/results/{file.name}`" in benchmarks
+    assert benchmarks.count("\n|") > 10 * len(RESULTS)
+    for name in COMMANDS:
+        assert f"\n## wavenet-conv {name.replace('_', '-')}\n" in commands
+
+
+def test_options_are_listed_with_their_values():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("file", metavar="FILE", nargs="?", help="- is <input>")
+    parser.add_argument("-o", "--out", required=True, help="use it after --sort N")
+    parser.add_argument("--kind", choices=("a", "b"))
+    parser.add_argument("--flag", action="store_true", help="a flag")
+    assert next(MAKE["options"](parser)).splitlines()[2:] == [
+        "| `FILE` | - is <input> |",
+        "| `-o, --out OUT` | use it after `--sort N` (required) |",
+        "| `--kind {a,b}` |  |",
+        "| `--flag` | a flag |",
+    ]
+
+
+@pytest.mark.parametrize(
+    "module, public",
+    [
+        (wavenet_conv, set(wavenet_conv.__all__) - {"__version__"}),
+        (training, None),
+        (names, {name for name, value in vars(names).items() if inspect.isfunction(value) and name[0] != "_"}),
+        (reference, None),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_every_public_name_is_in_the_api_page(module, public):
+    if public is None:
+        public = {name for name, value in vars(module).items() if name[0] != "_" and not inspect.ismodule(value)}
+    listed = re.findall(rf"^::: {module.__name__}\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert public and sorted(public - set(listed)) == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(path):
+    assert broken_links(path, path.read_text()) == []
+
+
+def test_broken_links_are_found(tmp_path):
+    page, other = tmp_path / "page.md", tmp_path / "other.md"
+    other.write_text("# A heading: `code`, 2·2\n\n```sh\n# no heading\n```\n")
+    good = (
+        "[a](other.md) [b](other.md#a-heading-code-22) ![c](other.md) [d](#this) [e](https://example.org)\n\n## This\n"
+    )
+    bad = ["missing.md", "other.md#no-heading", "#that", "picture.svg"]
+    page.touch()
+    assert broken_links(page, good) == []
+    assert broken_links(page, good + "".join(f"[x]({link})\n" for link in bad)) == bad
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    build = pytest.importorskip("mkdocs.commands.build", reason="needs MkDocs: pip install '.[docs]'")
+    from mkdocs.config import load_config
+
+    build.build(load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path)))
+    assert (tmp_path / "page.html").stat().st_size > 1000
+    for page in tmp_path.glob("*.html"):
+        foreign = re.findall(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"(?:https?:)?//[^>]*", page.read_text())
+        assert not foreign, "no part of a page comes from elsewhere"
