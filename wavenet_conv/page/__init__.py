@@ -44,9 +44,11 @@ def page_html(model: ConvWaveNet, vocab: Vocabulary, name: str = "emma", quantil
     check_pair(model, vocab)
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     if size > MAX_BYTES:
-        raise ConfigError(f"its weights take {size / 1e6:,.1f} MB; a page holds at most {MAX_BYTES / 1e6:.0f} MB")
+        limit = f"a page holds at most {MAX_BYTES / 1e6:.0f} MB"
+        raise ConfigError(f"its weights take {size / 1e6:,.1f} MB; {limit}; give a smaller model")
     if model.context > MAX_CONTEXT:
-        raise ConfigError(f"its context is {model.context:,} tokens; a page draws at most {MAX_CONTEXT:,}")
+        limit = f"a page draws at most {MAX_CONTEXT:,}"
+        raise ConfigError(f"its context is {model.context:,} tokens; {limit}; give a model with a shorter context")
     vocab.encode([name], context=1)  # raises for an unknown character
     parts = {"data": _data(model, vocab, name, quantiles)}
     # One pass over the template, so that nothing is replaced inside a part. A function, since parts have backslashes.
@@ -63,7 +65,7 @@ def _data(model: ConvWaveNet, vocab: Vocabulary, name: str, quantiles: Tensor | 
     layers = list(weights.layers)
     if len(layers) == len(model.layers):  # otherwise the head is the last of them
         layers.append(LayerWeights(weights.head.weight[None], weights.head.bias, model.context, "none"))
-    data = {
+    data: dict[str, Any] = {
         "name": name,
         "characters": vocab.characters,
         "end": vocab.end,

@@ -3,7 +3,6 @@
 
 const COLUMNS = [36, 64]; // pixels from token to token, at least and at most
 const ROW = 68; // pixels from layer to layer
-const RADIUS = 12; // of a node
 const BARS = 64; // pixels of the highest surprise bar
 const STEP = 900; // milliseconds per step of Play
 const LONGEST_DRAW = 40; // characters of a name that the model draws
@@ -12,15 +11,14 @@ const SHOWN = 100; // characters of the distribution: of a larger vocabulary the
 const model = new Model(document.getElementById("data").textContent);
 const { alphabet, context, end, layers, spans } = model;
 const TOP = layers.length; // the row of the outputs; row 0 is the tokens, row l is layer l
-const state = { name: [], tokens: [], rows: [], t: 0, mode: "convolution", column: COLUMNS[0] };
-Object.assign(state, { focused: null, hovered: null, timer: null });
+const state = { mode: "convolution", timer: null }; // and what `showName` and `buildDiagram` set
 
 const find = (id) => document.getElementById(id);
 
 /** A new HTML element, or an SVG element where the tag begins with "svg:". Text never becomes markup. */
 function make(tag, attributes = {}, ...children) {
-  const svg = tag.startsWith("svg:");
-  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4)) : document.createElement(tag);
+  const [name, space] = tag.split(":").reverse();
+  const node = document.createElementNS(`http://www.w3.org/${space ? "2000/svg" : "1999/xhtml"}`, name);
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
   node.append(...children);
   return node;
@@ -35,7 +33,7 @@ function glyph(token) {
   return `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
 }
 
-const text = (tokens) => tokens.map(glyph).join(" ");
+const text = (tokens) => (tokens.length > 16 ? "… " : "") + tokens.slice(-16).map(glyph).join(" ");
 const plural = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 const fixed = (number, digits) => number.toFixed(digits).replace("-", "−");
 const nodeName = (row, p) => (row === TOP ? `output ${p}` : row ? `node (${row}, ${p})` : `token ${p}`);
@@ -46,14 +44,9 @@ const x = (row, p) => state.column * (p + spans[row] / 2);
 const y = (row) => 36 + (TOP - row) * ROW;
 const covered = (row, p) => state.tokens.slice(p, p + spans[row]);
 const exists = ([row, p]) => p >= 0 && p < (state.rows[row] ?? []).length;
-const children = (row, p) => {
-  const { kernelSize, dilation } = layers[row - 1] ?? { kernelSize: 0 };
-  return Array.from({ length: kernelSize }, (_, tap) => [row - 1, p + tap * dilation]);
-};
-const parents = (row, p) => {
-  const { kernelSize, dilation } = layers[row] ?? { kernelSize: 0 };
-  return Array.from({ length: kernelSize }, (_, tap) => [row + 1, p - tap * dilation]).filter(exists);
-};
+const taps = (layer) => Array.from({ length: layer?.kernelSize ?? 0 }, (_, tap) => tap * layer.dilation);
+const children = (row, p) => taps(layers[row - 1]).map((distance) => [row - 1, p + distance]);
+const parents = (row, p) => taps(layers[row]).map((distance) => [row + 1, p - distance]).filter(exists);
 
 /** The nodes of the tree of output t, per row; those that a stream computes for it. */
 const treeOf = (t) => spans.map((span, row) => Array.from({ length: context / span }, (_, i) => [row, t + i * span]));
@@ -90,16 +83,21 @@ function numberIn(row, p) {
   return count > 1 || (count && state.mode === "loop") ? `×${count}` : "";
 }
 
+/** Pixels from token to token: the diagram fills its place, or scrolls. */
+function columnWidth() {
+  const fitting = find("scroller").clientWidth / (state.tokens.length + 1);
+  return Math.min(Math.max(Math.floor(fitting), COLUMNS[0]), COLUMNS[1]);
+}
+
 /** The diagram of a name; afterwards only attributes change. The tree of output t is that of output 0, moved. */
 function buildDiagram() {
-  const fitting = find("scroller").clientWidth / (state.tokens.length + 1);
-  state.column = Math.min(Math.max(Math.floor(fitting), COLUMNS[0]), COLUMNS[1]);
+  state.column = columnWidth();
   const bottom = y(0) + 24;
   const scale = BARS / Math.max(6, ...state.rows[TOP].map((_, t) => bits(t)));
   const nodes = state.rows.flatMap((row, index) => row.map((_, p) => buildNode(index, p)));
   const surprises = state.rows[TOP].map((_, t) => {
     const height = Math.max(1, bits(t) * scale);
-    const bar = { x: x(0, context + t) - 8, y: bottom, width: 16, height, rx: 3, class: "surprise", "data-output": t };
+    const bar = { x: x(0, context + t) - 8, y: bottom, width: 16, height, rx: 3, class: "surprise" };
     const label = make("svg:text", { x: x(0, context + t), y: bottom + height + 10 }, fixed(bits(t), 1));
     return make("svg:g", {}, make("svg:rect", bar), label);
   });
@@ -120,6 +118,7 @@ function buildDiagram() {
   svg.setAttribute("height", bottom + BARS + 22);
   svg.setAttribute("aria-label", `Nodes of the name ${state.name.join("") || "(empty)"}; move with the arrow keys`);
   svg.replaceChildren(tree, ...links, ...surprises, predictedEnd, ...nodes);
+  setEntry([TOP - 1, state.t]);
 }
 
 function tokenShape(token) {
@@ -129,37 +128,31 @@ function tokenShape(token) {
 }
 
 function buildNode(row, p) {
-  const circle = [make("svg:circle", { r: RADIUS }), make("svg:text", {}, row === TOP ? p : "")];
-  const attributes = {
-    id: `n-${row}-${p}`,
-    class: `node ${row === TOP ? "output" : row ? "layer" : "token"}`,
-    role: row === TOP ? "button" : "img",
-    tabindex: -1,
-    transform: `translate(${x(row, p)} ${y(row)})`,
-    "aria-label": `${nodeName(row, p)}, covers ${text(covered(row, p).slice(-16))}`,
-    "data-row": row,
-    "data-p": p,
-  };
-  return make("svg:g", attributes, ...(row ? circle : tokenShape(state.tokens[p])));
+  const shape = row ? [make("svg:circle", { r: 12 }), make("svg:text")] : tokenShape(state.tokens[p]);
+  if (row === TOP) shape[1].append(p);
+  const [kind, role] = row === TOP ? ["output", "button"] : [row ? "layer" : "token", "img"];
+  const label = `${nodeName(row, p)}, covers ${text(covered(row, p))}`;
+  const place = { transform: `translate(${x(row, p)} ${y(row)})`, "data-row": row, "data-p": p };
+  const attributes = { id: `n-${row}-${p}`, class: `node ${kind}`, role, tabindex: -1, "aria-label": label, ...place };
+  return make("svg:g", attributes, ...shape);
 }
 
 function renderDiagram() {
   for (const node of find("diagram").querySelectorAll(".node[id]")) {
     const [row, p] = placeOf(node);
-    const values = { state: stateOf(row, p), tree: String(inTree(row, p)) };
-    for (const key in values) if (node.dataset[key] !== values[key]) node.dataset[key] = values[key];
-    const number = numberIn(row, p);
+    const [now, number, tree] = [stateOf(row, p), numberIn(row, p), String(inTree(row, p))];
+    if (node.dataset.state !== now || node.dataset.tree !== tree) Object.assign(node.dataset, { state: now, tree });
     if (row && row < TOP && node.lastChild.textContent !== number) node.lastChild.textContent = number;
   }
-  for (const bar of document.querySelectorAll(".surprise")) {
-    bar.classList.toggle("shown", Number(bar.dataset.output) === state.t);
-  }
+  document.querySelectorAll(".surprise").forEach((bar, t) => bar.classList.toggle("shown", t === state.t));
   find("tree").style.transform = `translateX(${state.column * state.t}px)`;
-  const middle = state.column * (state.t + context / 2 + 0.5);
-  find("scroller").scrollLeft = middle - find("scroller").clientWidth / 2;
+  const [left, right] = [state.column * state.t, state.column * (state.t + context + 1)]; // the window and what follows
+  const seen = find("scroller").clientWidth;
+  find("scroller").scrollLeft = Math.max((left + right - seen) / 2, right - seen);
 }
 
 const placeOf = (node) => [Number(node.dataset.row), Number(node.dataset.p)];
+const elementOf = ([row, p]) => find(`n-${row}-${p}`);
 
 /** The node whose details are shown: the one under the pointer, or with the focus, or the top of the tree. */
 const chosen = () => state.hovered ?? state.focused ?? [TOP - 1, state.t];
@@ -172,15 +165,15 @@ function renderNode() {
   find("parents").setAttribute("d", pointed ? lines([row, p], above) : "");
   document.querySelectorAll("[data-kin]").forEach((node) => node.removeAttribute("data-kin"));
   for (const [kin, nodes] of Object.entries(pointed ? { self: [[row, p]], child: below, parent: above } : {})) {
-    for (const [r, q] of nodes) find(`n-${r}-${q}`).dataset.kin = kin;
+    for (const node of nodes) elementOf(node).dataset.kin = kin;
   }
   const names = (nodes) => nodes.map((node) => nodeName(...node)).join(", ");
   const same = state.rows[row].filter((node) => node.id === state.rows[row][p].id).length - 1;
   const sentences = [
-    `Covers ${plural(spans[row], "token")}: ${text(covered(row, p).slice(0, 64))}.`,
+    `Covers ${plural(spans[row], "token")}, “${text(covered(row, p))}”.`,
     row > 0 && `Tap j reads position ${p} + j × ${layers[row - 1].dilation}: ${names(below)}.`,
     row < TOP && `Read by ${names(above) || "no node of this name"}.`,
-    row > 0 && same > 0 && `Nodes of this row with the same children, so with the same values: ${same} more.`,
+    row > 0 && same > 0 && `Same children as ${plural(same, "other node")} of its layer, so the same values.`,
   ];
   find("node-title").textContent = capital(nodeName(row, p)) + (pointed ? "" : ", top of the tree");
   find("node-text").textContent = sentences.filter(Boolean).join(" ");
@@ -194,65 +187,41 @@ function strip(row, p) {
   const scale = Math.max(...values.map(Math.abs)) || 1;
   const range = `${fixed(Math.min(...values), 2)} to ${fixed(Math.max(...values), 2)}`;
   const label = `${plural(values.length, "value")} of ${nodeName(row, p)}, ${range}`;
-  const svg = make("svg:svg", { viewBox: `0 0 ${values.length} 2`, preserveAspectRatio: "none", role: "img" });
-  svg.setAttribute("aria-label", label);
-  values.forEach((value, i) => {
-    const sign = value > 0 ? "positive" : "negative";
-    const cell = { x: i, y: value > 0 ? 0 : 1, width: 1, height: 1, class: sign };
-    svg.append(make("svg:rect", { ...cell, "fill-opacity": (Math.abs(value) / scale).toFixed(3) }));
+  const cells = values.map((value, i) => {
+    const [sign, y] = value > 0 ? ["positive", 0] : ["negative", 1];
+    const opacity = (Math.abs(value) / scale).toFixed(3);
+    return make("svg:rect", { x: i, y, width: 1, height: 1, class: sign, "fill-opacity": opacity });
   });
+  const frame = { viewBox: `0 0 ${values.length} 2`, preserveAspectRatio: "none", role: "img", "aria-label": label };
+  const svg = make("svg:svg", frame, ...cells);
   return make("div", {}, make("span", {}, nodeName(row, p), make("small", { class: "muted" }, range)), svg);
 }
 
-/** Per mode: what one sees, what a plain node means, and what the number in a node counts. */
-const EXPLAINED = {
-  loop: [
-    (tree, first) => `computes its whole tree, ${plural(tree, "node")}; ${tree - first} of them were computed before.`,
-    "not computed by this output",
-    "how often it was computed so far",
-  ],
-  convolution: [
-    (tree, first) => `has ${plural(tree, "node")} in its tree, ${first} of them in no earlier tree. One pass computes
-      each node once, and the windows share it.`,
-    "in no window so far",
-    "how many windows share it",
-  ],
-  stream: [
-    () => `computes ${plural(TOP - 1, "node")}, one per layer. Ring buffers keep what later outputs read.`,
-    "not kept",
-    "",
-  ],
+const SENTENCES = {
+  loop: (tree, first) => `computes its whole tree: ${plural(tree, "node")}, ${tree - first} of them computed before.`,
+  convolution: (tree, first) =>
+    `has ${plural(tree, "node")} in its tree, ${first} of them in no earlier tree. ` +
+    "One pass computes each node once, and the windows share it.",
+  stream: () => `computes ${plural(TOP - 1, "node")}, one per layer. Ring buffers keep what later outputs read.`,
 };
 
 function renderMode() {
   const tree = treeOf(state.t).slice(1, -1).flat();
   const first = tree.filter(([row, p]) => !model.windows(row, p, state.t - 1));
-  const [sentence, rest, number] = EXPLAINED[state.mode];
-  find("sentence").textContent = `${capital(state.mode)}: output ${state.t} ${sentence(tree.length, first.length)}`;
-  find("rest").textContent = rest;
-  find("number").textContent = number;
+  const sentence = SENTENCES[state.mode](tree.length, first.length);
+  find("sentence").textContent = `${capital(state.mode)}: output ${state.t} ${sentence}`;
   document.body.dataset.mode = state.mode;
   for (const item of document.querySelectorAll("[data-modes]")) item.hidden = !item.dataset.modes.includes(state.mode);
 }
 
 function renderCounters() {
   const counts = model.counts(state.rows, state.t);
-  const about = {
-    loop: "the whole tree, for every output",
-    convolution: "each position of each layer once",
-    stream: "one per layer, for every output",
-    distinct: "nodes with the same children count once",
-  };
-  find("upto").textContent = `for outputs 0 to ${state.t}`;
-  const counters = Object.entries(counts).map(([key, count]) => {
-    const bar = make("i");
-    bar.style.width = `${(100 * count) / Math.max(...Object.values(counts))}%`;
-    const number = make("dd", { id: `count-${key}` }, count.toLocaleString("en"));
-    const row = make("div", {}, make("dt", {}, capital(key)), bar, number, make("small", {}, about[key]));
-    row.classList.toggle("chosen", key === state.mode);
-    return row;
-  });
-  find("counters").replaceChildren(...counters);
+  find("upto").textContent = state.t;
+  for (const [key, count] of Object.entries(counts)) {
+    find(key).querySelector(".number").textContent = count.toLocaleString("en");
+    find(key).querySelector("i").style.width = `${(100 * count) / Math.max(...Object.values(counts))}%`;
+    find(key).classList.toggle("chosen", key === state.mode);
+  }
 }
 
 function buildDistribution() {
@@ -267,17 +236,16 @@ function buildDistribution() {
 }
 
 function renderDistribution() {
-  const probs = [...logProbs(state.t)].map(Math.exp);
-  const least = [...probs].sort((a, b) => b - a)[SHOWN - 1] ?? 0;
-  const highest = Math.max(...probs);
-  const before = text(state.tokens.slice(state.t, state.t + context).slice(-16));
+  const probs = logProbs(state.t).map(Math.exp);
+  const sorted = probs.slice().sort().reverse();
+  const before = text(state.tokens.slice(state.t, state.t + context));
   find("next-title").textContent = `Next character at output ${state.t}, after ${before}`;
   [...find("next").children].forEach((button, token) => {
     const percent = 100 * probs[token];
     const actual = token === target(state.t);
-    button.hidden = probs[token] < least && !actual;
+    button.hidden = probs[token] < (sorted[SHOWN - 1] ?? 0) && !actual;
     button.classList.toggle("actual", actual);
-    button.querySelector("i").style.height = `${(100 * probs[token]) / highest}%`;
+    button.querySelector("i").style.height = `${(100 * probs[token]) / sorted[0]}%`;
     button.querySelector("small").textContent = percent < 0.1 ? "<0.1" : percent.toFixed(percent < 10 ? 1 : 0);
     const what = token === end ? "end of the name" : `append ${glyph(token)}`;
     button.setAttribute("aria-label", `${what}, ${percent.toFixed(1)} percent${actual ? ", next in the name" : ""}`);
@@ -288,26 +256,19 @@ function renderDistribution() {
 function renderScore() {
   const nats = state.rows[TOP].reduce((sum, output, t) => sum + output.logProbs[target(t)], 0);
   const perCharacter = nats / (-Math.LN2 * (state.name.length + 1));
-  const entries = [
-    ["nats", "log-likelihood, in nats", fixed(nats, 3)],
-    ["bits", "bits per character", fixed(perCharacter, 3)],
-  ];
-  if (model.quantiles) {
-    const fewer = model.quantiles.filter((quantile) => quantile < Math.fround(perCharacter)).length;
-    const percentile = `${fixed((100 * fewer) / model.quantiles.length, 1)}%`;
-    entries.push(["percentile", "of the training list needs fewer bits", percentile]);
-  }
-  const shown = entries.map(([id, label, value]) => make("div", {}, make("dd", { id }, value), make("dt", {}, label)));
-  find("score").replaceChildren(...shown);
+  for (const [id, number] of Object.entries({ nats, bits: perCharacter })) find(id).textContent = fixed(number, 3);
+  find("percentile").parentNode.hidden = !model.quantiles;
+  if (!model.quantiles) return;
+  const fewer = model.quantiles.filter((quantile) => quantile < Math.fround(perCharacter)).length;
+  find("percentile").textContent = `${fixed((100 * fewer) / model.quantiles.length, 1)}%`;
 }
 
 /** Shows output t in the current mode. */
 function render() {
-  const last = state.name.length;
   find("output").value = state.t;
-  find("shown").textContent = `${state.t} of ${last}`;
+  find("shown").textContent = `${state.t} of ${state.name.length}`;
   const percent = 100 * Math.exp(logProbs(state.t)[target(state.t)]);
-  const summary = `output ${state.t} of ${last} gives ${glyph(target(state.t))} ${percent.toFixed(1)} percent`;
+  const summary = `output ${find("shown").textContent} gives ${glyph(target(state.t))} ${percent.toFixed(1)} percent`;
   find("output").setAttribute("aria-valuetext", summary);
   renderMode();
   renderDiagram();
@@ -328,7 +289,6 @@ function showName(characters) {
   buildDiagram();
   renderScore();
   render();
-  setEntry(TOP - 1, state.t);
 }
 
 /** Shows what was typed; an unknown character leaves the diagram as it is. */
@@ -345,6 +305,7 @@ function typed(characters, fromField = false) {
 
 function showOutput(t) {
   state.t = t;
+  if (t === state.name.length) stop();
   render();
 }
 
@@ -358,30 +319,23 @@ function play() {
   if (state.timer !== null) return stop();
   if (state.t === state.name.length) showOutput(0);
   find("play").textContent = "Pause";
-  state.timer = setInterval(() => {
-    showOutput(state.t + 1);
-    if (state.t === state.name.length) stop();
-  }, STEP);
+  state.timer = setInterval(() => showOutput(state.t + 1), STEP);
 }
 
 /** The Tab key enters the diagram at one node; arrow keys move from there. */
-function setEntry(row, p) {
+function setEntry(place) {
   document.querySelectorAll('.node[tabindex="0"]').forEach((node) => node.setAttribute("tabindex", -1));
-  find(`n-${row}-${p}`).setAttribute("tabindex", 0);
+  elementOf(place).setAttribute("tabindex", 0);
 }
 
 function moveFocus(event) {
   const node = event.target.closest(".node[id]");
   if (!node) return;
   const [row, p] = placeOf(node);
-  const moves = {
-    ArrowLeft: [[row, p - 1]],
-    ArrowRight: [[row, p + 1]],
-    ArrowUp: parents(row, p),
-    ArrowDown: children(row, p),
-  };
+  const beside = { ArrowLeft: [[row, p - 1]], ArrowRight: [[row, p + 1]] };
+  const moves = { ...beside, ArrowUp: parents(row, p), ArrowDown: children(row, p) };
   const [goal] = (moves[event.key] ?? []).filter(exists);
-  if (goal) find(`n-${goal[0]}-${goal[1]}`).focus();
+  if (goal) elementOf(goal).focus();
   if (event.key in moves) event.preventDefault();
   if ((event.key === "Enter" || event.key === " ") && row === TOP) go(event);
 }
@@ -397,25 +351,29 @@ function go(event) {
 }
 
 function listen() {
-  const svg = find("diagram");
-  const point = (key, change) => (event) => {
-    const node = event.target.closest(".node[id]");
-    state[key] = change(node);
-    if (key === "focused" && node && state.focused) setEntry(...state.focused);
-    renderNode();
-  };
-  svg.addEventListener("pointerover", point("hovered", (node) => node && placeOf(node)));
-  svg.addEventListener("pointerleave", point("hovered", () => null));
-  svg.addEventListener("focusin", point("focused", (node) => node && placeOf(node)));
-  svg.addEventListener("focusout", point("focused", () => null));
-  svg.addEventListener("keydown", moveFocus);
-  svg.addEventListener("click", go);
+  const events = { pointerover: "hovered", pointerleave: "hovered", focusin: "focused", focusout: "focused" };
+  for (const [event, key] of Object.entries(events)) {
+    // Not of the SVG element itself: Chromium makes one that listens to focus a stop of the Tab key.
+    find("scroller").addEventListener(event, ({ type, target }) => {
+      const node = type === "pointerover" || type === "focusin" ? target.closest(".node[id]") : null;
+      state[key] = node && placeOf(node);
+      if (node && key === "focused") setEntry(state.focused);
+      renderNode();
+    });
+  }
+  find("scroller").addEventListener("keydown", moveFocus);
+  find("scroller").addEventListener("click", go);
   find("name").addEventListener("input", () => typed(Array.from(find("name").value), true));
   find("draw").addEventListener("click", () => typed(model.sample(LONGEST_DRAW)));
   find("play").addEventListener("click", play);
   find("output").addEventListener("input", () => {
     stop();
     showOutput(Number(find("output").value));
+  });
+  window.addEventListener("resize", () => {
+    if (columnWidth() === state.column) return;
+    buildDiagram();
+    render();
   });
   find("modes").addEventListener("change", (event) => {
     state.mode = event.target.value;
@@ -425,24 +383,16 @@ function listen() {
 
 function start() {
   find("context").textContent = context;
-  const sizes = layers.slice(0, -1).map((layer) => layer.kernelSize);
-  const dilations = layers.slice(0, -1).map((layer) => layer.dilation);
+  const [sizes, dilations] = ["kernelSize", "dilation"].map((key) => layers.slice(0, -1).map((layer) => layer[key]));
   find("model").textContent =
     `Kernel sizes ${sizes.join(" · ")}, dilations ${dilations.join(" · ")}, ` +
     `${plural(model.parameters, "parameter")}. Your browser computes everything that you see.`;
-  const labels = spans.map((_, row) => (row === TOP ? "outputs" : row ? `layer ${row}` : "tokens"));
-  const rows = labels.map((label, row) => {
-    const div = make("div", {}, label);
-    if (row && row < TOP) div.append(make("small", {}, `dilation ${layers[row - 1].dilation}`));
-    div.style.top = `${y(row)}px`;
-    return div;
-  });
-  const surprise = make("div", {}, "surprise", make("small", {}, "in bits"));
-  surprise.style.top = `${y(0) + 48}px`;
-  find("rows").append(...rows, surprise);
+  const label = (top, ...words) => make("div", { style: `top: ${top}px` }, ...words);
+  const labels = dilations.map((d, l) => label(y(l + 1), `layer ${l + 1}`, make("small", {}, `dilation ${d}`)));
+  labels.push(label(y(0) + 48, "surprise", make("small", {}, "in bits")));
+  find("rows").append(label(y(TOP), "outputs"), ...labels, label(y(0), "tokens"));
   buildDistribution();
   listen();
-  window.addEventListener("resize", () => [buildDiagram(), render()]);
   typed(Array.from(model.name));
 }
 
