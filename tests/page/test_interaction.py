@@ -154,6 +154,17 @@ def test_arrow_keys_walk_through_the_nodes(window):
     assert kin(window)["self"] == set() and window.locator('.node[tabindex="0"]').get_attribute("id") == "n-2-4"
 
 
+def test_a_resized_window_fits_the_diagram_and_keeps_the_focus(window):
+    column = "state.column"
+    window.focus("#n-2-4")
+    before = window.evaluate(column)
+    window.set_viewport_size({"width": 1280, "height": 500})
+    assert focused(window) == "n-2-4" and window.evaluate(column) == before
+    window.set_viewport_size({"width": 500, "height": 800})
+    window.wait_for_function("state.column === 36")
+    assert before > 36 and shift(window) == 4 and data_of(window, "tree", "true") == tree(4)
+
+
 def test_outputs_and_tokens_choose_an_output(window):
     window.click("#n-4-1")
     assert window.inner_text("#shown") == "1 of 4"

@@ -65,7 +65,7 @@ def test_every_kind_of_model(show, random_model, kind):
     model, vocab = random_model(vocab_size=len(LETTERS) + 1, **KINDS[kind]), Vocabulary(LETTERS)
     window = show(page_html(model, vocab, "bad"))
     assert_equal(window.evaluate(READ, NAMES), Scorer(model, vocab), NAMES)
-    assert not window.is_visible("#percentile")
+    assert not window.is_visible("text=of the training list")
 
 
 @pytest.mark.parametrize("end", range(4))
