@@ -49,6 +49,7 @@ for command in (
     "sample --model model.safetensors --novel --list list.txt --count 2 --format tsv",
     "find-lr list.txt --steps 2 --batch-size 4",
     "sweep space.toml list.txt --trials 1 --output best.safetensors",
+    "page --output page.html",
     "lecture-names",
 ):
     print(command.split()[0], main(command.split()), file=sys.stderr)

@@ -1,0 +1,123 @@
+"""`wavenet-conv page` and `page_html`, without a browser: errors, exit codes, sizes, and what is in the file."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+
+import pytest
+import torch
+
+from wavenet_conv import Vocabulary, WaveNetConvError, checkpoint, save_checkpoint
+from wavenet_conv.cli import main
+from wavenet_conv.errors import ConfigError, NamesError
+from wavenet_conv.page import page_html
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Runs `wavenet-conv page` in an empty folder: exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = main(["page", *arguments])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+def data_of(html: str) -> dict:
+    """The JSON in a page, read as a browser does: up to the first end of the `script` element."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script', html, re.DOTALL)[1])
+
+
+def test_the_default_page_is_one_file_below_1_mb(run, tmp_path):
+    assert run() == (0, "page.html: 0.45 MB; open it in a browser\n", "")
+    html = (tmp_path / "page.html").read_text("utf-8")
+    assert os.listdir(tmp_path) == ["page.html"] and 400_000 < len(html.encode()) < 1_000_000
+    assert "{{" not in html and data_of(html)["name"] == "emma"
+    assert not re.search(r"https?://(?!www\.w3\.org)|\bsrc=|@import|url\(", html)
+    code, _, err = run("--name", "ava", "-o", "other.html")
+    assert (code, err) == (0, "") and data_of((tmp_path / "other.html").read_text("utf-8"))["name"] == "ava"
+
+
+SHAPES: dict[str, dict] = {
+    "model": {},
+    "large": {"kernel_sizes": (2,), "n_embd": 628, "n_hidden": 4000},
+    "long": {"kernel_sizes": (2,) * 11},
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "missing"], "--model missing: No such file or directory; give a file that save_checkpoint wrote"),
+        (["--model", "text"], "--model text: not a safetensors file"),
+        (["--name", "zoë"], "--name: name 0 ('zoë'): character 'ë' at position 2 is not in the vocabulary 'abc"),
+        (["--name", "</script>"], "--name: name 0 ('</script>'): character '<' at position 0 is not in"),
+        (["-o", "."], "--output .: not a regular file in an existing folder"),
+        (["-o", "no/page.html"], "--output no/page.html: not a regular file in an existing folder"),
+        (["--model", "model", "-o", "model"], "--output model: this file is being read; give another one"),
+        (["-o", str(checkpoint.DEFAULT)], "default.safetensors: this file is being read; give another one"),
+        (["--model", "large"], "--model large: its weights take 20.3 MB; a page holds at most 20 MB; give a smaller"),
+        (["--model", "long"], "--model long: its context is 2,048 tokens; a page draws at most 1,024; give a"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_leaves_the_output(run, random_model, tmp_path, arguments, message):
+    before = checkpoint.DEFAULT.read_bytes()
+    (tmp_path / "text").write_text("emma\n")
+    for name in set(SHAPES) & set(arguments):
+        save_checkpoint(tmp_path / name, random_model(vocab_size=7, **SHAPES[name]), Vocabulary("abcemz"))
+    (tmp_path / "page.html").write_text("earlier")
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1 and "Traceback" not in err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert checkpoint.DEFAULT.read_bytes() == before
+
+
+def test_a_full_disk_exits_with_1_and_leaves_the_output(run, monkeypatch, tmp_path):
+    (tmp_path / "page.html").write_text("earlier")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = "wavenet-conv: page.html: No space left on device; the file is as it was before\n"
+    assert run() == (1, "", message)
+    assert (tmp_path / "page.html").read_text() == "earlier" and os.listdir(tmp_path) == ["page.html"]
+
+
+def test_a_link_is_followed(run, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "page.html").symlink_to(tmp_path / "folder" / "real.html")
+    assert run()[0] == 0
+    assert (tmp_path / "page.html").is_symlink() and (tmp_path / "folder" / "real.html").stat().st_size > 400_000
+
+
+HOSTILE = "</script><script>alert(1)</script><!--\"'&\\\u2028\u2029\ud800{{model.js}}\n"
+
+
+def test_no_vocabulary_and_no_name_breaks_out_of_the_data(random_model):
+    vocab = Vocabulary(HOSTILE.replace(".", ""))
+    name = HOSTILE.replace(".", "")
+    html = page_html(random_model(vocab_size=len(vocab)), vocab, name)
+    data = data_of(html)
+    assert (data["name"], data["characters"]) == (name, vocab.characters)
+    assert html.count("<script") == html.count("</script>") == 3
+    assert html.isascii() or not set(html) & set("\u2028\u2029\ud800")
+    html.encode()
+
+
+def test_page_html_names_what_is_wrong(random_model):
+    vocab = Vocabulary("abc")
+    with pytest.raises(NamesError, match="character 'm' at position 1 is not in the vocabulary 'abc'") as caught:
+        page_html(random_model(vocab_size=4), vocab, "ambc")
+    assert isinstance(caught.value, WaveNetConvError)
+    with pytest.raises(ConfigError, match="the vocabulary has 4 tokens and the model 5"):
+        page_html(random_model(vocab_size=5), vocab, "abc")
+    with pytest.raises(ConfigError, match="the model is a Linear, not a ConvWaveNet"):
+        page_html(torch.nn.Linear(1, 1), vocab, "abc")
