@@ -38,8 +38,6 @@ ROOT = Path(__file__).parent.parent
 NOTE = "Not the lecture's list: the model that ships may have been trained on some of these validation names."
 NO_KENLM = "KenLM is not installed, so Python scores the n-grams: pip install kenlm."
 
-Pair = tuple[str, int]  # a method and its threads
-
 
 def lecture_list() -> str:
     """The path of the lecture's list, or of `names.txt` where that is not on this machine."""
@@ -102,17 +100,21 @@ def timed_rows(methods: dict[str, Rival], names: Names, valid: Names, session: S
 
 def score_list(rival: Rival, threads: int, names: Names, positions: int, size: int) -> int:
     """Scores a list in batches of this size; returns its positions."""
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     rival.score(names, size)
     return positions
 
 
 def score_next(rival: Rival, threads: int, names: Iterator[str]) -> None:
     """Scores the next name, alone."""
+    use_threads(threads)
+    rival.one(next(names))
+
+
+def use_threads(threads: int) -> None:
+    """Sets PyTorch's threads; asking first is cheaper where they are the same, as inside a block of calls."""
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
-    rival.one(next(names))
 
 
 def loss_of(scores: Any, names: Names) -> float:

@@ -1,5 +1,6 @@
 """The choice between rivals: what is measured, what ends a run, the transformer, and the table of the page."""
 
+import copy
 import importlib.util
 import json
 import re
@@ -110,6 +111,7 @@ class OtherCounts(KneserNey):
 
 
 def other_weights(model):
+    model = copy.deepcopy(model)
     model.head.bias.data[0] += 1e-2
     return fold(model)
 
@@ -194,6 +196,8 @@ def test_the_transformer_learns_and_a_seed_gives_the_same_bits(transformer):
         train(model, TRAIN, steps=20, seed=3)
     losses = [-float(model.score(VALID, 64).sum()) / POSITIONS for model in (transformer, *models)]
     assert losses[1] == losses[2] < losses[0] - 0.3
+    for before, after in zip(transformer.parameters(), models[0].parameters()):
+        assert not torch.equal(before, after)
 
 
 def cells(lines):
@@ -223,7 +227,7 @@ def test_what_the_page_says_holds_in_the_committed_run():
     assert counted["seconds"] < 2 < made[0]
     assert counted["us"] < 10 and counted["us"] == min(row["us"] for row in rows if "us" in row)
     speed = [max(row["positions_per_second"] for row in part) for part in (transformer, fast, default)]
-    assert speed[0] < speed[1] and 0.5 < speed[2] / counted["positions_per_second"] < 5
+    assert speed[0] < speed[1] and speed[2] > 0.9 * counted["positions_per_second"]
     assert loss["ours-fast"] < loss["transformer"]
     assert loss["default"] - 0.05 < loss["ours-gated"] < loss["default"] < counted["validation_loss"]
     assert gated[0]["context"] == 2 * default[0]["context"]
