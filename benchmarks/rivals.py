@@ -1,0 +1,134 @@
+"""What somebody could use, made from a list and ready to score: n-grams, a transformer, and models of this project."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from math import log
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import reference
+from benchmarks.harness import Session
+from benchmarks.methods import Models, exact_scores, parameters
+from benchmarks.tables import Row
+from benchmarks.transformer import Transformer, train
+from reference.ngram import KneserNey
+from wavenet_conv import ConvWaveNet, Scorer, Vocabulary, WaveNetConfig, fold_batch_norm
+from wavenet_conv.checkpoint import load_checkpoint
+from wavenet_conv.errors import UsageError
+from wavenet_conv.training import PRESETS, fit, new_model, split_names
+
+try:
+    import kenlm
+except ImportError:
+    kenlm = None
+
+ORDER = 6  # of 2 to 8, that with the lowest validation loss
+BATCHES = (256, 1024, 64)  # names per batch of the transformer
+NGRAMS = f"Kneser-Ney {ORDER}, {'Python' if kenlm is None else 'KenLM'}"
+
+Names = Sequence[str]
+
+
+class Rival(NamedTuple):
+    """A method that was made: what the table says of it, and how it scores, from strings to log-likelihoods."""
+
+    model: Any
+    facts: Row
+    score: Callable[[Names, int], Any]  # a list, in batches of this size
+    one: Callable[[str], Any]
+    exact: Callable[[Names], Any]  # the slow definition of the scores of a list
+    sizes: Sequence[int] = (1,)
+    made_with: int = 1  # threads
+    threads: Sequence[int] = (1,)  # that score, in turn
+
+
+def make_rivals(steps: int, session: Session) -> dict[str, Rival]:
+    """All of them, made from the training part of the session's list; networks take that many steps."""
+    return {
+        NGRAMS: count(session),
+        "transformer": train_transformer(steps, session),
+        "ours-fast": train_ours(steps, session),
+        "default": load_default(),
+    }
+
+
+def count(session: Session) -> Rival:
+    """The n-grams, which KenLM reads where it is installed; else they score in Python."""
+    begin = perf_counter()
+    model = KneserNey(split_names(session.names)[0], session.vocab.characters, ORDER)
+    exact = lambda names: list(map(model.log_prob, names))
+    one = model.log_prob
+    if kenlm is not None:
+        loaded = in_kenlm(model, session.args.names)
+        one = lambda name: loaded.score(" ".join(name), bos=True, eos=True) * log(10)
+    facts: Row = {"parameters": len(model.probs), "context": ORDER - 1, "seconds": perf_counter() - begin}
+    facts |= {"checked": "reference/ngram.py"}
+    return Rival(model, facts, lambda names, _: list(map(one, names)), one, exact)
+
+
+def in_kenlm(model: KneserNey, path: str) -> Any:
+    """The same n-grams as a model of KenLM; `path` of the list is for the error message."""
+    options = kenlm.Config()
+    options.show_progress, options.arpa_complain = False, kenlm.ARPALoadComplain.NONE
+    with TemporaryDirectory() as folder:
+        try:
+            model.write_arpa(Path(folder, "names.arpa"))
+        except ValueError as error:
+            raise UsageError(f"--names {path}: {error}") from error
+        return kenlm.Model(str(Path(folder, "names.arpa")), options)
+
+
+def train_transformer(steps: int, session: Session) -> Rival:
+    """A transformer, which sees all of the name so far."""
+    begin, longest, seed = perf_counter(), max(map(len, session.names)), session.args.seed
+    torch.manual_seed(seed)
+    model = Transformer(session.vocab, longest)
+    train(model, split_names(session.names)[0], steps, seed)
+    facts: Row = {"parameters": parameters(model), "context": longest + 1, "seconds": perf_counter() - begin}
+    facts |= {"checked": "float64 without padding"}
+    one = lambda name: -model.nats(*session.vocab.encode([name], context=1))
+    return Rival(model, facts, model.score, one, model.exact_scores, BATCHES, *all_threads())
+
+
+@torch.enable_grad()
+def train_ours(steps: int, session: Session) -> Rival:
+    """The preset "fast", validated at its end alone."""
+    begin, recipe = perf_counter(), replace(PRESETS["fast"][1], steps=steps, eval_every=steps, seed=session.args.seed)
+    model = new_model(WaveNetConfig(vocab_size=len(session.vocab)), recipe.seed)
+    fit(model, session.vocab, *split_names(session.names)[:2], recipe)
+    return ours(model, session.vocab, perf_counter() - begin, *all_threads())
+
+
+def load_default() -> Rival:
+    """The model that ships; its seconds are those of its own training, teachers included."""
+    trained = load_checkpoint("default")
+    notes = trained.notes
+    return ours(trained.model, trained.vocab, notes["seconds"], notes["threads"], all_threads()[1])
+
+
+def ours(model: ConvWaveNet, vocab: Vocabulary, seconds: float, made_with: int, threads: Sequence[int]) -> Rival:
+    """A model of this project: nodes shared across a list, and for one name the folded convolutional pass."""
+    scorer, folded, context = Scorer(model, vocab), fold_batch_norm(model), model.context
+
+    def one(name: str) -> Tensor:
+        tokens, _ = vocab.encode([name], context=context)
+        return -F.cross_entropy(folded(tokens)[0], F.pad(tokens[0, context:], (0, 1)), reduction="sum")
+
+    facts: Row = {"parameters": parameters(model), "context": context, "seconds": seconds}
+    facts |= {"checked": "windows in float64"}
+    exact = partial(exact_scores, Models(reference.from_conv(model), vocab))
+    return Rival(scorer, facts, lambda names, _: scorer.score(names), one, exact, (1,), made_with, threads)
+
+
+def all_threads() -> tuple[int, list[int]]:
+    """The number of PyTorch's threads, and those that networks score with: one, and all."""
+    return torch.get_num_threads(), sorted({1, torch.get_num_threads()})
