@@ -170,7 +170,10 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
     assert (installed / "wavenet_conv" / "py.typed").exists()
     done = python("-m", "wavenet_conv", "sample", "--count", 2, cwd=tmp_path, path=installed)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
-    # The README's first example, in two blocks, needs no `reference`.
-    block = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)[:2])
+    done = python("-m", "wavenet_conv", "page", "--output", "page.html", cwd=tmp_path, path=installed)
+    assert done.returncode == 0 and (tmp_path / "page.html").stat().st_size > 1e5, done.stderr
+    # The guide's first example, in two blocks, needs no `reference`.
+    guide = (ROOT / "docs" / "guide.md").read_text("utf-8")
+    block = "".join(re.findall(r"```python\n(.*?)```", guide, re.DOTALL)[:2])
     done = python("-c", f"{block}\nimport wavenet_conv; print(wavenet_conv)", cwd=tmp_path, path=installed)
     assert done.returncode == 0 and f"from '{installed}" in done.stdout, done.stderr
