@@ -382,7 +382,7 @@ function listen() {
 }
 
 function start() {
-  find("context").textContent = context;
+  find("context").textContent = context.toLocaleString("en");
   const [sizes, dilations] = ["kernelSize", "dilation"].map((key) => layers.slice(0, -1).map((layer) => layer[key]));
   find("model").textContent =
     `Kernel sizes ${sizes.join(" · ")}, dilations ${dilations.join(" · ")}, ` +
