@@ -111,3 +111,10 @@ def test_the_site_builds_without_a_warning(tmp_path):
     for page in tmp_path.glob("*.html"):
         foreign = re.findall(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"(?:https?:)?//[^>]*", page.read_text())
         assert not foreign, "no part of a page comes from elsewhere"
+
+
+def test_the_figures_are_fresh():
+    figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    for name, draw in figures["FIGURES"].items():
+        drawn = (ROOT / "docs" / "figures" / name).read_text()
+        assert drawn == draw(), f"docs/figures/{name} is stale: run `python docs/figures.py`"
