@@ -80,15 +80,19 @@ def read_space(path: str) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]
 
 
 def _is_valid(name: str, value: Any) -> bool:
-    """Whether a value, a range or a list of choices has values of the setting's type, and the range an order."""
+    """Whether a value, a range or a list of choices has the setting's type; a range is of numbers, in order."""
+    kinds = SETTINGS[name]
     if not isinstance(value, dict):
-        return type(value) in SETTINGS[name]
-    if "choices" in value:
-        return bool(value["choices"]) and all(_is_valid(name, choice) for choice in value["choices"])
+        return type(value) in kinds
+    if value.keys() == {"choices"}:
+        choices = value["choices"]
+        return isinstance(choices, list) and bool(choices) and all(type(choice) in kinds for choice in choices)
     if not {"low", "high"} <= value.keys() <= {"low", "high", "log"}:
         return False
-    low, high = value["low"], value["high"]
-    return _is_valid(name, low) and _is_valid(name, high) and low <= high and (low > 0 or not value.get("log"))
+    low, high, log = value["low"], value["high"], value.get("log", False)
+    if not {type(low), type(high)} <= {int, float}.intersection(kinds) or type(log) is not bool:
+        return False
+    return low <= high and (low > 0 or not log)
 
 
 class Work:
