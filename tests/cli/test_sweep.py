@@ -183,6 +183,18 @@ def test_spaces_that_are_rejected(sweep, folder, text, message):
     assert not (folder / "sweep.db").exists()
 
 
+def test_models_that_are_too_large_are_rejected(sweep, folder):
+    for width in (10**12, 10**30):
+        (folder / "wrong.toml").write_text(f"n_embd = {{choices = [{width}]}}")
+        code, out, err = sweep("--trials", 1, "--study", width, space="wrong.toml")
+        assert (code, out) == (2, "") and "wrong.toml: this model cannot be built here (" in err
+        assert (
+            "use a smaller one: WaveNetConfig(vocab_size=" in err
+            and f"n_embd={width}, " in err
+            and "Traceback" not in err
+        )
+
+
 def test_storages_that_are_rejected(sweep, monkeypatch):
     for storage, message in (
         ("list.txt", "--storage list.txt: Could not parse"),

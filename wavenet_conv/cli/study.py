@@ -21,10 +21,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ..errors import TrainingError, UsageError, WaveNetConvError
 from ..names import sha256_of
 from ..recipe import PRESETS, Recipe
-from ..training import Trainer, new_model, run
+from ..training import Trainer, run
 from .options import configured, device_of, output_errors, training_list
 from .progress import Progress
-from .resumable import differences, results_of, save_trained
+from .resumable import build, differences, results_of, save_trained
 
 try:
     import tomllib
@@ -100,7 +100,7 @@ class Work:
 
     def __init__(self, space: str, file: str, storage: str, study: str, device: str):
         with storage_errors(UsageError, f"--storage {storage}", "give another one, such as sqlite:///sweep.db"):
-            self.preset, self.settings, self.ranges = read_space(space)
+            self.space, (self.preset, self.settings, self.ranges) = space, read_space(space)
             self.names, self.device, self.name = training_list(file), device_of(device), study
             identity = {"names_sha256": self.names.sha256, "preset": self.preset, **self.settings, **self.ranges}
             self.study = self._study(storage, json.loads(json.dumps(identity)))
@@ -187,10 +187,11 @@ class Work:
         return trainer.best_loss
 
     def trainer(self, drawn: dict[str, Any]) -> Trainer:
-        """A training with the settings drawn, before its first step."""
+        """A training with the settings drawn, before its first step; raises as `build` does."""
         vocab, parts = self.names.vocab, self.names.parts
         config, recipe = configured(self.preset, len(vocab), self.settings | drawn)
-        return Trainer(new_model(config, recipe.seed, self.device), vocab, *parts[:2], recipe)
+        model = build(config, recipe.seed, self.device, where=f"{self.space}: ")
+        return Trainer(model, vocab, *parts[:2], recipe)
 
     def save(self, row: dict[str, Any], output: str) -> None:
         """Train the trial of a row again, since no process keeps weights, and write its checkpoint."""
