@@ -166,14 +166,33 @@ def test_a_sweep_may_choose_norms_activations_and_heads(sweep, folder):
         ("batch_size = 2.5", "batch_size is 2.5; give a value of type int, {choices = "),
         ("dropout = {low = 0.0, high = 1.5}", "dropout is 1.5; it must be at least 0 and below 1"),
         ("lr = {low = 2, high = 1}", "lr is {'low': 2, 'high': 1}; give a value of type float"),
+        ("lr = {choices = 5}", "lr is {'choices': 5}; give a value of type float, {choices = [...]}"),
+        ("lr = {choices = [{low = 1, high = 2}]}", "lr is {'choices': [{"),
+        ("lr = {choices = [0.1], low = 1}", "lr is {'choices': [0.1], 'low': 1}; give"),
+        ("lr = {low = 1, high = 2, log = 1}", "lr is {'low': 1, 'high': 2, 'log': 1}; give"),
+        ("n_hidden = {low = [4], high = [8]}", "n_hidden is {'low': [4], 'high': [8]}; give a value of type int"),
+        ("optimizer = {low = 'adamw', high = 'sgd'}", "optimizer is {'low': 'adamw', 'high': 'sgd'}; give"),
+        ("gated = {low = false, high = true}", "gated is {'low': False, 'high': True}; give a value of type bool"),
         ("n_hidden = [4, 5]\nkernel_sizes = {choices = [[2, 2], [8]]}", "n_hidden has 2 entries for 1 layers"),
     ],
 )
 def test_spaces_that_are_rejected(sweep, folder, text, message):
     (folder / "wrong.toml").write_text(text)
-    code, out, err = sweep(space="wrong.toml")
+    code, out, err = sweep("--trials", 1, space="wrong.toml")
     assert (code, out) == (2, "") and "wrong.toml: " in err and message in err
     assert not (folder / "sweep.db").exists()
+
+
+def test_models_that_are_too_large_are_rejected(sweep, folder):
+    for width in (10**12, 10**30):
+        (folder / "wrong.toml").write_text(f"n_embd = {{choices = [{width}]}}")
+        code, out, err = sweep("--trials", 1, "--study", width, space="wrong.toml")
+        assert (code, out) == (2, "") and "wrong.toml: this model cannot be built here (" in err
+        assert (
+            "use a smaller one: WaveNetConfig(vocab_size=" in err
+            and f"n_embd={width}, " in err
+            and "Traceback" not in err
+        )
 
 
 def test_storages_that_are_rejected(sweep, monkeypatch):

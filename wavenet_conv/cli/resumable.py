@@ -33,6 +33,17 @@ from .progress import Progress
 ADVICE = "fix that and start again with --resume"
 
 
+def build(
+    config: WaveNetConfig, seed: int, device: torch.device, dtype: torch.dtype | None = None, where: str = ""
+) -> ConvWaveNet:
+    """A new model; raises `UsageError` if it is too large for this machine."""
+    try:
+        return new_model(config, seed, device, dtype)
+    except (RuntimeError, TypeError, MemoryError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{where}this model cannot be built here ({reason}); use a smaller one: {config}") from error
+
+
 @dataclass(frozen=True)
 class Setup:
     """What a training shares with those of its teachers."""
@@ -70,11 +81,7 @@ class Run:
         }
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self.interrupted = self._interrupted()
-        try:
-            self.model = new_model(config, recipe.seed, setup.device, getattr(torch, setup.dtype))
-        except (RuntimeError, TypeError, MemoryError) as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"this model cannot be built here ({reason}); use a smaller one: {config}") from error
+        self.model = build(config, recipe.seed, setup.device, getattr(torch, setup.dtype))
 
     def train(self, teachers: Sequence[ConvWaveNet] = (), seconds: float | None = None) -> Trainer:
         """Train to the end or for `seconds`, from an interrupted run's state where there is one."""

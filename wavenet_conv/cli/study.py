@@ -21,10 +21,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ..errors import TrainingError, UsageError, WaveNetConvError
 from ..names import sha256_of
 from ..recipe import PRESETS, Recipe
-from ..training import Trainer, new_model, run
+from ..training import Trainer, run
 from .options import configured, device_of, output_errors, training_list
 from .progress import Progress
-from .resumable import differences, results_of, save_trained
+from .resumable import build, differences, results_of, save_trained
 
 try:
     import tomllib
@@ -80,15 +80,19 @@ def read_space(path: str) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]
 
 
 def _is_valid(name: str, value: Any) -> bool:
-    """Whether a value, a range or a list of choices has values of the setting's type, and the range an order."""
+    """Whether a value, a range or a list of choices has the setting's type; a range is of numbers, in order."""
+    kinds = SETTINGS[name]
     if not isinstance(value, dict):
-        return type(value) in SETTINGS[name]
-    if "choices" in value:
-        return bool(value["choices"]) and all(_is_valid(name, choice) for choice in value["choices"])
+        return type(value) in kinds
+    if value.keys() == {"choices"}:
+        choices = value["choices"]
+        return isinstance(choices, list) and bool(choices) and all(type(choice) in kinds for choice in choices)
     if not {"low", "high"} <= value.keys() <= {"low", "high", "log"}:
         return False
-    low, high = value["low"], value["high"]
-    return _is_valid(name, low) and _is_valid(name, high) and low <= high and (low > 0 or not value.get("log"))
+    low, high, log = value["low"], value["high"], value.get("log", False)
+    if not {type(low), type(high)} <= {int, float}.intersection(kinds) or type(log) is not bool:
+        return False
+    return low <= high and (low > 0 or not log)
 
 
 class Work:
@@ -96,7 +100,7 @@ class Work:
 
     def __init__(self, space: str, file: str, storage: str, study: str, device: str):
         with storage_errors(UsageError, f"--storage {storage}", "give another one, such as sqlite:///sweep.db"):
-            self.preset, self.settings, self.ranges = read_space(space)
+            self.space, (self.preset, self.settings, self.ranges) = space, read_space(space)
             self.names, self.device, self.name = training_list(file), device_of(device), study
             identity = {"names_sha256": self.names.sha256, "preset": self.preset, **self.settings, **self.ranges}
             self.study = self._study(storage, json.loads(json.dumps(identity)))
@@ -183,10 +187,11 @@ class Work:
         return trainer.best_loss
 
     def trainer(self, drawn: dict[str, Any]) -> Trainer:
-        """A training with the settings drawn, before its first step."""
+        """A training with the settings drawn, before its first step; raises as `build` does."""
         vocab, parts = self.names.vocab, self.names.parts
         config, recipe = configured(self.preset, len(vocab), self.settings | drawn)
-        return Trainer(new_model(config, recipe.seed, self.device), vocab, *parts[:2], recipe)
+        model = build(config, recipe.seed, self.device, where=f"{self.space}: ")
+        return Trainer(model, vocab, *parts[:2], recipe)
 
     def save(self, row: dict[str, Any], output: str) -> None:
         """Train the trial of a row again, since no process keeps weights, and write its checkpoint."""
