@@ -1,7 +1,9 @@
-"""Writes the generated parts of the pages: `python docs/make.py`.
+"""Writes the generated parts of the README and of the pages: `python docs/make.py`.
 
 A page marks such a part by `<!-- generated: NAME -->` and `<!-- end -->`, each on a line of its own. NAME is one of
 
+- `headline`: the README's table;
+- `modules`: the first line of every file of Python;
 - `commands`: the options of all commands;
 - `benchmarks`: all results, with how to read them;
 - the name of a file of results, such as `slide-cpu.json`: its tables;
@@ -11,6 +13,7 @@ A page marks such a part by `<!-- generated: NAME -->` and `<!-- end -->`, each 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import re
 import sys
@@ -18,11 +21,11 @@ from collections.abc import Iterable, Iterator
 from importlib import import_module
 from inspect import cleandoc, getsource
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the benchmarks are not installed
 
-from benchmarks.tables import summary
+from benchmarks.tables import summary, value_at
 from wavenet_conv.cli import new_parser
 from wavenet_conv.files import write_whole
 
@@ -32,6 +35,16 @@ RESULTS = ROOT / "benchmarks" / "results"
 PART = re.compile(r"(?<=^<!-- generated: )([\w.-]+) -->\n.*?(?=^<!-- end -->$)", re.DOTALL | re.MULTILINE)
 USAGE = {"?": "[{}]", "*": "[{} ...]", "+": "{} ..."}  # how an argument's number is written
 ORDER = ("slide", "score", "sample", "train", "ladder")  # what is not in it comes after
+
+
+def modules() -> Iterator[str]:
+    """Every file of the package, the tree and the benchmarks, with what it says of itself in its first line."""
+    rows = ["| file | what it does |", "| --- | --- |"]
+    for folder in ("wavenet_conv", "reference", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py"), key=lambda path: (len(path.parts), path)):
+            first = (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
+            rows += [f"| `{path.relative_to(ROOT).as_posix()}` | {escaped(first)} |"]
+    yield "\n".join(rows)
 
 
 def commands() -> Iterator[str]:
@@ -81,6 +94,54 @@ def escaped(text: str) -> str:
     return "".join(part if not i % 2 or part[0] == "`" else f"`{part}`" for i, part in enumerate(parts))
 
 
+class Task(NamedTuple):
+    """A row of the README's table, and where its figures are."""
+
+    task: str
+    rival: str
+    rows: str  # the results, and the path of the rows in them
+    key: str
+    form: str
+    rivals_method: str
+    our_method: str
+    only: dict[str, Any] = {}  # noqa: RUF012, what else the rows have in common
+
+    def __str__(self) -> str:
+        benchmark, _, path = self.rows.partition(".")
+        rows = value_at(json.loads((RESULTS / f"{benchmark}-cpu.json").read_text()), path)
+        figures = {row["method"]: row[self.key] for row in rows if self.only.items() <= row.items()}
+        rival, ours = figures[self.rivals_method], figures[self.our_method]
+        factor = ours / rival if "per_second" in self.key else rival / ours
+        link = f"[{factor:.2g}](docs/benchmarks.md#{benchmark})"
+        return f"| {self.task} | {self.rival} | {self.form.format(rival)} | {self.form.format(ours)} | {link} |"
+
+
+WINDOWS, TREE, BIG = "the tree on all windows as one batch", "windows_folded", {"names": 256}
+NGRAM, NGRAMS, ONE = "a Kneser-Ney 6-gram in KenLM", "Kneser-Ney 6, KenLM", {"threads": 1}
+TASKS = (
+    Task("all predictions for one name", WINDOWS, "slide.one_name", "us", "{:.0f} µs", TREE, "slid"),
+    Task(
+        "one of many predictions, context 1,024",
+        *(WINDOWS, "slide.growth.7.methods", "us_per_position", "{:.3g} µs", "windows", "slid"),
+    ),
+    Task("score 32,033 names", WINDOWS, "score.methods", "positions_per_second", "{:,.0f} positions/s", TREE, "shared"),
+    Task(
+        "score 32,033 names, one thread",
+        *(NGRAM, "choosing.methods", "positions_per_second", "{:,.0f} positions/s", NGRAMS, "default", ONE),
+    ),
+    Task(
+        "draw 524,288 names",
+        *("the tree on a batch of windows", "sample.methods", "names_per_second", "{:,.0f} names/s", TREE, "sample"),
+    ),
+    Task("a training step, 256 names", WINDOWS, "train.throughput", "ms", "{:.1f} ms", "windows", "shared", BIG),
+)
+
+
+def headline() -> Iterator[str]:
+    """Per task, the strongest rival and this project, from the same run."""
+    yield "\n".join(["| task | rival | rival's | ours | factor |", "| --- | --- | --: | --: | --: |", *map(str, TASKS)])
+
+
 def benchmarks() -> Iterator[str]:
     """Every file of results: the question, how to read the answer, what was run, and the tables."""
     place = {name: index for index, name in enumerate(ORDER)}
@@ -124,8 +185,9 @@ def source(name: str) -> Iterator[str]:
 
 def part(name: str) -> Iterator[str]:
     """What stands in the part of this name."""
-    if name in ("commands", "benchmarks"):
-        return commands() if name == "commands" else benchmarks()
+    listed = {"headline": headline, "modules": modules, "commands": commands, "benchmarks": benchmarks}
+    if name in listed:
+        return listed[name]()
     return tables(RESULTS / name) if name.endswith(".json") else source(name)
 
 
@@ -140,7 +202,7 @@ def filled(page: str) -> str:
 
 def main() -> None:
     """Rewrites each page whose generated parts are stale."""
-    for path in sorted(DOCS.glob("*.md")):
+    for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))):
         page = path.read_text()
         if filled(page) != page:
             write_whole(path, filled(page).encode())
