@@ -222,13 +222,13 @@ def test_what_the_page_says_holds_in_the_committed_run():
         [row for row in rows if row["method"] == name]
         for name in (rivals.NGRAMS, "ours-fast", "transformer", "default", "ours-gated")
     )
-    (counted,), made = ngrams, [row["seconds"] for row in fast if row["seconds"]]
+    (counted,), made = ngrams, [row["seconds"] for row in (*fast, *transformer) if row["seconds"]]
     assert abs(counted["validation_loss"] - loss["ours-fast"]) < 0.01  # ties
-    assert counted["seconds"] < 2 < made[0]
+    assert counted["seconds"] < 2 < made[0] < made[1]
     assert counted["us"] < 10 and counted["us"] == min(row["us"] for row in rows if "us" in row)
     speed = [max(row["positions_per_second"] for row in part) for part in (transformer, fast, default)]
-    assert speed[0] < speed[1] and speed[2] > 0.9 * counted["positions_per_second"]
-    assert loss["ours-fast"] < loss["transformer"]
+    assert speed[0] < speed[1] and 0.5 < speed[2] / counted["positions_per_second"] < 3
+    assert abs(loss["transformer"] - loss["ours-fast"]) < 0.02
     assert loss["default"] - 0.05 < loss["ours-gated"] < loss["default"] < counted["validation_loss"]
     assert gated[0]["context"] == 2 * default[0]["context"]
     assert gated[0]["parameters"] == pytest.approx(3 * default[0]["parameters"], rel=0.05)
