@@ -9,7 +9,8 @@ from math import fsum, log, log10
 from pathlib import Path
 
 END = "."  # the start before a name and the end after it, as in the lecture
-FALLBACK = (0.0, 0.5, 1.0, 1.5)  # discounts of an order whose counts of counts give none, as in KenLM
+# Discounts of an order whose counts of counts would divide by zero, or leave nothing for unseen tokens: KenLM's.
+FALLBACK = (0.0, 0.5, 1.0, 1.5)
 
 
 class KneserNey:
@@ -108,10 +109,7 @@ def adjusted_counts(sequences: Iterable[str], order: int) -> list[Counter[str]]:
 
 
 def discounts_of(counts: Iterable[int]) -> tuple[float, ...]:
-    """Of a count of 0, 1, 2, and 3 or more, by Chen and Goodman's equation 26.
-
-    `FALLBACK`, if that divides by zero or gives a discount of 0 or less, which leaves nothing for unseen tokens.
-    """
+    """What is subtracted from a count of 0, 1, 2, and 3 or more: equation 26 of Chen and Goodman, or `FALLBACK`."""
     times = Counter(counts)
     if not (times[1] and times[2] and times[3]):
         return FALLBACK
