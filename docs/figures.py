@@ -17,7 +17,7 @@ import torch
 from wavenet_conv import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
-NAME, TREES = "emma", (2, 4)  # outputs whose trees are drawn: windows 2 apart share pairs
+NAME, TREES = "olivia", (2, 6)  # outputs whose trees are drawn: windows 4 apart share pairs and quads
 
 STYLE = """
 svg { font: 14px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif }
@@ -27,8 +27,8 @@ text { text-anchor: middle; fill: var(--text) }
 .token { fill: var(--card); stroke: var(--soft) } .node { fill: var(--node) } .shared { fill: var(--shared) }
 .in { fill: var(--in); font-size: 12px; font-weight: 600 } .edge { stroke: var(--line); stroke-width: 1 }
 .tree { stroke: var(--soft); stroke-width: 2 } .grid { stroke: var(--line) } path { fill: none; stroke-width: 3 }
-path.windows { stroke: var(--node) } path.slid { stroke: var(--shared) }
-circle.windows { fill: var(--node) } circle.slid { fill: var(--shared) }
+path.windows { stroke: var(--soft) } path.slid { stroke: var(--node) }
+circle.windows { fill: var(--soft) } circle.slid { fill: var(--node) }
 svg { --card: #fff; --text: #1f2328; --soft: #636c76; --line: #d1d9e0; --node: #4577a8; --shared: #c2570c; --in: #fff }
 @media (prefers-color-scheme: dark) {
   svg { --card: #161b22; --text: #e6edf3; --soft: #9198a1; --line: #3d444d; --node: #79b0e8; --shared: #f5a05a }
@@ -127,17 +127,20 @@ def tree_figure() -> str:
     picture.text(24, 36, "The lecture: a tree for each prediction", "title start")
     trees = f"{outputs} predictions × {per_tree} nodes = {per_tree * outputs} nodes; two of the trees:"
     picture.text(24, 58, trees, "soft start")
-    picture.text(448, 36, "The convolution: every node once", "title start")
-    picture.text(448, 58, f"{' + '.join(map(str, slid))} = {sum(slid)} nodes, and the same predictions", "soft start")
+    picture.text(440, 36, "The convolution: every node once", "title start")
+    picture.text(440, 58, f"{' + '.join(map(str, slid))} = {sum(slid)} nodes, and the same predictions", "soft start")
     for t, y in zip(TREES, (268, 482)):
         nodes.draw(picture, [t], 40 - 26 * TREES[0], y, step=26, up=46)
-    nodes.draw(picture, TREES, 470, 408, step=40, up=86)
-    picture.text(580, 113, "next character", "soft end")
-    picture.text(580, 131, "probability", "soft end")
-    picture.dot(459, 464, 11, "shared", "3")
-    picture.text(480, 469, "in the trees of 2 or 3 predictions, computed once", "soft start")
-    picture.dot(459, 492, 11, "node")
-    picture.text(480, 497, "in the tree of one prediction", "soft start")
+    nodes.draw(picture, TREES, 458, 400, step=36, up=84)
+    picture.text(564, 112, "next character", "soft end")
+    picture.text(564, 130, "probability", "soft end")
+    most = max(max(counts) for counts in nodes.windows_with)
+    picture.dot(451, 456, 11, "shared", str(most))
+    picture.text(472, 461, f"in the trees of 2 to {most} predictions (the number), computed once", "soft start")
+    picture.dot(451, 483, 11, "node")
+    picture.text(472, 488, "in the tree of one prediction", "soft start")
+    picture.line(440, 506, 462, 506, "tree")
+    picture.text(472, 511, "the two trees on the left", "soft start")
     return str(picture)
 
 
@@ -155,12 +158,12 @@ def growth_figure() -> str:
 
     end, factor = rows[-1], rows[-1]["time_ratio"]
     title = (
-        f"Microseconds per position against the context: at {end['context']:,} tokens the tree takes "
+        f"Microseconds per prediction against the context: at {end['context']:,} tokens the tree takes "
         f"{end['methods'][0]['us_per_position']:.0f} and the convolution {end['methods'][1]['us_per_position']:.1f}"
     )
     picture = Picture(960, 440, title)
-    picture.text(24, 36, "Microseconds per position, by context", "title start")
-    picture.text(24, 58, f"{results['device']}; batch norm folded in both; both axes logarithmic", "soft start")
+    picture.text(24, 36, "Microseconds per prediction, by context", "title start")
+    picture.text(24, 58, f"{results['device']}; a text of 4,096 tokens; both axes logarithmic", "soft start")
     for power in range(low, high + 1):
         y = place(rows[0]["context"], 10**power)[1]
         picture.line(left, y, right, y, "grid")
@@ -172,10 +175,10 @@ def growth_figure() -> str:
     for index, (kind, label) in enumerate(labels.items()):
         picture.curve([place(row["context"], row["methods"][index]["us_per_position"]) for row in rows], kind)
         x, y = place(end["context"], end["methods"][index]["us_per_position"])
-        picture.text(x + 16, y - 4, f"{end['methods'][index]['us_per_position']:.3g} us", "start")
+        picture.text(x + 16, y - 4, f"{end['methods'][index]['us_per_position']:.3g} µs", "start")
         picture.text(x + 16, y + 15, label, "soft start")
     middle = (place(1, end["methods"][0]["us_per_position"])[1] + place(1, end["methods"][1]["us_per_position"])[1]) / 2
-    picture.text(right + 16, middle + 8, f"{factor:.0f} times", "title start")
+    picture.text(right + 16, middle + 8, f"{factor:.3g} times as fast", "title start")
     return str(picture)
 
 

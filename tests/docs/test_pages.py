@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import re
 import runpy
 
@@ -17,6 +18,7 @@ from wavenet_conv import names, training
 from wavenet_conv.cli import COMMANDS
 
 MAKE = runpy.run_path(str(ROOT / "docs" / "make.py"))
+RUNS = ("choosing", "ladder")
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
@@ -118,3 +120,16 @@ def test_the_figures_are_fresh():
     for name, draw in figures["FIGURES"].items():
         drawn = (ROOT / "docs" / "figures" / name).read_text()
         assert drawn == draw(), f"docs/figures/{name} is stale: run `python docs/figures.py`"
+
+
+def test_the_readme_says_the_losses_and_the_factor_of_the_runs():
+    results = {name: json.loads((ROOT / f"benchmarks/results/{name}-cpu.json").read_text()) for name in RUNS}
+    (lecture,) = (row for row in results["ladder"]["rungs"] if row["rung"] == "wide")
+    rows = {row["method"]: row for row in results["choosing"]["methods"] if row.get("threads") in (1, None)}
+    ngrams, default = rows["Kneser-Ney 6, KenLM"], rows["default"]
+    mixed = rows["0.6 x default + 0.4 x Kneser-Ney"]
+    ngrams_loss, lecture_loss, our_loss, both = (row["validation_loss"] for row in (ngrams, lecture, default, mixed))
+    readme = (ROOT / "README.md").read_text()
+    assert f"Its loss is {ngrams_loss:.3f} nats per character, the lecture's network has {lecture_loss:.3f}, " in readme
+    assert f"the model that ships {our_loss:.3f}, both mixed {both:.3f}." in readme
+    assert f"and one name {default['us'] / ngrams['us']:.0f} times as fast" in readme
