@@ -183,3 +183,11 @@ def test_tree_that_is_computed_node_by_node_maps(nodes, norm):
 def test_long_context_is_found():
     weight, table = randn(300 * 6, 27), randn(27, 6)
     assert from_tree(lambda x: table[x].flatten(1) @ weight).context == 300
+
+
+@pytest.mark.parametrize("table", [randn(8, 6), nn.Embedding(8, 6).weight], ids=["tensor", "embedding"])
+def test_positions_that_broadcast_over_one_token_are_named(table):
+    """A window of one token runs too, and shows another fault: its eight nodes are one token's."""
+    embed, layer, head = nn.Embedding(27, 6), nn.Linear(48, 10), nn.Linear(10, 27)
+    with pytest.raises(MappingError, match="constants that differ per position .learned positions.*train again"):
+        from_tree(lambda x: head(torch.tanh(layer((embed(x) + table).flatten(1)))))

@@ -129,7 +129,7 @@ def _found(model: Any, function: Callable[[Tensor], Any], device: torch.device) 
         if len(failed) == FAILURES:
             break
     if failed:
-        return failed[0]
+        return failed[-1]  # a window of 1 token may run by broadcasting alone
     raise MappingError(
         f"the model makes one prediction per window for no number of tokens from 1 to {LONGEST:,}; "
         f"{errors[max(errors)]}; give the number as context=, or wrap the model in a function of the windows alone"
