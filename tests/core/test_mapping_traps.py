@@ -187,7 +187,12 @@ def test_long_context_is_found():
 
 @pytest.mark.parametrize("table", [randn(8, 6), nn.Embedding(8, 6).weight], ids=["tensor", "embedding"])
 def test_positions_that_broadcast_over_one_token_are_named(table):
-    """A window of one token runs too, and shows another fault: its eight nodes are one token's."""
-    embed, layer, head = nn.Embedding(27, 6), nn.Linear(48, 10), nn.Linear(10, 27)
+    """A window of one token runs too, and shows another fault: it is at every place."""
+    embed, low, high, head = nn.Embedding(27, 6), nn.Linear(12, 9), nn.Linear(36, 10), nn.Linear(10, 27)
+
+    def model(x):
+        h = torch.tanh(low((embed(x) + table).unflatten(1, (4, 2)).flatten(2)))
+        return head(torch.tanh(high(h.flatten(1))))
+
     with pytest.raises(MappingError, match="constants that differ per position .learned positions.*train again"):
-        from_tree(lambda x: head(torch.tanh(layer((embed(x) + table).flatten(1)))))
+        from_tree(model)
