@@ -49,9 +49,12 @@ def read_mapping(mapping: Any, end: str) -> tuple[str, int]:
     Raises:
         NamesError: The arguments are not what `Vocabulary.from_mapping` takes.
     """
+    missing = NamesError(f"no {end!r} in the mapping; add the token that ends a name, or say its key with end=...")
+    if isinstance(mapping, Mapping) and mapping and end not in [*mapping, *mapping.values()]:
+        raise missing  # rather than a gap in the numbers
     keys = _keys_in_order(mapping)
     if end not in keys:
-        raise NamesError(f"no {end!r} in the mapping; say which key ends a name with end=...")
+        raise missing
     token = keys.index(end)
     characters = keys[:token] + keys[token + 1 :]
     for key in characters:

@@ -122,8 +122,8 @@ def test_a_vocabulary_of_any_numbers_behaves_as_the_standard_one(numbering):
 @pytest.mark.parametrize(
     ("mapping", "end", "message"),
     [
-        ({"a": 0, "b": 1}, ".", "no '.' in the mapping; say which key ends a name with end=..."),
-        ([*".ab"], "<E>", "no '<E>' in the mapping; say which key ends"),
+        ({"a": 1, "b": 2}, ".", "no '.' in the mapping; add the token that ends a name, or say its key with end=..."),
+        ([*".ab"], "<E>", "no '<E>' in the mapping; add the token that ends"),
         ([".", "ab"], ".", "the key 'ab' is not a single character; only the end, '.', may be longer"),
         (["<S>", "<E>", "a"], "<E>", "the key '<S>' is not a single character; only the end, '<E>', may be"),
         (["", ".", "a"], ".", "the key '' is not a single character"),
@@ -146,7 +146,7 @@ def test_a_vocabulary_of_any_numbers_behaves_as_the_standard_one(numbering):
         ({".": 0}, ".", "a vocabulary needs at least one character"),
         (".abc", ".", "the mapping is a str, '.abc'; pass the notebook's stoi or itos, such as {'.': 0, 'a': 1}"),
         ({".", "a"}, ".", "the mapping is a set"),
-        ({".": 0, "a": 1}, 0, "no 0 in the mapping; say which key"),
+        ({".": 0, "a": 1}, 0, "no 0 in the mapping; add the token"),
     ],
 )
 def test_wrong_mappings_are_rejected(mapping, end, message):

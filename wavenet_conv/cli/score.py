@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
     add("--format", choices=("tsv", "jsonl"), default="tsv", help="tab-separated with a header, or JSON lines")
     add("--per-position", dest="positions", action="store_true", help="add each character's log-probability")
     add("--unknown", choices=("error", "nan"), default="error", help="how to score a character that the model lacks")
-    add("--sort", action="store_true", help="least plausible first, nan last")
+    add("--sort", action="store_true", help="the most bits per character first, nan last")
     add("--limit", type=positive, default=sys.maxsize, metavar="N", help="stop after N lines (--sort: after N rows)")
 
 
