@@ -17,8 +17,7 @@ from rich.text import Text
 def explanation(records: list[dict[str, Any]], uniform: float) -> bytes:
     """Render records for standard output; `uniform` is the surprise of a uniform guess, in bits."""
     # With no_color, rich would still write bold; without a color system it writes no escape codes.
-    colors: Any = None if os.environ.get("NO_COLOR") else "auto"
-    console = Console(color_system=colors, highlight=False, markup=False, emoji=False)
+    console = Console(color_system=None if os.environ.get("NO_COLOR") else "auto", highlight=False)
     every = (position["bits"] for record in records for position in record["positions"])
     longest, width = max(filter(isfinite, every), default=0.0), min(max(console.width - 40, 6), 40)  # of all bars
     with console.capture() as captured:
@@ -31,10 +30,11 @@ def explanation(records: list[dict[str, Any]], uniform: float) -> bytes:
                 others = " ".join(f"{_shown(other['character'])} {other['probability']:>3.0%}" for other in likeliest)
                 cells = _shown(position["character"]), f"{position['probability']:.1%}", f"{bits:.2f}", bar
                 table.add_row(*cells, Text(others, no_wrap=True, overflow="ellipsis"))
-            heading = Text(f'"{_escaped(record["name"])}"', "bold", no_wrap=True, overflow="ellipsis")
+            heading = Text(f'"{_escaped(record["name"])}"', "bold")
+            console.print(heading, no_wrap=True, overflow="ellipsis")
             summary = f"score {record['score']:.4f} nats, {record['bits_per_character']:.3f} bits per character"
             summary += f", percentile {record['percentile']:.1f}" * isfinite(record["percentile"])
-            console.print(heading, table, f"{summary}\n", _nodes(record["nodes"]), "", sep="\n")
+            console.print(table, f"{summary}\n", _nodes(record["nodes"]), "", sep="\n")
         if len(records) > 1:
             console.print(Text("all names together", "bold"), _nodes(records[0]["nodes_together"]), sep="\n")
     return captured.get().encode(console.encoding, "replace")
