@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from itertools import islice
-from math import isfinite, log, log2, nan
+from math import log, log2, nan
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NamesError, UsageError
@@ -14,19 +11,13 @@ from .options import add_command, add_model, device_of, load_model
 from .rows import write_output
 
 if TYPE_CHECKING:
-    from ..config import WaveNetConfig
     from ..scoring import Scorer
 
-LIKELIEST = 3  # characters that are shown for every position
-
-Record = dict[str, Any]
-
 DESCRIPTION = """\
-Shows each character of a name, and then its end, in a row: the probability that the model gives it, its surprise in
-bits as a number and as a bar, and the likeliest characters there. All bars have one scale. A bar is red if a uniform
-guess would be less surprised, yellow from half of that on, and green below. Then follow the natural-log likelihood of
-the name, bits per character, and, if the checkpoint has quantiles of its training list, the percent of that list that
-need fewer bits. Characters are written as inside a JSON string.
+Shows each character of a name, and then its end: its probability, its surprise in bits as a number and as a bar, and
+the three likeliest characters there. All bars have one scale. A bar is red above the surprise of a uniform guess,
+yellow from half of that on, and green below. Then follow the score, bits per character, and, if the checkpoint has
+quantiles of its training list, the percent of that list that need fewer bits. Characters are as in a JSON string.
 
 The last table counts the nodes of each layer. loop: the whole tree of every window. pass: the convolutional pass, one
 node at every position. reused: nodes of the loop that the pass takes from an earlier window. stream: one new node per
@@ -47,73 +38,50 @@ def add_parser(commands: Any) -> None:
 
 def explain(names: list[str], *, model: str, device: str, as_json: bool) -> None:
     """Run the command; the arguments are its options."""
+    from ..counts import count_nodes
     from ..scoring import Scorer
 
     checkpoint = load_model(model)
-    vocab, quantiles = checkpoint.vocab, checkpoint.quantiles
+    vocab, config, quantiles = checkpoint.vocab, checkpoint.model.config, checkpoint.quantiles
     scorer = Scorer(checkpoint.model, vocab, device=device_of(device), quantiles=quantiles, remember=True)
+    counts = {"nodes_together": count_nodes(names, config)._asdict()}
+    records = [{**_scored(name, scorer), "nodes": count_nodes([name], config)._asdict(), **counts} for name in names]
+    if as_json:
+        finite = (json.loads(json.dumps(r), parse_constant=lambda _: None) for r in records)  # JSON has no NaN
+        write_output("".join(f"{json.dumps(record)}\n" for record in finite).encode())
+        return
+    from .explanation import explanation
+
+    write_output(explanation(records, uniform=log2(len(vocab))))
+
+
+def _scored(name: str, scorer: Scorer) -> dict[str, Any]:
+    """The numbers of a name and of each of its characters."""
+    characters, end = scorer.vocab.characters, scorer.vocab.end
     try:
-        records = _records(names, scorer, checkpoint.model.config)
+        values = scorer.position_log_probs([name])[0].double()
     except NamesError as error:
         raise UsageError(
-            f"NAME {names[error.index or 0][:40]!r}: character {error.character!r} at position {error.position} is not "
-            f"in the vocabulary {vocab.characters!r}; remove it, or give another model with --model"
+            f"NAME {name[:40]!r}: character {error.character!r} at position {error.position} is not in the "
+            f"vocabulary {characters!r}; remove it, or give another model with --model"
         ) from error
-    if as_json:
-        write_output("".join(f"{json.dumps(record)}\n" for record in records).encode())
-        return
-    from rich.console import Console
-
-    from .explanation import Page
-
-    # With no_color, rich would still write bold; without a color system it writes no escape codes.
-    colors: Any = None if os.environ.get("NO_COLOR") else "auto"
-    console = Console(color_system=colors, highlight=False, markup=False, emoji=False)
-    page = Page(records, console.width, log2(len(vocab)), ascii_only=console.options.ascii_only)
-    with console.capture() as captured:
-        for line in page.lines():
-            console.print(line)
-    write_output(captured.get().encode(console.encoding))
-
-
-def _records(names: list[str], scorer: Scorer, config: WaveNetConfig) -> list[Record]:
-    """What `--json` writes."""
-    from ..counts import count_nodes
-
-    positions, together = _positions(names, scorer), count_nodes(names, config)._asdict()
-    scores, bits = scorer.score(names).tolist(), scorer.bits_per_character(names).tolist()
-    percentiles = [nan] * len(names) if scorer.quantiles is None else scorer.percentile(names).tolist()
-    return [
+    falling, order = scorer.logits([name])[0].double().log_softmax(1).sort(dim=1, descending=True, stable=True)
+    columns = (values, values.exp(), values / -log(2), falling.exp()[:, :3], order[:, :3])
+    of_tokens = [*characters[:end], None, *characters[end:]]
+    positions = [
         {
-            "name": name,
-            "score": _number(score),
-            "bits_per_character": _number(per_character),
-            "percentile": _number(percentile),
-            "positions": list(islice(positions, len(name) + 1)),
-            "nodes": count_nodes([name], config)._asdict(),
-            "nodes_together": together,
-        }
-        for name, score, per_character, percentile in zip(names, scores, bits, percentiles)
-    ]
-
-
-def _positions(names: list[str], scorer: Scorer) -> Iterator[Record]:
-    """All characters and ends, name after name."""
-    values = scorer.position_log_probs(names)[0].double()
-    falling, tokens = scorer.logits(names)[0].double().log_softmax(1).sort(dim=1, descending=True, stable=True)
-    characters, end = scorer.vocab.characters, scorer.vocab.end
-    of_tokens, read = [*characters[:end], None, *characters[end:]], (c for name in names for c in (*name, None))
-    numbers = (values, values.exp(), values / -log(2), falling.exp()[:, :LIKELIEST], tokens[:, :LIKELIEST])
-    for character, value, probability, bits, others, order in zip(read, *(part.tolist() for part in numbers)):
-        yield {
             "character": character,
-            "log_probability": _number(value),
-            "probability": _number(probability),
-            "bits": _number(bits),
-            "likeliest": [{"character": of_tokens[t], "probability": _number(p)} for t, p in zip(order, others)],
+            "log_probability": value,
+            "probability": probability,
+            "bits": bits,
+            "likeliest": [{"character": of_tokens[t], "probability": p} for p, t in zip(others, tokens)],
         }
-
-
-def _number(value: float) -> float | None:
-    """The number; None for what JSON does not have."""
-    return value if isfinite(value) else None
+        for character, value, probability, bits, others, tokens in zip([*name, None], *(c.tolist() for c in columns))
+    ]
+    return {
+        "name": name,
+        "score": scorer.score([name]).item(),
+        "bits_per_character": scorer.bits_per_character([name]).item(),
+        "percentile": nan if scorer.quantiles is None else scorer.percentile([name]).item(),
+        "positions": positions,
+    }
