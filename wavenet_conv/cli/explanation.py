@@ -42,7 +42,7 @@ def explanation(records: list[dict[str, Any]], uniform: float) -> bytes:
 
 def _nodes(counts: dict[str, tuple[int, ...]]) -> Table:
     """A row per layer and one for all layers."""
-    table = _table(">layer", *(">pass" if way == "convolution" else f">{way}" for way in counts))
+    table = _table(">nodes of layer", *(">pass" if way == "convolution" else f">{way}" for way in counts))
     for layer, nodes in [*enumerate(zip(*counts.values()), 1), ("all", map(sum, counts.values()))]:
         table.add_row(str(layer), *(f"{count:,}" for count in nodes))
     return table
