@@ -23,7 +23,6 @@ from benchmarks.transformer import Transformer, train
 from reference.ngram import KneserNey
 from wavenet_conv import ConvWaveNet, Scorer, Vocabulary, WaveNetConfig, fold_batch_norm
 from wavenet_conv.checkpoint import load_checkpoint
-from wavenet_conv.errors import UsageError
 from wavenet_conv.training import PRESETS, fit, new_model, split_names
 
 try:
@@ -68,22 +67,19 @@ def count(session: Session) -> Rival:
     exact = lambda names: list(map(model.log_prob, names))
     one = model.log_prob
     if kenlm is not None:
-        loaded = in_kenlm(model, session.args.names)
+        loaded = in_kenlm(model)
         one = lambda name: loaded.score(" ".join(name), bos=True, eos=True) * log(10)
     facts: Row = {"parameters": len(model.probs), "context": ORDER - 1, "seconds": perf_counter() - begin}
     facts |= {"checked": "reference/ngram.py"}
     return Rival(model, facts, lambda names, _: list(map(one, names)), one, exact)
 
 
-def in_kenlm(model: KneserNey, path: str) -> Any:
-    """The same n-grams as a model of KenLM; `path` of the list is for the error message."""
+def in_kenlm(model: KneserNey) -> Any:
+    """The same n-grams as a model of KenLM."""
     options = kenlm.Config()
     options.show_progress, options.arpa_complain = False, kenlm.ARPALoadComplain.NONE
     with TemporaryDirectory() as folder:
-        try:
-            model.write_arpa(Path(folder, "names.arpa"))
-        except ValueError as error:
-            raise UsageError(f"--names {path}: {error}") from error
+        model.write_arpa(Path(folder, "names.arpa"))
         return kenlm.Model(str(Path(folder, "names.arpa")), options)
 
 

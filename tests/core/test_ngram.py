@@ -59,7 +59,7 @@ def test_two_names_by_hand():
     model = KneserNey(["ab", "aa"], "ab", order=2)
     # No count is 3, so discounts are 0.5 and 1. Two different tokens stand before a and the end, and one before b.
     a, b = 1 / 5 + 1 / 2 / 3, 0.5 / 5 + 1 / 2 / 3
-    assert model.discounts == [FALLBACK] * 2
+    assert model.discounts == [(0.0, 0.5, 1.0, 1.5)] * 2 == [FALLBACK] * 2
     assert [model.prob("", token) for token in ".ab"] == pytest.approx([a, a, b])
     assert [model.prob(".", token) for token in ".ab"] == pytest.approx([a / 2, 1 / 2 + a / 2, b / 2])
     assert [model.prob("a", token) for token in ".ab"] == pytest.approx([0.5 / 3 + p / 2 for p in (a, a, b)])
