@@ -110,7 +110,7 @@ class NodesOfName:
             picture.token(*place(-1, p), self.characters[p])
         for t in tops:
             x, y = place(len(self.spans) - 1, t)
-            picture.text(x, y - 36, (NAME + ".")[t], "mono")
+            picture.text(x, y - 36, [*NAME, "end"][t], "mono")
             picture.text(x, y - 18, f"{self.probabilities[t]:.0%}", "soft")
 
 
@@ -131,14 +131,15 @@ def tree_figure() -> str:
     picture.text(440, 58, f"{' + '.join(map(str, slid))} = {sum(slid)} nodes, and the same predictions", "soft start")
     for t, y in zip(TREES, (268, 482)):
         nodes.draw(picture, [t], 40 - 26 * TREES[0], y, step=26, up=46)
+    picture.text(156, 92, "next character", "soft start")
+    picture.text(156, 110, "probability", "soft start")
     nodes.draw(picture, TREES, 458, 400, step=36, up=84)
     picture.text(564, 112, "next character", "soft end")
     picture.text(564, 130, "probability", "soft end")
-    most = max(max(counts) for counts in nodes.windows_with)
-    picture.dot(451, 456, 11, "shared", str(most))
-    picture.text(472, 461, f"in the trees of 2 to {most} predictions (the number), computed once", "soft start")
+    picture.dot(451, 456, 11, "shared", "4")
+    picture.text(472, 461, "the number of trees that use this node; computed once", "soft start")
     picture.dot(451, 483, 11, "node")
-    picture.text(472, 488, "in the tree of one prediction", "soft start")
+    picture.text(472, 488, "used by one tree", "soft start")
     picture.line(440, 506, 462, 506, "tree")
     picture.text(472, 511, "the two trees on the left", "soft start")
     return str(picture)
