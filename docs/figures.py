@@ -179,7 +179,8 @@ def growth_figure() -> str:
         picture.text(x + 16, y - 4, f"{end['methods'][index]['us_per_position']:.3g} µs", "start")
         picture.text(x + 16, y + 15, label, "soft start")
     middle = (place(1, end["methods"][0]["us_per_position"])[1] + place(1, end["methods"][1]["us_per_position"])[1]) / 2
-    picture.text(right + 16, middle + 8, f"{factor:.3g} times as fast", "title start")
+    picture.text(right + 16, middle + 2, f"{factor:.3g} times as fast", "title start")
+    picture.text(right + 16, middle + 22, f"at a context of {end['context']:,}", "soft start")
     return str(picture)
 
 
