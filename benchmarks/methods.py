@@ -52,9 +52,10 @@ class Models:
 class Method(NamedTuple):
     """A way to compute logits.
 
-    `reads` says what one call takes: any "windows", "names" of one length, or "one name"; "strings" is `Scorer`'s way,
-    from a list of names to their log-likelihoods. `model` makes what is called. `stepper` makes a step of one character
-    in each of a batch of names; by default the model runs on windows.
+    `reads` says what one call takes: any "windows", "names" of one length, or "one name"; "distinct windows" finds the
+    windows that differ first; "strings" is `Scorer`'s way, from a list of names to their log-likelihoods. `model` makes
+    what is called. `stepper` makes a step of one character in each of a batch of names; by default the model runs on
+    windows.
     """
 
     reads: str
@@ -94,6 +95,7 @@ METHODS = {
     "loop": Method("one name", lambda models: partial(reference.loop_logits, models.tree)),
     "windows": Method("windows", lambda models: models.tree),
     "windows_folded": Method("windows", lambda models: models.folded_tree),
+    "windows_distinct": Method("distinct windows", lambda models: models.folded_tree),
     "slid_conv1d": Method("names", lambda models: models.conv),
     "slid": Method("names", lambda models: models.folded),
     "shared": Method("strings", lambda models: Scorer(models.conv, models.vocab, dtype=torch.float32)),
@@ -150,9 +152,10 @@ class OnList:
         self.method = METHODS[name]
         self.names = list(names[:: max(1, len(names) // few)] if name == "loop" else names)
         self.positions, self.model = outputs(self.names), self.method.model(models)
+        self.vocab_size, cut = len(models.vocab), "windows" in self.method.reads
         batches: dict[str, Sequence[int]] = {"one name": (1,), "strings": (len(self.names),)}
-        batches |= {"windows": WINDOW_BATCHES[models.device.type], "names": NAME_BATCHES[models.device.type]}
-        self.sizes = batches[self.method.reads]
+        batches |= {"names": NAME_BATCHES[models.device.type]}
+        self.sizes = WINDOW_BATCHES[models.device.type] if cut else batches[self.method.reads]
         if self.method.reads == "strings":
             return
         # The peer pads by itself, with zeros inside the network: one `.` before a name is all that it is given.
@@ -163,11 +166,11 @@ class OnList:
             tokens = models.vocab.encode(part, context=context)[0].to(models.device)
             targets = F.pad(tokens[:, context:], (0, 1))
             places = torch.tensor(rows).to(tokens)[:, None].expand_as(targets)
-            if self.method.reads == "windows":
+            if cut:
                 tokens = reference.windows(tokens, context).flatten(0, 1)
                 targets, places = targets.flatten(), places.flatten()
             parts.append((tokens, targets, places))
-        self.parts = [tuple(map(torch.cat, zip(*parts)))] if self.method.reads == "windows" else parts
+        self.parts = [tuple(map(torch.cat, zip(*parts)))] if cut else parts
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, ...]]:
         """Tokens, the tokens that follow, and the names' numbers, so many windows or names at once."""
@@ -184,10 +187,25 @@ class OnList:
         if self.method.reads == "strings":
             return self.model.score(self.names).double()
         scores = torch.zeros(len(self.names), dtype=torch.float64, device=self.parts[0][0].device)
+        if self.method.reads == "distinct windows":
+            ((windows, targets, places),) = self.parts
+            distinct, rows = distinct_windows(windows, self.vocab_size)
+            all_log_probs = torch.cat([self.model(part).log_softmax(-1) for part in distinct.split(size)])
+            return scores.index_add_(0, places, all_log_probs[rows, targets].double()).cpu()
         for tokens, targets, places in self.batches(size):
             log_probs = self.model(tokens).log_softmax(-1).gather(-1, targets[..., None])
             scores.index_add_(0, places.flatten(), log_probs.flatten().double())
         return scores.cpu()
+
+
+def distinct_windows(windows: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """The windows that differ, int64 `(distinct, context)`, and each window's row of them; `(n, context)` before.
+
+    A window is one int64, its tokens as digits, since `unique` is much faster on single numbers than on rows.
+    """
+    powers = vocab_size ** torch.arange(windows.shape[1], device=windows.device)
+    keys, rows = (windows * powers).sum(1).unique(return_inverse=True)
+    return keys[:, None] // powers % vocab_size, rows
 
 
 def exact_scores(models: Models, names: Sequence[str]) -> Tensor:

@@ -32,7 +32,7 @@ from wavenet_conv.sampling import sample_stream
 from wavenet_conv.scoring import CHUNK_NAMES
 
 TOLERANCE = 2e-5  # of a name's log-likelihood, in nats
-METHODS = ("loop", "windows", "windows_folded", "slid", "shared")
+METHODS = ("loop", "windows", "windows_folded", "windows_distinct", "slid", "shared")
 GROWN = (20_000, 10_000_000)  # distinct names to grow to, without and with --full
 LONGEST = 20  # characters; a sampled name is cut there
 
