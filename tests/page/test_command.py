@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
+import sys
 
 import pytest
 import torch
@@ -60,6 +62,7 @@ SHAPES: dict[str, dict] = {
         (["--name", "</script>"], "--name: name 0 ('</script>'): character '<' at position 0 is not in"),
         (["-o", "."], "--output .: not a regular file in an existing folder"),
         (["-o", "no/page.html"], "--output no/page.html: not a regular file in an existing folder"),
+        (["-o", "a" * 300], f"--output {'a' * 300}: File name too long; give another path"),
         (["--model", "model", "-o", "model"], "--output model: this file is being read; give another one"),
         (["-o", str(checkpoint.DEFAULT)], "default.safetensors: this file is being read; give another one"),
         (["--model", "large"], "--model large: its weights take 20.3 MB; a page holds at most 20 MB; give a smaller"),
@@ -89,6 +92,19 @@ def test_a_full_disk_exits_with_1_and_leaves_the_output(run, monkeypatch, tmp_pa
     message = "wavenet-conv: page.html: No space left on device; the file is as it was before\n"
     assert run() == (1, "", message)
     assert (tmp_path / "page.html").read_text() == "earlier" and os.listdir(tmp_path) == ["page.html"]
+
+
+def test_the_longest_file_name(run, tmp_path):
+    name = "é" * 125 + ".html"  # 255 bytes
+    assert run("-o", name)[0] == 0 and os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("buffering", [0, -1])
+def test_a_full_standard_output_exits_with_1(run, monkeypatch, buffering):
+    with open("/dev/full", "wb", buffering=buffering) as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=not buffering))
+        found = run()
+    assert found == (1, "", "wavenet-conv: standard output: No space left on device; the output is not complete\n")
 
 
 def test_a_link_is_followed(run, tmp_path):
