@@ -48,7 +48,7 @@ def page_html(model: ConvWaveNet, vocab: Vocabulary, name: str = "emma", quantil
     if len(name) > MAX_NAME:
         raise NamesError(f"the name has {len(name)} characters; a page shows at most {MAX_NAME}; give a shorter one")
     vocab.encode([name], context=1)  # raises for an unknown character
-    parts = {"data": _data(model, vocab, name, quantiles)}
+    parts = {"data": _data(model, vocab, name, quantiles), "longest": str(MAX_NAME)}
     # One pass over the template, so that nothing is replaced inside a part. A function, since parts have backslashes.
     return re.sub(r"\{\{([\w.]+)\}\}", lambda match: parts.get(match[1]) or _read(match[1]), _read("page.html"))
 
@@ -80,7 +80,6 @@ def _data(model: ConvWaveNet, vocab: Vocabulary, name: str, quantiles: Tensor | 
     places = [*(f"layer {number}" for number in range(1, len(layers))), "head"]
     data: dict[str, Any] = {
         "name": name,
-        "longest": MAX_NAME,
         "characters": vocab.characters,
         "end": vocab.end,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
