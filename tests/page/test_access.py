@@ -184,6 +184,9 @@ def test_forced_colors_leave_what_is_drawn(show, default_html, scheme):
     fill = "selector => getComputedStyle(document.querySelector(selector)).fill"
     assert window.evaluate(INVISIBLE, PAINTED) == []
     assert window.evaluate(fill, "#strips .positive") != window.evaluate(fill, "#strips .negative")
+    # The bars without an outline, and the modes without a plate of the page's color behind their text.
+    assert window.evaluate("getComputedStyle(find('next').children[1]).borderTopColor") == "rgba(0, 0, 0, 0)"
+    assert window.evaluate("getComputedStyle(document.querySelector(':checked + span')).forcedColorAdjust") == "none"
     for mode in ("loop", "convolution", "stream"):
         window.check(f"input[value={mode}]", force=True)
         assert window.evaluate(LOW_CONTRAST) == []

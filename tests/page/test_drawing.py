@@ -148,13 +148,13 @@ def test_the_policy_of_the_page_blocks_every_load(browser, default_html, tmp_pat
         window.evaluate("""() => {
           window.blocked = [];
           document.addEventListener("securitypolicyviolation", (event) => blocked.push(event.effectiveDirective));
-          const missing = "file:///missing";
+          const missing = "https://localhost:9/";
           const add = (tag, change) => document.body.append(Object.assign(document.createElement(tag), change));
           add("img", { src: missing });
           add("script", { src: missing });
           add("link", { rel: "stylesheet", href: missing });
           add("iframe", { src: missing });
-          fetch("https://localhost:9/").catch(() => {});
+          fetch(missing).catch(() => {});
         }""")
         kinds = ["connect-src", "frame-src", "img-src", "script-src-elem", "style-src-elem"]
         window.wait_for_function("kinds => kinds.every(kind => blocked.includes(kind))", arg=kinds, timeout=5000)
