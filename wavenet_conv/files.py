@@ -18,7 +18,7 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     is as it was and the new one is removed.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{token_hex(8)}")
+    temporary = path.with_name(f".{token_hex(8)}")  # short: the name of `path` may be as long as names can be
     try:
         with open(temporary, "xb") as file:
             yield file

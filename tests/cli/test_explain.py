@@ -118,6 +118,15 @@ def test_logits_that_are_not_finite_are_null_and_nan(explain, tmp_path):
     assert re.search(r"^end +nan% +nan +\S+ +nan%", text, re.M) and not re.search("percentile|together", text)
 
 
+@pytest.mark.parametrize("buffering", [0, -1])
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_a_full_standard_output(explain, monkeypatch, arguments, buffering):
+    with open("/dev/full", "wb", buffering=buffering) as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=not buffering))
+        found = explain(*arguments, "emma", code=1)
+    assert found == "wavenet-conv: standard output: No space left on device; the output is not complete\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

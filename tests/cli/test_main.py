@@ -101,7 +101,7 @@ def pipe_without_reader():
 
 @COMMANDS_OF_ROWS
 def test_standard_output_that_takes_no_rows(run, monkeypatch, arguments):
-    full = "standard output: No space left on device; the rows are not complete"
+    full = "standard output: No space left on device; the output is not complete"
     for opened, code, message in (
         (pipe_without_reader, 0, ""),
         (partial(open, "/dev/full", "w"), 1, f"wavenet-conv: {full}\n"),

@@ -65,6 +65,12 @@ def default_html() -> str:
     return page_html(checkpoint.model, checkpoint.vocab, quantiles=checkpoint.quantiles)
 
 
+@pytest.fixture
+def window(show, default_html):
+    """The page of the default model, with the name emma at its last output."""
+    return show(default_html)
+
+
 @pytest.fixture(scope="session")
 def random_model():
     """A model with a config in which no weight, bias or running statistic has its initial value."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from io import StringIO
 from math import isfinite
 from typing import Any
 
@@ -20,24 +21,26 @@ def explanation(records: list[dict[str, Any]], uniform: float) -> bytes:
     console = Console(color_system=None if os.environ.get("NO_COLOR") else "auto", highlight=False)
     every = (position["bits"] for record in records for position in record["positions"])
     longest, width = max(filter(isfinite, every), default=0.0), min(max(console.width - 40, 6), 40)  # of all bars
-    with console.capture() as captured:
-        for record in records:
-            table = _table("char", ">prob", ">bits", "", "likeliest")
-            for position in record["positions"]:
-                bits, likeliest = position["bits"], position["likeliest"]
-                color = "green" if bits < uniform / 2 else "yellow" if bits <= uniform else "red"
-                bar = Bar(longest, 0, max(0.0, bits), width=width, color=color)  # empty for a NaN
-                others = " ".join(f"{_shown(other['character'])} {other['probability']:>3.0%}" for other in likeliest)
-                cells = _shown(position["character"]), f"{position['probability']:.1%}", f"{bits:.2f}", bar
-                table.add_row(*cells, Text(others, no_wrap=True, overflow="ellipsis"))
-            heading = Text(f'"{_escaped(record["name"])}"', "bold")
-            console.print(heading, no_wrap=True, overflow="ellipsis")
-            summary = f"score {record['score']:.4f} nats, {record['bits_per_character']:.3f} bits per character"
-            summary += f", percentile {record['percentile']:.1f}" * isfinite(record["percentile"])
-            console.print(table, f"{summary}\n", _nodes(record["nodes"]), "", sep="\n")
-        if len(records) > 1:
-            console.print(Text("all names together", "bold"), _nodes(records[0]["nodes_together"]), sep="\n")
-    return captured.get().encode(console.encoding, "replace")
+    # Not console.capture(), which writes an empty text to standard output; a full disk fails even that.
+    encoding, text = console.encoding, StringIO()
+    console.file = text
+    for record in records:
+        table = _table("char", ">prob", ">bits", "", "likeliest")
+        for position in record["positions"]:
+            bits, likeliest = position["bits"], position["likeliest"]
+            color = "green" if bits < uniform / 2 else "yellow" if bits <= uniform else "red"
+            bar = Bar(longest, 0, max(0.0, bits), width=width, color=color)  # empty for a NaN
+            others = " ".join(f"{_shown(other['character'])} {other['probability']:>3.0%}" for other in likeliest)
+            cells = _shown(position["character"]), f"{position['probability']:.1%}", f"{bits:.2f}", bar
+            table.add_row(*cells, Text(others, no_wrap=True, overflow="ellipsis"))
+        heading = Text(f'"{_escaped(record["name"])}"', "bold")
+        console.print(heading, no_wrap=True, overflow="ellipsis")
+        summary = f"score {record['score']:.4f} nats, {record['bits_per_character']:.3f} bits per character"
+        summary += f", percentile {record['percentile']:.1f}" * isfinite(record["percentile"])
+        console.print(table, f"{summary}\n", _nodes(record["nodes"]), "", sep="\n")
+    if len(records) > 1:
+        console.print(Text("all names together", "bold"), _nodes(records[0]["nodes_together"]), sep="\n")
+    return text.getvalue().encode(encoding, "replace")
 
 
 def _nodes(counts: dict[str, tuple[int, ...]]) -> Table:

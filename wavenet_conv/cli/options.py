@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from stat import S_IFREG, S_ISREG
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import CheckpointError, ConfigError, NamesError, OutputError, UsageError
@@ -147,7 +148,13 @@ def training_list(path: str) -> TrainingList:
 def check_output(output: str, *inputs: str) -> None:
     """Raise `UsageError` if `--output` cannot be a regular file, or is one of the files that are read."""
     path = Path(output)
-    if (path.exists() and not path.is_file()) or not path.parent.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = S_IFREG  # that of a new file
+    except OSError as error:
+        raise UsageError(f"--output {output}: {error.strerror}; give another path") from error
+    if not S_ISREG(mode) or not path.parent.is_dir():
         raise UsageError(f"--output {output}: not a regular file in an existing folder; give another path")
     if path.exists() and any(os.path.exists(file) and os.path.samefile(path, file) for file in inputs):
         raise UsageError(f"--output {output}: this file is being read; give another one")

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import ConfigError, NamesError
 from .options import add_command, check_output, load_model, output_errors, usage_errors
+from .rows import write_output
 
 DESCRIPTION = """\
 Writes one HTML file with the model inside. Open it in a browser: it needs no network and no server. The page draws
@@ -37,4 +38,4 @@ def page(*, model: str, name: str, output: str) -> None:
         html = page_html(checkpoint.model, checkpoint.vocab, name, checkpoint.quantiles).encode()
     with output_errors(output, "the file is as it was before"):
         write_whole(os.path.realpath(output), html)
-    print(f"{output}: {len(html) / 1e6:.2f} MB; open it in a browser")
+    write_output(os.fsencode(f"{output}: {len(html) / 1e6:.2f} MB; open it in a browser\n"))

@@ -87,4 +87,4 @@ def write_output(data: bytes = b"") -> None:
             os.dup2(null.fileno(), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError) or (os.name == "nt" and error.errno == errno.EINVAL):
             raise BrokenPipeError from error
-        raise OutputError(f"standard output: {error.strerror}; the rows are not complete") from error
+        raise OutputError(f"standard output: {error.strerror}; the output is not complete") from error

@@ -12,7 +12,6 @@ const model = new Model(document.getElementById("data").textContent);
 const { alphabet, context, end, layers, spans } = model;
 const TOP = layers.length; // the row of the outputs; row 0 is the tokens, row l is layer l
 const state = { mode: "convolution", timer: null }; // and what `showName` and `buildDiagram` set
-
 const find = (id) => document.getElementById(id);
 
 /** A new HTML element, or an SVG element where the tag begins with "svg:". Text never becomes markup. */
@@ -33,7 +32,9 @@ function glyph(token) {
   return `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
 }
 
-const text = (tokens) => (tokens.length > 16 ? "… " : "") + tokens.slice(-16).map(glyph).join(" ");
+const written = (tag, token) => make(tag, glyph(token).length > 2 ? { class: "long" } : {}, glyph(token));
+const spoken = (token) => (alphabet[token] === " " ? "space" : glyph(token)); // for a screen reader
+const text = (tokens, write) => (tokens.length > 16 ? "… " : "") + tokens.slice(-16).map(write).join(" ");
 const plural = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 const fixed = (number, digits) => number.toFixed(digits).replace("-", "−");
 const nodeName = (row, p) => (row === TOP ? `output ${p}` : row ? `node (${row}, ${p})` : `token ${p}`);
@@ -118,30 +119,28 @@ function buildDiagram() {
   svg.setAttribute("height", bottom + BARS + 22);
   svg.setAttribute("aria-label", `Nodes of the name ${state.name.join("") || "(empty)"}; move with the arrow keys`);
   svg.replaceChildren(tree, ...links, ...surprises, predictedEnd, ...nodes);
-  setEntry([TOP - 1, state.t]);
 }
 
-function tokenShape(token) {
-  const label = glyph(token);
-  const square = make("svg:rect", { x: -14, y: -14, width: 28, height: 28, rx: 7 });
-  return [square, make("svg:text", label.length > 2 ? { class: "long" } : {}, label)];
-}
-
+const square = { x: -14, y: -14, width: 28, height: 28, rx: 7 };
+const tokenShape = (token) => [make("svg:rect", square), written("svg:text", token)];
 function buildNode(row, p) {
   const shape = row ? [make("svg:circle", { r: 12 }), make("svg:text")] : tokenShape(state.tokens[p]);
   if (row === TOP) shape[1].append(p);
   const [kind, role] = row === TOP ? ["output", "button"] : [row ? "layer" : "token", "img"];
-  const label = `${nodeName(row, p)}, covers ${text(covered(row, p))}`;
   const place = { transform: `translate(${x(row, p)} ${y(row)})`, "data-row": row, "data-p": p };
-  const attributes = { id: `n-${row}-${p}`, class: `node ${kind}`, role, tabindex: -1, "aria-label": label, ...place };
-  return make("svg:g", attributes, ...shape);
+  return make("svg:g", { id: `n-${row}-${p}`, class: `node ${kind}`, role, tabindex: -1, ...place }, ...shape);
 }
 
 function renderDiagram() {
+  const legend = [...document.querySelectorAll(".legend [data-state]:not([hidden])")];
   for (const node of find("diagram").querySelectorAll(".node[id]")) {
     const [row, p] = placeOf(node);
     const [now, number, tree] = [stateOf(row, p), numberIn(row, p), String(inTree(row, p))];
     if (node.dataset.state !== now || node.dataset.tree !== tree) Object.assign(node.dataset, { state: now, tree });
+    const windows = plural(model.windows(row, p, state.name.length), "window");
+    const label = [nodeName(row, p), `covers ${text(covered(row, p), spoken)}`, `in ${windows}`];
+    if (row || now === "kept") label.push(legend.find((item) => item.dataset.state === now).textContent);
+    node.setAttribute("aria-label", label.join(", "));
     if (row && row < TOP && node.lastChild.textContent !== number) node.lastChild.textContent = number;
   }
   document.querySelectorAll(".surprise").forEach((bar, t) => bar.classList.toggle("shown", t === state.t));
@@ -154,13 +153,11 @@ function renderDiagram() {
 const placeOf = (node) => [Number(node.dataset.row), Number(node.dataset.p)];
 const elementOf = ([row, p]) => find(`n-${row}-${p}`);
 
-/** The node whose details are shown: the one under the pointer, or with the focus, or the top of the tree. */
-const chosen = () => state.hovered ?? state.focused ?? [TOP - 1, state.t];
-
+/** The details of the node under the pointer, or with the focus, or at the top of the tree. */
 function renderNode() {
-  const [row, p] = chosen();
+  const pointed = state.hovered ?? state.focused;
+  const [row, p] = pointed ?? [TOP - 1, state.t];
   const [below, above] = [children(row, p), parents(row, p)];
-  const pointed = Boolean(state.hovered ?? state.focused);
   find("children").setAttribute("d", pointed ? lines([row, p], below) : "");
   find("parents").setAttribute("d", pointed ? lines([row, p], above) : "");
   document.querySelectorAll("[data-kin]").forEach((node) => node.removeAttribute("data-kin"));
@@ -170,7 +167,7 @@ function renderNode() {
   const names = (nodes) => nodes.map((node) => nodeName(...node)).join(", ");
   const same = state.rows[row].filter((node) => node.id === state.rows[row][p].id).length - 1;
   const sentences = [
-    `Covers ${plural(spans[row], "token")}, “${text(covered(row, p))}”.`,
+    `Covers ${plural(spans[row], "token")}, “${text(covered(row, p), glyph)}”.`,
     row > 0 && `Tap j reads position ${p} + j × ${layers[row - 1].dilation}: ${names(below)}.`,
     row < TOP && `Read by ${names(above) || "no node of this name"}.`,
     row > 0 && same > 0 && `Same children as ${plural(same, "other node")} of its layer, so the same values.`,
@@ -227,8 +224,7 @@ function renderCounters() {
 function buildDistribution() {
   const buttons = alphabet.map((character, token) => {
     const button = make("button", { type: "button" }, make("span", { class: "bar" }, make("i")));
-    button.append(make("b", glyph(token).length > 2 ? { class: "long" } : {}, glyph(token)), make("small"));
-    button.disabled = token === end;
+    button.append(written("b", token), make("small"));
     button.addEventListener("click", () => typed([...state.name, character]));
     return button;
   });
@@ -238,16 +234,17 @@ function buildDistribution() {
 function renderDistribution() {
   const probs = logProbs(state.t).map(Math.exp);
   const sorted = probs.slice().sort().reverse();
-  const before = text(state.tokens.slice(state.t, state.t + context));
-  find("next-title").textContent = `Next character at output ${state.t}, after ${before}`;
+  find("next-title").textContent = `Next character at output ${state.t}, after ${text(covered(TOP, state.t), glyph)}`;
+  const room = find("name").maxLength - state.name.join("").length;
   [...find("next").children].forEach((button, token) => {
+    button.disabled = token === end || alphabet[token].length > room;
     const percent = 100 * probs[token];
     const actual = token === target(state.t);
     button.hidden = probs[token] < (sorted[SHOWN - 1] ?? 0) && !actual;
     button.classList.toggle("actual", actual);
     button.querySelector("i").style.height = `${(100 * probs[token]) / sorted[0]}%`;
     button.querySelector("small").textContent = percent < 0.1 ? "<0.1" : percent.toFixed(percent < 10 ? 1 : 0);
-    const what = token === end ? "end of the name" : `append ${glyph(token)}`;
+    const what = token === end ? "end of the name" : `append ${spoken(token)}`;
     button.setAttribute("aria-label", `${what}, ${percent.toFixed(1)} percent${actual ? ", next in the name" : ""}`);
   });
 }
@@ -263,15 +260,17 @@ function renderScore() {
   find("percentile").textContent = `${fixed((100 * fewer) / model.quantiles.length, 1)}%`;
 }
 
-/** Shows output t in the current mode. */
-function render() {
+/** Shows output t in the current mode, after a change of both or one of them. */
+function render(change) {
+  Object.assign(state, change);
   find("output").value = state.t;
   find("shown").textContent = `${state.t} of ${state.name.length}`;
   const percent = 100 * Math.exp(logProbs(state.t)[target(state.t)]);
-  const summary = `output ${find("shown").textContent} gives ${glyph(target(state.t))} ${percent.toFixed(1)} percent`;
+  const summary = `output ${find("shown").textContent} gives ${spoken(target(state.t))} ${percent.toFixed(1)} percent`;
   find("output").setAttribute("aria-valuetext", summary);
   renderMode();
   renderDiagram();
+  setEntry(state.focused ?? [TOP - 1, state.t]);
   renderNode();
   renderCounters();
   renderDistribution();
@@ -304,9 +303,8 @@ function typed(characters, fromField = false) {
 }
 
 function showOutput(t) {
-  state.t = t;
   if (t === state.name.length) stop();
-  render();
+  render({ t });
 }
 
 function stop() {
@@ -351,13 +349,16 @@ function go(event) {
 }
 
 function listen() {
-  const events = { pointerover: "hovered", pointerleave: "hovered", focusin: "focused", focusout: "focused" };
+  const events = { pointermove: "hovered", pointerleave: "hovered", focusin: "focused", focusout: "focused" };
   for (const [event, key] of Object.entries(events)) {
+    // Not pointerover, which also comes when the keyboard scrolls the diagram under a pointer that rests.
     // Not of the SVG element itself: Chromium makes one that listens to focus a stop of the Tab key.
     find("scroller").addEventListener(event, ({ type, target }) => {
-      const node = type === "pointerover" || type === "focusin" ? target.closest(".node[id]") : null;
-      state[key] = node && placeOf(node);
-      if (node && key === "focused") setEntry(state.focused);
+      const node = type === "pointermove" || type === "focusin" ? target.closest(".node[id]") : null;
+      const place = node && placeOf(node);
+      if (type === "pointermove" && String(place) === String(state.hovered)) return;
+      Object.assign(state, key === "focused" && node ? { hovered: null, focused: place } : { [key]: place });
+      if (state.focused) setEntry(state.focused);
       renderNode();
     });
   }
@@ -372,13 +373,12 @@ function listen() {
   });
   window.addEventListener("resize", () => {
     if (columnWidth() === state.column) return;
+    const { focused } = state;
     buildDiagram();
+    if (focused) elementOf(focused).focus(); // what had the focus was replaced
     render();
   });
-  find("modes").addEventListener("change", (event) => {
-    state.mode = event.target.value;
-    render();
-  });
+  find("modes").addEventListener("change", (event) => render({ mode: event.target.value }));
 }
 
 function start() {
