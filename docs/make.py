@@ -125,7 +125,7 @@ def duration(seconds: float) -> str:
 
 
 WINDOWS, TREE, BIG = "the tree, all windows as one batch", "windows_folded", {"names": 256}
-DISTINCT = "the tree, all windows that differ as one batch"
+DISTINCT = "the tree, each distinct window once"
 NAMES, NGRAMS = "the tree, many names as one batch", "counted 6-grams (KenLM)"
 COUNTED, ONE, SPEED = "Kneser-Ney 6, KenLM", {"threads": 1}, "positions_per_second"
 OUTPUTS, DRAWN = 228_146, 524_288  # of the lecture's list, and names in the run of `sample`
