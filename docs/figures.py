@@ -25,7 +25,7 @@ text { text-anchor: middle; fill: var(--text) }
 .start { text-anchor: start } .end { text-anchor: end } .title { font-size: 17px; font-weight: 600 }
 .soft { fill: var(--soft) } .card { fill: var(--card) } .mono { font: 15px ui-monospace, Menlo, Consolas, monospace }
 .token { fill: var(--card); stroke: var(--soft) } .node { fill: var(--node) } .shared { fill: var(--shared) }
-.in { fill: var(--in); font-size: 12px; font-weight: 600 } .edge { stroke: var(--line); stroke-width: 1 }
+.in { fill: var(--in); font-size: 12px; font-weight: 600 } .edge { stroke: var(--soft); opacity: 0.45 }
 .tree { stroke: var(--soft); stroke-width: 2 } .grid { stroke: var(--line) } path { fill: none; stroke-width: 3 }
 path.windows { stroke: var(--soft) } path.slid { stroke: var(--node) }
 circle.windows { fill: var(--soft) } circle.slid { fill: var(--node) }

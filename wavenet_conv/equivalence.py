@@ -48,9 +48,10 @@ class Report:
         name, position = self.worst
         return (
             f"{'equal' if self.equal else 'NOT EQUAL'}: {self.positions:,} positions of {self.names:,} names, "
-            f"{str(self.dtype).removeprefix('torch.')}, tolerance {self.tolerance:g}, relative for logits above 1\n"
+            f"{str(self.dtype).removeprefix('torch.')}, tolerance {self.tolerance:g} (times the logit where that is "
+            f"above 1)\n"
             f"largest difference {self.max_abs_diff:.3g} in {name!r:.40} at position {position}; "
-            f"{self.argmax_differences:,} positions with another argmax"
+            f"{self.argmax_differences:,} positions with another likeliest token"
         )
 
 

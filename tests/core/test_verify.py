@@ -32,7 +32,7 @@ def test_report_of_equal_models_is_true(fold):
     assert report.equal and report and sum(done) == report.names == 4
     assert report.positions == 7 + 5 + 1 + 2 and report.argmax_differences == 0
     assert report.max_abs_diff < 1e-12 == report.tolerance
-    expected = "equal: 15 positions of 4 names, float64, tolerance 1e-12, relative for logits above 1\nlarg"
+    expected = "equal: 15 positions of 4 names, float64, tolerance 1e-12 (times the logit where that is above 1)\nlarg"
     assert str(report).startswith(expected)
 
 
