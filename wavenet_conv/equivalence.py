@@ -51,7 +51,7 @@ class Report:
             f"{str(self.dtype).removeprefix('torch.')}, tolerance {self.tolerance:g} (times the logit where that is "
             f"above 1)\n"
             f"largest difference {self.max_abs_diff:.3g} in {name!r:.40} at position {position}; "
-            f"{self.argmax_differences:,} positions with another likeliest token"
+            f"the likeliest token differs at {self.argmax_differences:,} positions"
         )
 
 
