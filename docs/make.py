@@ -134,7 +134,7 @@ TASKS = (
     Task("a training step on 256 names", WINDOWS, "train.throughput", "ms", "windows", "shared", BIG),
     Task("all predictions of one name", WINDOWS, "slide.one_name", "us", TREE, "slid"),
     Task(
-        "a prediction in a long text; context 1,024, random weights",
+        "each prediction of a text; context 1,024, random weights",
         *(WINDOWS, "slide.growth.7.methods", "us_per_position", "windows", "slid"),
     ),
 )
