@@ -13,7 +13,7 @@ class NodeCounts(NamedTuple):
     """Nodes per layer, lowest layer first; a head that fuses nodes is no layer.
 
     Attributes:
-        loop: Of the trees of all windows, each computed anew.
+        loop: Of the trees of all windows, each tree computed in full.
         convolution: Of the convolutional pass, which computes one node at every position of a sequence.
         reused: How many of the loop's nodes the pass takes from an earlier window.
         stream: Of a stream, one per output.
