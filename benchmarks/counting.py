@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 from unittest.mock import patch
 
@@ -13,6 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wavenet_conv import WaveNetConfig
 from wavenet_conv.engine import shared
+
+CompiledNodes: Any = None
+with suppress(ImportError):  # Numba is not installed
+    from wavenet_conv.engine.compiled import CompiledNodes
+evaluate: Any = getattr(CompiledNodes, "evaluate", None)
 
 ATEN = torch.ops.aten
 PRODUCTS = {ATEN.mm, ATEN.addmm, ATEN.addmm_, ATEN.bmm, ATEN.baddbmm, ATEN.baddbmm_}
@@ -45,8 +50,12 @@ class Counting(TorchDispatchMode):
 
 @contextmanager
 def counting(config: WaveNetConfig) -> Iterator[Counting]:
-    """As `Counting`; of a `Scorer`, whose tiles are padded, the nodes that get ids, and the multiply-adds of those."""
+    """As `Counting`; of a `Scorer`, whose tiles are padded, the nodes that get ids, and the multiply-adds of those.
+
+    Compiled loops evaluate a node once for each tap at which it is read.
+    """
     counted, evaluated, find_ids = Counting(config), [0] * len(config.widths), shared.ids_of_names
+    by_tap = list[int]()  # evaluations in compiled loops
 
     def counting_ids(*args: Any, **options: Any) -> Any:
         layers, *rest = find_ids(*args, **options)
@@ -54,16 +63,27 @@ def counting(config: WaveNetConfig) -> Iterator[Counting]:
             evaluated[layer] += len(children)
         return (layers, *rest)
 
-    with counted, patch.object(shared, "ids_of_names", counting_ids):
+    def counting_evaluations(model: Any, layer: int, tap: int, table: Any, children: Any, *rest: Any) -> None:
+        by_tap.append(sum(keys.shape[1] for keys in children))
+        evaluated[layer] += by_tap[-1]
+        evaluate(model, layer, tap, table, children, *rest)
+
+    with (
+        counted,
+        patch.object(shared, "ids_of_names", counting_ids),
+        patch.object(CompiledNodes, "evaluate", counting_evaluations) if CompiledNodes else nullcontext(),
+    ):
         yield counted
     if any(evaluated):
-        counted.nodes, counted.multiply_adds = evaluated, shared_multiply_adds(config, evaluated)
+        counted.nodes = evaluated
+        counted.multiply_adds = shared_multiply_adds(config, evaluated, taps_apart=bool(by_tap))
 
 
-def shared_multiply_adds(config: WaveNetConfig, nodes: Sequence[int]) -> int:
-    """Multiply-adds for that many distinct nodes per layer: each with every tap of its parents' layer, or the head."""
+def shared_multiply_adds(config: WaveNetConfig, nodes: Sequence[int], taps_apart: bool) -> int:
+    """Multiply-adds for that many nodes per layer: each with every tap of its parents' layer, or one, or the head."""
     widths, above = config.widths, [*zip(config.kernel_sizes[1:], config.widths[1:]), (1, config.vocab_size)]
-    return sum(count * width * size * wide for count, width, (size, wide) in zip(nodes, widths, above))
+    size_of = lambda size: 1 if taps_apart else size
+    return sum(count * width * size_of(size) * wide for count, width, (size, wide) in zip(nodes, widths, above))
 
 
 def nodes_of(call: Callable[[], Any], config: WaveNetConfig) -> list[int]:

@@ -1,36 +1,53 @@
-"""Turns TF32 off for a while: cuDNN uses it for float32 convolutions by default."""
+"""IEEE arithmetic whatever the program's settings: turns TF32 and autocast off for a while."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
 
+_lock, _inside, _found = Lock(), 0, list[Any]()  # of all threads: how many are inside, and what the first one found
+if hasattr(os, "register_at_fork"):  # a child must not inherit a lock that another thread holds
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """A context manager that runs float32 convolutions and matrix products in IEEE arithmetic.
+    """A context manager that runs float32 convolutions and matrix products in IEEE arithmetic, without autocast.
 
     TF32 has 10 bits of mantissa, which moves logits by about 1e-3. The switches of CUDA and of the CPU's oneDNN are
-    set, and restored at the end; they are global, so other threads see them too.
+    global, so other threads see them too: the first thread that enters sets them, and the last one that leaves restores
+    them.
     """
+    global _inside, _found
     switches = _switches()
-    found = [read() for read, _, _ in switches]
+    with _lock:
+        if not _inside:
+            _found = [read() for read, _, _ in switches]
+            for _, write, exact in switches:
+                write(exact)
+        _inside += 1
     try:
-        for _, write, exact in switches:
-            write(exact)
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
-        for (_, write, _), value in zip(switches, found):
-            write(value)
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                for (_, write, _), value in zip(switches, _found):
+                    write(value)
 
 
 def exact_float32_on(device: torch.device) -> AbstractContextManager[None]:
-    """`exact_float32()` on CUDA. Nothing on the CPU, where entering it takes longer than a short step."""
-    return exact_float32() if device.type == "cuda" else nullcontext()
+    """`exact_float32()` on CUDA. On the CPU, where entering it takes longer than a short step, autocast alone."""
+    if device.type == "cuda":
+        return exact_float32()
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
 def _switches() -> list[tuple[Callable[[], Any], Callable[[Any], None], Any]]:

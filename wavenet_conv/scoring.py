@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from math import log
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .checkpoint import load_checkpoint
-from .engine.shared import NodeCache, SharedNodes
-from .engine.weights import fold
+from .engine.shared import SharedNodes
+from .engine.weights import fold, why_not_compiled
 from .errors import ConfigError, NamesError, ShapeError
 from .model import ConvWaveNet, check_pair
 from .numbering import to_engine
@@ -48,8 +49,9 @@ class Scorer:
         scorer.score(["emma", "xqzvkj"])
 
     Scores are batch-invariant: a name has the same bits alone, in any batch, in any order and in any chunk size, on the
-    same device with the same number of threads. Every matrix product has a fixed shape for any number of names; the
-    positions of a name are added in order, in float64, and rounded once.
+    same device with the same number of threads. The positions of a name are added in order, in float64, and rounded
+    once. On the CPU, loops that Numba compiles compute them if the extra "fast" is installed and every layer is a
+    linear map and tanh. They are compiled at the first score, in some seconds, and kept beside the package.
 
     Args:
         model: A `ConvWaveNet` in any mode; it is copied, and batch norm is folded.
@@ -57,11 +59,18 @@ class Scorer:
         device: Where to compute. Default: as the model.
         dtype: In what to compute. Default: as the model. float32 is IEEE, also on CUDA.
         quantiles: float32 `(q,)`, ascending bits per character of the training list, for `percentile`.
+        compiled: Whether these loops are used, or PyTorch. Default: loops where they can run.
         remember: Whether nodes that one call has evaluated serve the next calls too. This takes some hundred MiB at
             most, and changes no score.
 
+    Attributes:
+        compiled: Whether the loops are used.
+        tile: A matrix product has at least so many rows. More than 1 where this machine's library for products gives a
+            row other bits when it is alone.
+
     Raises:
-        ConfigError: The model is no `ConvWaveNet`, or the vocabulary is not the model's.
+        ConfigError: The model is no `ConvWaveNet`, or the vocabulary is not the model's; `compiled` is True and the
+            loops cannot run.
     """
 
     def __init__(
@@ -72,23 +81,42 @@ class Scorer:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         quantiles: Tensor | None = None,
+        compiled: bool | None = None,
         remember: bool = False,
     ):
         check_pair(model, vocab)
         self.vocab, self.quantiles, self.context, self.remember = vocab, quantiles, model.context, remember
         weights = fold(model, device, dtype).end_first(vocab.end)
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
-        self._caches: list[NodeCache] = []  # what the last call has left: memory, and nodes to remember
         with exact_float32():
             self.nodes = SharedNodes(weights)
+        why_not = why_not_compiled(weights) if compiled is not False else "compiled is False"
+        if compiled and why_not:
+            raise ConfigError(f"{why_not}; leave out compiled=True")
+        self.compiled = not why_not
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What is not pickled: views of the weights, and what the last call has left: memory, and nodes to remember."""
+        self._caches: list[Any] = []
+        self._engine: Any = self.nodes
+        if self.compiled:
+            from .engine.compiled import CompiledNodes  # Numba takes 0.3 s to import
+
+            self._engine = CompiledNodes(self.nodes)
+
+    @property
+    def tile(self) -> int:
+        return 1 if self.compiled else self.nodes.tile
 
     def __getstate__(self) -> bytes:
-        # Without the buffers that calls write into, and as bytes: `multiprocessing` moves tensors to shared memory. All
-        # workers would write into the same buffers, and a thread that is scoring would lose the weights that it reads.
-        return pickle.dumps(self.__dict__ | {"_caches": []})
+        # As bytes: `multiprocessing` moves tensors to shared memory. All workers would write into the same buffers, and
+        # a thread that is scoring would lose the weights that it reads.
+        return pickle.dumps({name: value for name, value in vars(self).items() if name not in ("_caches", "_engine")})
 
     def __setstate__(self, state: bytes) -> None:
         self.__dict__.update(pickle.loads(state))
+        self._prepare()
 
     @classmethod
     def load(cls, path: str | Path = "default", **options: Any) -> Scorer:
@@ -118,10 +146,8 @@ class Scorer:
         Memory is bounded by the chunk. Nodes below windows, and windows near a name's start, are shared in the whole
         stream, other windows inside a chunk. A chunk also ends early if its names are long.
         """
-        for log_probs, lengths, known in self._log_probs(names, chunk, unknown):
-            # Adds one after the other, which `sum` does not.
-            scores = torch.segment_reduce(log_probs.double(), "sum", lengths=lengths + 1, unsafe=True)
-            yield scores.masked_fill_(~known, torch.nan).to(self.dtype)
+        for _, totals, _, known in self._log_probs(names, chunk, unknown):
+            yield totals.masked_fill_(~known, torch.nan).to(self.dtype)
 
     def position_log_probs(self, names: Names, *, unknown: str = "error") -> tuple[Tensor, Tensor]:
         """The log-probability, in nats, of every character of each name and of its end.
@@ -131,10 +157,10 @@ class Scorer:
             `values[offsets[i] : offsets[i + 1]]`, one more than it has characters. An unknown name has one NaN.
         """
         parts = list(self._log_probs(names, CHUNK_NAMES, unknown))
-        for log_probs, lengths, known in parts:
+        for log_probs, _, lengths, known in parts:
             log_probs[(torch.cumsum(lengths + 1, 0) - 1)[~known]] = torch.nan
-        values = torch.cat([torch.zeros(0, dtype=self.dtype), *[log_probs for log_probs, _, _ in parts]])
-        return values, _offsets([lengths for _, lengths, _ in parts])
+        values = torch.cat([torch.zeros(0, dtype=self.dtype), *[log_probs for log_probs, *_ in parts]])
+        return values, _offsets([lengths for _, _, lengths, _ in parts])
 
     def logits(self, names: Names) -> tuple[Tensor, Tensor]:
         """All logits: `(positions, vocab)` on the CPU, and offsets as `position_log_probs` returns them.
@@ -174,14 +200,14 @@ class Scorer:
         below = torch.searchsorted(self.quantiles, bits.float()) * (100 / len(self.quantiles))
         return below.masked_fill(bits.isnan(), torch.nan)
 
-    def _log_probs(self, names: Names, chunk: int, unknown: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Per chunk: log-probabilities `(positions,)` on the CPU, lengths, and which names are known."""
-        cache, complete = self._caches.pop() if self._caches else NodeCache(), False
+    def _log_probs(self, names: Names, chunk: int, unknown: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Per chunk, on the CPU: log-probabilities `(positions,)`, their sums, lengths, and which names are known."""
+        cache, complete = self._caches.pop() if self._caches else self._engine.new_cache(), False
         try:
             for tokens, lengths, known in _packed(names, self.vocab, self.context, chunk, unknown):
-                with torch.no_grad(), exact_float32():
-                    log_probs = self.nodes.log_probs(tokens.to(self.device), lengths.to(self.device), cache)
-                yield log_probs.cpu(), lengths, known
+                with torch.no_grad(), nullcontext() if self.compiled else exact_float32():
+                    found, totals = self._engine.log_probs(tokens.to(self.device), lengths.to(self.device), cache)
+                yield found.cpu(), totals.cpu(), lengths, known
             complete = True
         finally:
             if not (complete and self.remember):

@@ -2,6 +2,7 @@
 
 import contextlib
 import operator
+import threading
 import types
 
 import pytest
@@ -33,6 +34,26 @@ def test_it_is_exact_inside_nests_and_is_restored_even_after_an_error(precision)
             inside.append(switches())
             raise KeyError
         assert inside == [["ieee"] * 4 if NEW else [False, "highest"]] * 2 and switches() == found
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_the_last_thread_that_leaves_restores_the_switches():
+    before, found = torch.get_float32_matmul_precision(), []
+    torch.set_float32_matmul_precision("medium")
+    try:
+        expected = switches()
+        first, second = exact_float32(), exact_float32()
+        first.__enter__()
+        run = threading.Thread(target=second.__enter__)
+        run.start()
+        run.join()
+        first.__exit__(None, None, None)
+        found.append(switches())
+        run = threading.Thread(target=second.__exit__, args=(None, None, None))
+        run.start()
+        run.join()
+        assert found == [["ieee"] * 4 if NEW else [False, "highest"]] and switches() == expected
     finally:
         torch.set_float32_matmul_precision(before)
 

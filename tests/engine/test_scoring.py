@@ -5,11 +5,11 @@ from math import log
 
 import pytest
 import torch
-from engine.cases import ABC, gated_or_not, outputs_of, random_conv, rejects
+from engine.cases import ABC, outputs_of, random_conv, rejects
 from helpers import LAYER_NORM, MIXED, random_tree
 
-from wavenet_conv import Scorer, Vocabulary, from_tree, scoring
-from wavenet_conv.engine import kernel, shared
+from wavenet_conv import Scorer, Stream, Vocabulary, from_tree, sample, scoring
+from wavenet_conv.engine import kernel
 
 NAMES = ["emma", "", "olivia", "a", "xqzvkj", "maximiliano", "emma"]
 
@@ -50,7 +50,7 @@ def test_scores_in_other_vocabularies_are_the_trees(characters):
     assert_scores_are_the_trees(random_tree(n_embd=6, n_hidden=16, vocab_size=len(vocab)), names, vocab)
 
 
-@pytest.mark.parametrize("remember", [False, True], ids=["", "remember"])
+@pytest.mark.parametrize("options", [{}, {"remember": True}, {"compiled": False}], ids=str)
 @pytest.mark.parametrize(
     "kernel_sizes, widths",
     [
@@ -65,12 +65,12 @@ def test_scores_in_other_vocabularies_are_the_trees(characters):
     ids=str,
 )
 def test_a_name_has_the_same_bits_alone_and_in_any_batch(
-    names, device, monkeypatch, threads, kernel_sizes, widths, remember
+    names, device, monkeypatch, threads, kernel_sizes, widths, options
 ):
     """Widths of the lecture's size, where a matrix product has other kernels for other shapes, and narrow ones."""
     names, order = [*names[::16], *NAMES, "", "a" * 50], random.Random(0)
     conv = random_conv(kernel_sizes, **{"dtype": torch.float32} | widths)
-    scorer = Scorer(conv, ABC, device=device, remember=remember)
+    scorer = Scorer(conv, ABC, device=device, **options)
     scores = scorer.score(names)
     for size in (*[1] * 20, 2, 3, 7, 64, 511, 512, 513, len(names)):
         chosen = order.sample(range(len(names)), size)
@@ -117,17 +117,45 @@ def test_no_names_and_empty_names_have_scores():
     assert scorer.score(["", ""]).isfinite().all() and scorer.position_log_probs([""])[1].tolist() == [0, 1]
 
 
-@gated_or_not
-def test_a_call_that_fails_leaves_nothing_wrong_to_remember(names, monkeypatch, gated):
+@pytest.mark.parametrize(
+    "options, step",
+    [
+        ({"compiled": True}, "distinct.evaluate"),
+        ({"compiled": False}, "shared.contribute"),
+        ({"gated": True}, "shared.contribute"),
+    ],
+    ids=str,
+)
+def test_a_call_that_fails_leaves_nothing_wrong_to_remember(names, monkeypatch, options, step):
     """It leaves no id of a node that has no value."""
-    scorer, fresh, names = small_scorer(remember=True, gated=gated), small_scorer(gated=gated), names[::5]
+    scorer, fresh, names = small_scorer(remember=True, **options), small_scorer(**options), names[::5]
     expected = fresh.score(names)
     assert torch.equal(scorer.score(names[:3000]), expected[:3000])
     with monkeypatch.context() as patch:
-        patch.setattr(shared, "contribute", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(f"wavenet_conv.engine.{step}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             scorer.score(names[3000:6000])
     assert torch.equal(scorer.score(names), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"compiled": False}, {"gated": True}], ids=str)
+def test_autocast_around_it_changes_no_bits(options):
+    scorer, stream = small_scorer(**options), Stream(random_conv(dtype=torch.float32), compiled=options == {})
+    expected, logits = scorer.score(NAMES), stream.step(torch.tensor([3]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(scorer.score(NAMES), expected) and torch.equal(
+            small_scorer(**options).score(NAMES), expected
+        )
+        new = Stream(random_conv(dtype=torch.float32), compiled=options == {})
+        assert torch.equal(new.step(torch.tensor([3])), logits)
+        assert scorer.logits(NAMES)[0].dtype == torch.float32
+
+
+def test_a_stream_draws_the_same_names_under_autocast():
+    conv = random_conv(dtype=torch.float32)
+    expected = sample(conv, ABC, 50)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert sample(conv, ABC, 50) == expected
 
 
 @pytest.mark.parametrize("character", ["7", ".", "\U0001f600", "\ud800"])
@@ -159,7 +187,9 @@ def test_a_model_uses_the_kernel_where_it_runs_and_the_last_layer_is_a_tanh(name
     expected, calls = small_scorer(kind=kind).score(names[::50]), []
     monkeypatch.setattr(kernel, "why_not", lambda *_: "")
     monkeypatch.setattr(kernel, "last_layer", lambda *args: [calls.append(1), kernel.last_layer_ref(*args)][1])
-    assert (small_scorer(kind=kind).score(names[::50]) - expected).abs().max() < 2e-4  # up to 20 positions of 1e-5
+    assert (
+        small_scorer(kind=kind, compiled=False).score(names[::50]) - expected
+    ).abs().max() < 2e-4  # up to 20 positions of 1e-5
     assert len(calls) == used
 
 

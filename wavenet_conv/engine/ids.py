@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TABLE_KEYS = 2**24  # up to so many possible keys, ids are looked up in a table; otherwise keys are sorted
+FEW = 2048  # tokens up to which looking for equal nodes takes longer than it saves
 NEARLY_ALL_DISTINCT = 0.8  # share of distinct nodes above which looking for equal parents costs more than it saves
 
 
@@ -147,7 +148,7 @@ def ids_of_names(
     for size in kernel_sizes[:tabulated]:
         ids = pack_keys(tap_views(ids, size, span), kinds)
         kinds, span = kinds**size, span * size
-    layers, share = [], 0.0
+    layers, share = [], float(len(tokens) <= FEW and not cache.nodes.count)
     for size in kernel_sizes[tabulated:-1]:
         taps, span = tap_views(ids, size, span), span * size
         if share < NEARLY_ALL_DISTINCT:

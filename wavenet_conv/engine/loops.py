@@ -1,38 +1,25 @@
 """Steps of a stream as loops that Numba compiles, for few rows on the CPU. `rings.TorchSteps` defines the results.
 
-With few rows, calling PyTorch's operations takes longer than their arithmetic. Numba comes with the extra "fast".
-Nothing here checks its arguments.
+With few rows, calling PyTorch's operations takes longer than their arithmetic.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from .jit import compiled, tanh
 from .rings import TorchSteps
 from .shared import SharedNodes
 
 AHEAD = 8  # a layer with at least this dilation computes what its older children contribute for so many steps at once
-TAYLOR = tuple(1 / math.factorial(k) for k in range(8, 0, -1))  # of exp(z) - 1
 # Columns of `Arrays.layers`: a layer's shape; where its matrices begin in `weights` (GATE is -1 if there is none); in
 # which row its part of `children` begins; in which row its part of `early` begins for the first row of the stream.
 KERNEL_SIZE, DILATION, INPUTS, CHANNELS, MATRIX, GATE, GATE_OUTPUTS, CHILDREN, EARLY = range(9)
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles the function at its first call, and keeps it beside the package if that can be written."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc"}}
-    try:
-        return njit(function, cache=True, **options)
-    except RuntimeError:  # no folder to keep it in
-        return njit(function, **options)
 
 
 class Arrays(NamedTuple):
@@ -141,24 +128,6 @@ def add_product(matrix, x, out):
         for i in range(len(weights)):
             total += weights[i] * x[i]
         out[row] += total
-
-
-@compiled
-def tanh(x):
-    """In place, to 3e-7 in float32 and 1e-15 in float64, in operations that compile to vector instructions.
-
-    tanh(x) = e / (e + 2) with e = exp(2x) - 1. A Taylor polynomial gives e for 2x / 128; then seven times
-    exp(2z) - 1 = e (e + 2).
-    """
-    two, limit, small = x.dtype.type(2), x.dtype.type(20), x.dtype.type(1 / 64)
-    for i in range(len(x)):
-        z = min(max(x[i], -limit), limit) * small
-        e = x.dtype.type(0)
-        for coefficient in TAYLOR:
-            e = (e + x.dtype.type(coefficient)) * z
-        for _ in range(7):
-            e *= e + two
-        x[i] = e / (e + two)
 
 
 @compiled

@@ -7,6 +7,7 @@ without sorting (`ids`), contributions computed once per node, low layers tabula
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from math import prod
 
 import torch
@@ -19,7 +20,7 @@ from .ids import IdCache, IdTable, ids_of_names, node_ids, pack_keys, unpack_key
 from .nodes import NodeWeights
 from .weights import Weights
 
-TILE = 1024  # rows of every matrix product, so that a node's bits do not depend on how many other nodes there are
+TILE = 1024  # rows of a matrix product; only the last one of a layer may have fewer, see `smallest_tile`
 TABULATED = 4096  # a layer with at most this many possible nodes is evaluated once, all of them
 CACHED = 2**26  # numbers that a chunk leaves to the next, in contributions and in log-probabilities: 256 MiB of float32
 
@@ -99,6 +100,8 @@ class SharedNodes:
         table: What parents read of the highest tabulated layer, or of the embedding; a node's id is its key.
     """
 
+    new_cache = NodeCache
+
     @torch.no_grad()
     def __init__(self, weights: Weights):
         self.nodes = nodes = NodeWeights.prepare(weights)
@@ -106,12 +109,17 @@ class SharedNodes:
         self.vocab_size = nodes.vocab_size
         self.kernel_knows = nodes.hidden is None and (nodes.activations[-1], nodes.norms[-1]) == ("tanh", None)
         kinds, self.tabulated = self.vocab_size, 0
-        self.table = contribute(self.nodes, 0, _padded(nodes.embedding).split(TILE), kinds, NodeCache())
+        self.table = contribute(self.nodes, 0, _padded(nodes.embedding, TILE).split(TILE), kinds, NodeCache())
         while self.tabulated < len(self.kernel_sizes) - 1 and kinds ** self.kernel_sizes[self.tabulated] <= TABULATED:
             size, self.tabulated = self.kernel_sizes[self.tabulated], self.tabulated + 1
             children = unpack_keys(torch.arange(kinds**size, device=nodes.embedding.device), kinds, size)
-            kinds, tiles = len(children), evaluate(self.nodes, self.tabulated - 1, self.table, children)
+            kinds, tiles = len(children), evaluate(self.nodes, self.tabulated - 1, self.table, children, TILE)
             self.table = contribute(self.nodes, self.tabulated, tiles, kinds, NodeCache())
+
+    @cached_property
+    def tile(self) -> int:
+        """The fewest rows of a matrix product."""
+        return TILE if self.nodes.embedding.is_cuda else smallest_tile(self.nodes)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,20 +145,21 @@ class SharedNodes:
                 ids, kinds = pack_keys(taps, kinds), kinds**size
             elif layer < len(self.kernel_sizes) - 1:
                 children, numbers = node_ids([tap.flatten() for tap in taps], kinds, table=cache.ids.nodes)
-                tiles, used = (
-                    evaluate(self.nodes, layer, readable, children),
-                    max(cache.ids.nodes.count - len(children), 0),
-                )
+                tiles = evaluate(self.nodes, layer, readable, children, self.tile)
+                used = max(cache.ids.nodes.count - len(children), 0)
                 readable = contribute(self.nodes, layer + 1, tiles, len(children), cache, used)
                 ids, kinds, cache = numbers.view_as(taps[0]), max(used + len(children), 1), NodeCache()
         return self._logits(readable, torch.cat(taps, 1).long())
 
     @torch.no_grad()
-    def log_probs(self, tokens: Tensor, lengths: Tensor, cache: NodeCache | None = None) -> Tensor:
-        """The log-probability, in nats, of the token that follows each output: `(sum(lengths + 1),)`, name after name.
+    def log_probs(self, tokens: Tensor, lengths: Tensor, cache: NodeCache | None = None) -> tuple[Tensor, Tensor]:
+        """The log-probability, in nats, of the token that follows each output, and their sum for each name.
 
         Arguments as in `logits`; `cache` has nodes of earlier chunks and is extended. The Triton kernel evaluates the
         last layer if it can run and that layer is a linear map and tanh.
+
+        Returns:
+            `(sum(lengths + 1),)`, name after name, and float64 `(names,)`.
         """
         head, cache = self.nodes.head, NodeCache() if cache is None else cache
         if head.weight.is_cuda and self.kernel_knows:
@@ -160,12 +169,16 @@ class SharedNodes:
         used = cache.ids.windows.count
         readable, children, rows, targets = self._below_last(tokens, lengths, cache, cache_windows=not by_kernel)
         if by_kernel:
-            return self._log_probs_by_kernel(readable[0], children, rows, targets)
-        columns = len(head.bias)
-        out = cache.room_for_log_probs(used, head.weight, used + len(children) + TILE, columns)  # tiles are whole
-        for tile, nodes in zip(out[used:].split(TILE), evaluate(self.nodes, -1, readable, children)):
-            torch.log_softmax(torch.addmm(head.bias, nodes, head.weight), 1, out=tile)
-        return out.flatten().index_select(0, rows * columns + targets)
+            found = self._log_probs_by_kernel(readable[0], children, rows, targets)
+        else:
+            columns = len(head.bias)
+            out = cache.room_for_log_probs(used, head.weight, used + len(children) + TILE, columns)  # tiles are whole
+            for nodes in evaluate(self.nodes, -1, readable, children, self.tile):
+                logits = torch.addmm(head.bias, nodes, head.weight)
+                torch.log_softmax(logits, 1, out=out[used : (used := used + len(nodes))])
+            found = out.flatten().index_select(0, rows * columns + targets)
+        # Adds one after the other, which `sum` does not.
+        return found, torch.segment_reduce(found.double(), "sum", lengths=lengths + 1, unsafe=True)
 
     def _log_probs_by_kernel(self, contributions: Tensor, children: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
         """Every distinct pair of a window and what follows it, evaluated by the Triton kernel."""
@@ -190,29 +203,47 @@ class SharedNodes:
         )
         readable, used = self.table, max(cache.ids.nodes.count - len(layers[0]), 0)
         for layer, children in enumerate(layers[:-1], start=self.tabulated + 1):
-            tiles = evaluate(self.nodes, layer - 1, readable, children)
+            tiles = evaluate(self.nodes, layer - 1, readable, children, self.tile)
             readable = contribute(self.nodes, layer, tiles, len(children), cache, used)
             cache, used = NodeCache(), 0  # layers above get new ids in every chunk
         return readable, layers[-1], rows, tokens.index_select(0, starts + self.context)
 
     def _logits(self, readable: Readable, children: Tensor) -> Tensor:
         head = self.nodes.head
-        logits = head.weight.new_empty(len(children) + -len(children) % TILE, len(head.bias))
-        for out, nodes in zip(logits.split(TILE), evaluate(self.nodes, -1, readable, children)):
-            torch.addmm(head.bias, nodes, head.weight, out=out)
-        return logits[: len(children), : self.vocab_size]
+        tiles = evaluate(self.nodes, -1, readable, children, self.tile)
+        logits = [torch.addmm(head.bias, nodes, head.weight) for nodes in tiles]
+        return torch.cat([head.weight.new_empty(0, len(head.bias)), *logits])[: len(children), : self.vocab_size]
 
 
-def evaluate(nodes: NodeWeights, layer: int, readable: Readable, children: Tensor) -> Iterator[Tensor]:
-    """Yields tiles `(TILE, channels)` of the nodes with these children; the last one is filled up with node 0's."""
+def smallest_tile(nodes: NodeWeights) -> int:
+    """The fewest rows, a power of 2, with which all products of this model have the bits of one of TILE rows.
+
+    So a node's bits do not depend on how many other nodes there are. Libraries for matrix products choose their method
+    by the number of rows, and processors differ in where the bits change; so this tries the model's own matrices.
+    """
+    weights = [tap for taps in nodes.taps for tap in taps] + [gate.weight for gate in nodes.gates] + [nodes.head.weight]
+    pairs = [(torch.arange(TILE * len(weight)).to(weight).sin_().view(TILE, -1), weight) for weight in weights]
+    whole, rows = [x @ weight for x, weight in pairs], TILE
+    while rows > 1 and all(
+        torch.equal(x[: rows // 2] @ weight, y[: rows // 2]) for (x, weight), y in zip(pairs, whole)
+    ):
+        rows //= 2
+    return rows
+
+
+def evaluate(nodes: NodeWeights, layer: int, readable: Readable, children: Tensor, tile: int) -> Iterator[Tensor]:
+    """Yields tiles `(TILE, channels)` of the nodes with these children; the last one may have fewer rows.
+
+    The last one is filled up with node 0's, to a power of 2 that is at least `tile`.
+    """
     contributions, values = readable
     size, room, _ = contributions.shape
-    rows = _padded(children) + torch.arange(size, device=children.device) * room
+    rows = _padded(children, tile) + torch.arange(size, device=children.device) * room
     starts = torch.arange(0, TILE * size, size, device=children.device)
-    for tile in rows.flatten().split(TILE * size) if len(rows) else ():
+    for part in rows.flatten().split(TILE * size) if len(rows) else ():
         # A gather and a sum, tap after tap, in one pass over the rows.
-        summed = F.embedding_bag(tile, contributions.flatten(0, 1), starts, mode="sum")
-        rightmost = None if values is None else values.index_select(0, tile[size - 1 :: size] - (size - 1) * room)
+        summed = F.embedding_bag(part, contributions.flatten(0, 1), starts[: len(part) // size], mode="sum")
+        rightmost = None if values is None else values.index_select(0, part[size - 1 :: size] - (size - 1) * room)
         yield nodes.values(layer, summed, rightmost)
 
 
@@ -225,11 +256,11 @@ def contribute(
     """
     taps, bias = nodes.taps[layer], nodes.biases[layer]
     size, c_in, c_out = taps.shape
-    # Every tile is written whole: the next one, or the next chunk, overwrites what the last one was filled up with.
+    # Tiles are written whole: the next one, or the next chunk, overwrites what the last one was filled up with.
     shape = (size, used + count + TILE, c_out)
     out, values = cache.room_for_contributions(used, taps, shape, 0 if nodes.hidden is None else 2 * c_in)
     for tile in tiles:
-        rows = slice(used, used := used + TILE)
+        rows = slice(used, used := used + len(tile))
         if values is not None:
             values[rows], tile = tile, tile[:, :c_in]
         torch.addmm(bias, tile, taps[0], out=out[0, rows])
@@ -257,6 +288,7 @@ def _room(buffer: Tensor | None, used: int, like: Tensor, *shape: int) -> Tensor
     return room
 
 
-def _padded(rows: Tensor) -> Tensor:
-    """Rows of zeros behind `rows`, up to a whole number of tiles."""
-    return F.pad(rows, (0, 0, 0, -len(rows) % TILE))
+def _padded(rows: Tensor, tile: int) -> Tensor:
+    """Rows of zeros behind `rows`, up to a whole number of tiles; the last one has a power of 2, at least `tile`."""
+    left = len(rows) % TILE
+    return F.pad(rows, (0, 0, 0, max(tile, 1 << (left - 1).bit_length()) - left if left else 0))

@@ -17,6 +17,9 @@ from ..errors import MappingError
 from ..model import BatchNorm, ConvWaveNet, GatedLayer, LayerNorm
 from ..numbering import from_engine
 
+KEYS = 2**62  # windows that a model may have, so that each is one integer
+BYTE = 256  # tokens that it may have, so that each is one byte
+
 
 class Affine(NamedTuple):
     """The map `x @ weight + bias`: weight `(c_in, c_out)`, bias `(c_out,)`."""
@@ -160,3 +163,21 @@ def _bias(conv: nn.Conv1d) -> Tensor:
 def _affine(conv: nn.Conv1d) -> Affine:
     """Weight and bias of a 1x1 convolution."""
     return Affine(conv.weight.detach()[..., 0].t().clone(memory_format=torch.contiguous_format), _bias(conv))
+
+
+def why_not_compiled(weights: Weights) -> str:
+    """Why `compiled` cannot score with these weights; "" if it can."""
+    numbers, kinds = weights.embedding, weights.config.vocab_size
+    if numbers.device.type != "cpu" or numbers.dtype not in (torch.float32, torch.float64):
+        return f"compiled loops run on the CPU in float32 or float64, not on {numbers.device} in {numbers.dtype}"
+    if not weights.only_tanh or weights.hidden is not None:
+        return "compiled loops know layers that are a linear map and tanh, and no others"
+    if kinds > BYTE or kinds**weights.config.context >= KEYS:
+        return (
+            f"compiled loops know at most {BYTE} tokens and {KEYS:.1e} windows, not {kinds}**{weights.config.context}"
+        )
+    try:
+        from . import jit  # noqa: F401
+    except ImportError as error:  # Numba is missing, or does not support the NumPy that is installed
+        return f"compiled loops need Numba ({error}); pip install 'wavenet-conv[fast]'"
+    return ""

@@ -1,0 +1,181 @@
+"""Nodes shared across names, in loops that Numba compiles, for the CPU. `shared.shared_logits_ref` defines the results.
+
+A window's key is the number whose digits are its tokens. The distinct windows are found first, then only their
+children, and so on down to the tabulated layers. What is kept of a node is what its parents read: its contribution at
+one tap, or for a window the log-probabilities of all tokens.
+
+A hash of its key says to which part a node belongs. There is a part for each thread, which finds and evaluates the
+nodes of its part, and waits for the others between these steps. A node's bits depend on its key alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import accumulate
+from operator import mul
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import distinct
+from .shared import SharedNodes
+from .tile import ROWS
+
+Array = np.ndarray
+Each = Callable[[Callable[[int], None]], Any]  # calls a function with the number of every part
+
+MANY = 2**14  # outputs from which more than one thread works
+KEPT = 2**26  # numbers that a table leaves to the next chunk: 256 MiB of float32
+MEMORY = 2**14  # rows from which a table's memory is kept for the next call
+
+
+class Table:
+    """The distinct nodes of a layer that are read at one tap; row `i * parts + part` holds node i of a part."""
+
+    def __init__(self, parts: int, columns: int, dtype: Any):
+        self.slots = [np.zeros((64, 2), np.uint64) for _ in range(parts)]  # hash tables with linear probing
+        self.counts = [0] * parts  # nodes
+        self.values = np.empty((0, columns), dtype)  # what parents read
+
+    def clear(self) -> None:
+        """Forgets all nodes, and keeps the memory."""
+        for slots in self.slots:
+            slots.fill(0)
+        self.counts = [0] * len(self.counts)
+
+    def make_room(self) -> None:
+        """Lets `values` hold all nodes, and the rest of the last block of each part."""
+        rows = (max(self.counts) + ROWS) * len(self.counts)
+        if len(self.values) < rows:
+            # Memory that is not written takes no room.
+            old, self.values = self.values, np.empty((rows + rows // 2, self.values.shape[1]), self.values.dtype)
+            self.values[: len(old)] = old
+
+
+class CompiledCache:
+    """What a chunk of names leaves to the next: nodes by layer and tap, in as many parts as there are threads."""
+
+    def __init__(self) -> None:
+        self.parts = torch.get_num_threads()
+        self.tables: dict[tuple[int, int], Table] = {}
+
+    def clear(self) -> None:
+        """Forgets all nodes. Only the memory of many is kept, since clearing it takes time too."""
+        self.tables = {key: table for key, table in self.tables.items() if len(table.values) >= MEMORY}
+        for table in self.tables.values():
+            table.clear()
+
+    def trim(self) -> None:
+        """Before a chunk: forgets the nodes of each table that holds too many."""
+        if self.parts != torch.get_num_threads():
+            self.__init__()  # type: ignore[misc]
+        for table in self.tables.values():
+            if sum(table.counts) * table.values.shape[1] > KEPT:
+                table.clear()
+
+
+class CompiledNodes:
+    """A model whose layers are all linear maps and tanh, and which evaluates distinct nodes only.
+
+    Args:
+        shared: The same model in PyTorch, whose weights and table are read. `why_not_compiled` allows its weights.
+    """
+
+    def __init__(self, shared: SharedNodes):
+        self.context, self.kernel_sizes, self.vocab_size = shared.context, shared.kernel_sizes, shared.vocab_size
+        self.tabulated, nodes = shared.tabulated, shared.nodes
+        self.table = tuple(part.numpy() for part in shared.table[0])  # per tap, what the table's nodes contribute
+        # How many children a node of each layer may have at one tap.
+        self.kinds = [np.uint64(self.vocab_size**span) for span in accumulate(self.kernel_sizes[:-1], mul, initial=1)]
+        # Per layer and tap, from a child to what it contributes; the bias is in tap 0. The last one is the head.
+        self.maps = [
+            [(tap.numpy(), (bias if index == 0 else torch.zeros_like(bias)).numpy()) for index, tap in enumerate(taps)]
+            for taps, bias in zip(nodes.taps, nodes.biases)
+        ]
+        self.maps.append([(nodes.head.weight.numpy(), nodes.head.bias.numpy())])
+
+    new_cache = CompiledCache
+
+    def log_probs(self, tokens: Tensor, lengths: Tensor, cache: CompiledCache) -> tuple[Tensor, Tensor]:
+        """As `SharedNodes.log_probs`."""
+        cache.trim()
+        names, parts = (tokens.numpy(), lengths.numpy(), np.zeros(len(lengths) + 1, np.int64)), cache.parts
+        np.cumsum(names[1], out=names[2][1:])
+        outputs, bounds = int(names[2][-1]) + len(lengths), [len(lengths) * part // parts for part in range(parts + 1)]
+        keys, log_probs = np.empty((1, outputs), np.uint64), np.empty(outputs, self.maps[-1][0][1].dtype)
+        totals = np.empty(len(lengths))
+        with _each_part(parts, outputs) as each:
+            each(
+                lambda part: distinct.window_keys(
+                    *names, self.context, bounds[part], bounds[part + 1], self.vocab_size, keys[0]
+                )
+            )
+            (rows,), (values,) = self._find(len(self.kernel_sizes) - 1, [keys], cache, each)
+            each(
+                lambda part: distinct.look_up(
+                    *names, self.context, bounds[part], bounds[part + 1], values, rows[0], log_probs, totals
+                )
+            )
+        return torch.from_numpy(log_probs), torch.from_numpy(totals)
+
+    def _find(
+        self, layer: int, keys: Sequence[Array], cache: CompiledCache, each: Each
+    ) -> tuple[Sequence[Array], tuple[Array, ...]]:
+        """Evaluates the nodes of a layer that are new.
+
+        Keys are several uint64 `(taps, n)`. Returns the rows of their nodes, in the same shapes, and for each tap what
+        parents read there, `(rows, columns)`.
+        """
+        if layer < self.tabulated:
+            return keys, self.table
+        rows, readable = [np.empty_like(wanted) for wanted in keys], []
+        for tap, (_, bias) in enumerate(self.maps[layer + 1]):
+            table = cache.tables.setdefault((layer, tap), Table(cache.parts, len(bias), bias.dtype))
+            pairs = [(wanted[tap], found[tap]) for wanted, found in zip(keys, rows)]
+            children = self._number(layer, table, pairs, each)
+            self.evaluate(layer, tap, table, *self._find(layer - 1, children, cache, each), each)
+            readable.append(table.values)
+        return rows, tuple(readable)
+
+    def _number(self, layer: int, table: Table, pairs: Sequence[tuple[Array, Array]], each: Each) -> Sequence[Array]:
+        """Writes the row of each key, for pairs of keys and rows; returns the new nodes' children's keys by part."""
+        parts, slots, counts = len(table.counts), table.slots, table.counts
+        before, room = list(counts), (self.kernel_sizes[layer], sum(len(keys) for keys, _ in pairs))
+        children = [np.empty(room, np.uint64) for _ in range(parts)]
+
+        def number(part: int) -> None:
+            for keys, rows in pairs:
+                state = (slots[part], counts[part], before[part], children[part])
+                slots[part], counts[part] = distinct.number(keys, self.kinds[layer], part, parts, *state, rows)
+
+        each(number)
+        return [keys[:, : count - old] for keys, count, old in zip(children, counts, before)]
+
+    def evaluate(
+        self, layer: int, tap: int, table: Table, children: Sequence[Array], readable: tuple[Array, ...], each: Each
+    ) -> None:
+        """Evaluates the last nodes of each part of a table, which have these children."""
+        table.make_room()
+        weights, bias = self.maps[layer + 1][tap]
+        vocab_size = self.vocab_size if layer == len(self.kernel_sizes) - 1 else 0
+
+        def evaluate_part(part: int) -> None:
+            count = table.counts[part]
+            where = (count - children[part].shape[1], count, part, len(table.counts))
+            distinct.evaluate(readable, children[part], *where, weights, bias, vocab_size, table.values)
+
+        each(evaluate_part)
+
+
+@contextmanager
+def _each_part(parts: int, outputs: int) -> Iterator[Each]:
+    """How to call a function for every part: by threads where there is much to do."""
+    if parts == 1 or outputs < MANY:
+        yield lambda function: list(map(function, range(parts)))
+    else:
+        with ThreadPoolExecutor(parts) as pool:
+            yield lambda function: list(pool.map(function, range(parts)))
