@@ -59,6 +59,7 @@ class Session:
     names: list[str]
     vocab: Vocabulary
     progress: Progress
+    matmul_rate: float = 0.0  # the most multiply-adds per second that `rows_at_best` has seen: the ceiling
 
     def pick(self, short: Any, full: Any) -> Any:
         """The first, or with `--full` the second."""
@@ -189,13 +190,20 @@ def rows_at_best(
     """
     sizes = {name: method.sizes[: session.pick(2, None)] for name, method in methods.items()}
     tick, done = session.ticks(title, 2 + rounds), {}
+    product, multiply_adds = matmul(session.device)
+
+    def round_done() -> None:
+        # In turn with the methods, so that a slow moment does not lower the ceiling alone.
+        us = min(time_calls({"": product}, 5, session.device, block=5)[""])
+        session.matmul_rate = max(session.matmul_rate, multiply_adds / us * 1e6)
+        tick()
 
     def timed(wanted: Iterable[tuple[Any, int]], calls: int) -> dict[tuple[Any, int], list[float]]:
         def call(name: Any, size: int) -> None:
             done[name, size] = methods[name].call(size)
 
         turns: dict[Any, Call] = {(name, size): partial(call, name, size) for name, size in wanted}
-        return time_calls(turns, calls, session.device, block=1, tick=tick)
+        return time_calls(turns, calls, session.device, block=1, tick=round_done)
 
     timed([(name, tried[0]) for name, tried in sizes.items()], 1)  # to warm up
     costs = timed([(name, size) for name, tried in sizes.items() for size in tried], 1)
@@ -233,9 +241,8 @@ def count_launches(call: Call, device: torch.device) -> int | None:
     return sum(event.cpu_parent is None and event.name.startswith("aten::") for event in events)
 
 
-def matmul_rate(device: torch.device) -> float:
-    """Multiply-adds per second of a large float32 matrix product: the ceiling of every method."""
+def matmul(device: torch.device) -> tuple[Call, int]:
+    """A large float32 matrix product, and its multiply-adds."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device)
-    samples = time_calls({"": lambda: a @ b}, 25, device, block=5)[""]
-    return size**3 / statistics.median(samples[5:]) * 1e6
+    return lambda: a @ b, size**3

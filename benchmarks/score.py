@@ -2,14 +2,14 @@
 
 Equality comes first: log-likelihoods that differ from the float64 tree's end the run with exit code 1 and no timings.
 Then every method on the whole list with its share of the matrix-product rate, the installed peer `pytorch-tcn`, and
-growth with the number of distinct names. float32 throughout, IEEE also on CUDA.
+lists of one name to a million. float32 throughout, IEEE also on CUDA.
 
 - The list: sharing saves most of the multiply-adds. Equal windows are most of it, and a few lines of PyTorch find
   those (`windows_distinct`); the nodes below them are the rest.
-- Growth: the longer the list, the fewer multiply-adds per position. The time per name falls at first, and then stays
-  nearly the same.
+- Sizes: from strings to log-likelihoods. A few names are scored by one thread in one call; long lists share more.
+  KenLM's 6-grams are another model, with a higher loss, and the fastest peer.
 
-The published run reads the lecture's list (`--names FILE`), uses the extra `bench`, and takes five minutes on two
+The published run reads the lecture's list (`--names FILE`), uses the extra `bench`, and takes ten minutes on two
 cores.
 """
 
@@ -22,19 +22,20 @@ from itertools import islice
 from pathlib import Path
 
 import reference
-from benchmarks import harness
+from benchmarks import harness, rivals, sizes
+from benchmarks.choosing import loss_of
 from benchmarks.counting import outputs
 from benchmarks.harness import Benchmark, Results, Session
 from benchmarks.methods import MISSING, PEER, PEERS, Models, OnList, exact_scores, list_rows, random_models
-from benchmarks.tables import Row, Table, text, with_shares
+from benchmarks.tables import Table, text, with_shares, words
 from wavenet_conv.checkpoint import load_checkpoint
 from wavenet_conv.counts import count_nodes
 from wavenet_conv.sampling import sample_stream
-from wavenet_conv.scoring import CHUNK_NAMES
+from wavenet_conv.training import split_names
 
 TOLERANCE = 2e-5  # of a name's log-likelihood, in nats
 METHODS = ("loop", "windows", "windows_folded", "windows_distinct", "slid", "shared")
-GROWN = (20_000, 10_000_000)  # distinct names to grow to, without and with --full
+LONGEST_LIST = (2048, 1_000_000)  # names, without and with --full
 LONGEST = 20  # characters; a sampled name is cut there
 
 
@@ -57,8 +58,12 @@ def run(session: Session) -> Results:
     results["distinct_nodes"] = list(count_nodes(names, models.conv.config).distinct)
     rows = list_rows(lists, "scores", models, session)
     results["methods"] = rows[: len(METHODS)]
-    results["limits"] = {"matmul_multiply_adds_per_second": harness.matmul_rate(session.device)}
-    results["growth"] = growth_rows(default, distinct_names(session.pick(*GROWN), session), session)
+    results["limits"] = {"matmul_multiply_adds_per_second": session.matmul_rate}
+    ways = sizes.make_methods(default, session)
+    results["sizes"] = sizes.size_rows(ways, distinct_names(session.pick(*LONGEST_LIST), session), session)
+    valid = split_names(session.names)[1]
+    losses = {name: loss_of(ways[name](valid), valid) for name in ways if name in ("shared", rivals.NGRAMS)}
+    results["validation_losses"] = losses
     results["peer"] = rows[-1] | {"nodes": None} if PEERS else MISSING  # its nodes are others
     return results
 
@@ -66,16 +71,6 @@ def run(session: Session) -> Results:
 def largest_difference(method: OnList, models: Models) -> float:
     """From the exact log-likelihood of a name; NaN where there is one."""
     return float((method.scores(method.sizes[0]) - exact_scores(models, method.names)).abs().max())
-
-
-def growth_rows(models: Models, names: list[str], session: Session) -> list[Row]:
-    """The time per name with the default model, for the first 1,000, 10,000, ... of the names that it draws."""
-    sizes = [size for size in (10**power for power in range(3, 10)) if size < len(names)] + [len(names)]
-    rows = list_rows({size: OnList("shared", models, names[:size]) for size in sizes}, "scores", models, session)
-    for row in rows:
-        row |= {f"{quartile}us_per_name": row[f"{quartile}us"] / row["names"] for quartile in ("", "q1_", "q3_")}
-        row["windows_share"] = row["nodes"][-1] / row["positions"]
-    return rows
 
 
 def distinct_names(count: int, session: Session) -> list[str]:
@@ -106,14 +101,17 @@ def tables(results: Results) -> Iterator[Table]:
         f"show 0. Matmul rate: {rate / 1e9:,.0f} billion multiply-adds per second.\n{PEER} computes another function: "
         f"it pads activations with zeros, and each of its blocks holds two convolutions.",
     )
+    ways = [name for name in results["sizes"][0] if name != "names"]
+    rows = [
+        {"names": row["names"]} | {f"way{i}": row.get(name, {}).get("us") for i, name in enumerate(ways)}
+        for row in results["sizes"]
+    ]
     yield Table(
-        "Growth with the number of distinct names, Scorer.score with the default model",
-        "distinct names=names ,; us per name=us_per_name .3f; quartiles=~us_per_name .3f; "
-        f"positions/s=positions_per_second ,.0f; windows evaluated=windows_share .1%; {columns}",
-        with_shares(results["growth"], rate),
-        f"Windows evaluated: of all positions. Windows near a name's start and the nodes below are shared in the whole "
-        f"stream, up to a bound; other windows at most inside a chunk of {CHUNK_NAMES:,} names. Names sampled from the "
-        f"default model, cut at {LONGEST} characters, repeats removed.",
+        "Microseconds per name, by the number of names in a call; from strings to log-likelihoods, with the default model",
+        "names=names ,; " + "; ".join(f"{name}=way{i} .3g" for i, name in enumerate(ways)),
+        rows,
+        "Medians; each call takes other names, sampled from the default model, without repeats. Losses in nats per "
+        f"character on the list's validation part: {words(results['validation_losses'])}.",
     )
 
 

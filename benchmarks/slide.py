@@ -54,10 +54,10 @@ def run(session: Session) -> Results:
         return results
     lists = {"one_name": [name], "whole_list": names}
     results["distinct_nodes"] = {key: [*count_nodes(part, models.conv.config).distinct] for key, part in lists.items()}
-    results["matmul_multiply_adds_per_second"] = harness.matmul_rate(session.device)
     results["one_name"] = one_name_rows(models, tokens, session)
     on_list = {name: OnList(name, models, names, session.pick(50, 300)) for name in COMPARED}
     results["whole_list"] = list_rows(on_list, "logits", models, session)
+    results["matmul_multiply_adds_per_second"] = session.matmul_rate
     results["growth"] = [growth_row(layers, session) for layers in GROWTH_LAYERS]
     results["equality"]["equal"] = all(row["max_abs_diff"] <= TOLERANCE[torch.float32] for row in results["growth"])
     return results

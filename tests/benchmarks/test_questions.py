@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ladder, methods, sample, score, slide, train
+import reference
+from benchmarks import ladder, methods, sample, score, sizes, slide, train
+from benchmarks.methods import Models
 from benchmarks.tables import print_page
-from wavenet_conv import Vocabulary, from_tree, training
+from wavenet_conv import Scorer, Vocabulary, from_tree, load_checkpoint, training
 from wavenet_conv.names import read_names
 
 BENCHMARKS = {"slide": slide, "score": score, "sample": sample, "train": train, "ladder": ladder}
@@ -25,13 +27,13 @@ def small(tmp_path_factory):
     path.write_text("\n".join(NAMES))
     with pytest.MonkeyPatch.context() as patch:
         batches = (methods.WINDOW_BATCHES, (64, 256)), (methods.NAME_BATCHES, (64,)), (sample.OUR_BATCHES, (64,))
-        for sizes, small in (*batches, (slide.WINDOW_TOKENS, (2**12,))):
-            patch.setitem(sizes, "cpu", small)
+        for tried, few in (*batches, (slide.WINDOW_TOKENS, (2**12,))):
+            patch.setitem(tried, "cpu", few)
         patch.setattr(methods, "ARCHITECTURE", methods.ARCHITECTURE | {"n_embd": 4, "n_hidden": 8})
         patch.setattr(slide, "GROWTH_LAYERS", range(3, 8, 2))
         patch.setattr(sample, "GROWTH_LAYERS", range(3, 7))
         patch.setattr(sample, "COMPARED_NAMES", (8, 8))
-        patch.setattr(score, "GROWN", (1500, 1500))
+        patch.setattr(score, "LONGEST_LIST", (70, 70))
         steps = {"LECTURE_STEPS": 40, "LECTURE_EVERY": 20, "OUR_EVERY": 2}
         for name, value in {"BATCHES": (8,), "QUICK_TARGET": 3.2, **steps}.items():
             patch.setattr(train, name, value)
@@ -111,10 +113,18 @@ def test_score_counts_distinct_nodes_and_their_multiply_adds(results):
     assert work == pytest.approx(fourgrams * 8 * (1 if compiled else 2) * 8 + windows * 8 * 27)
     for row in rows.values():
         assert_spread(row, "positions_per_second")
-    assert [row["names"] for row in found["growth"]] == [1000, 1500]
-    for row in found["growth"]:
-        assert row["nodes"][0] == 0 < row["nodes"][1] and row["windows_share"] == row["nodes"][2] / row["positions"] < 1
-        assert_spread(row, "us_per_name")
+    assert [row["names"] for row in found["sizes"]] == [1, 4, 16, 64]
+    for row in found["sizes"]:
+        for way in set(row) - {"names"}:
+            assert_spread(row[way], "us")
+
+
+def test_every_way_to_score_a_list_gives_the_same_scores():
+    trained = load_checkpoint("default")
+    models, some = Models(reference.from_conv(trained.model), trained.vocab), [*NAMES[:20], "a"]
+    expected = Scorer(trained.model, trained.vocab, dtype=torch.float64).score(some).float()
+    for way in (sizes.by_loop, sizes.by_windows, sizes.by_pass):
+        assert torch.allclose(way(models, some), expected, rtol=0, atol=1e-4)
 
 
 def test_sample_measures_what_it_draws(results):
