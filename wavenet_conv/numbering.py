@@ -32,7 +32,7 @@ class CharacterTable:
     def __init__(self, characters: str):
         self.dtype = torch.uint8 if len(characters) < 256 else torch.int64
         codes = [ord(c) for c in characters]
-        self._numbers = np.zeros(max(codes) + 2, np.uint8 if len(characters) < 256 else np.int64)  # ends with a 0
+        self._numbers = torch.zeros(max(codes) + 2, dtype=self.dtype).numpy()  # the last: every later character
         self._numbers[codes] = np.arange(1, len(characters) + 1)
         self._bytes = bytes(self._numbers[:256]).ljust(256, b"\0") if self.dtype == torch.uint8 else None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import ConfigError, NamesError, ShapeError, UsageError
 from .numbering import to_engine
-from .vocabulary import Vocabulary, check_tokens, checked_names, lengths_of
+from .vocabulary import Vocabulary, check_tokens, checked_names, lengths_of, run_sums
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -54,7 +54,7 @@ def packed(names: Names, vocab: Vocabulary, context: int, chunk: int, unknown: s
     if not isinstance(chunk, Integral) or chunk < 1:
         raise ConfigError(f"chunk is {chunk!r}; it must be an integer of at least 1")
     if _encoded(names):
-        return _repacked(*names, vocab, context, chunk)
+        return _repacked(*names, vocab, context, int(chunk))
     return _tokens(_texts(names, vocab.padding * context, chunk), vocab, context, unknown)
 
 
@@ -138,9 +138,11 @@ def _texts_of_array(names: np.ndarray, padding: str, chunk: int) -> Iterator[Tex
             codes = codes.astype(np.uint8)
         codec = "utf-8" if codes.dtype == np.uint8 else f"utf-32-{sys.byteorder[0]}e"
         gap = np.frombuffer(padding.encode(codec), codes.dtype)
-        rows = np.concatenate([codes, np.broadcast_to(gap, (len(part), len(gap)))], axis=1)
-        column = np.arange(rows.shape[1])
-        data = rows[(column < sizes[:, None]) | (column >= width)].tobytes()
+        rows = np.empty((len(part), width + len(gap)), codes.dtype)
+        rows[:, :width], rows[:, width:] = codes, gap
+        kept = np.ones(rows.shape, bool)
+        np.less(np.arange(width, dtype=np.int32), sizes.astype(np.int32)[:, None], out=kept[:, :width])
+        data = rows[kept].tobytes()
         if codec == "utf-8":
             yield _decoded(data, sizes, padding, first)
         else:
@@ -187,21 +189,20 @@ def _texts_of_arrow(column: Any, padding: str, chunk: int) -> Iterator[Text]:
 
 def _decoded(data: bytes, sizes: np.ndarray, padding: str, first: int) -> Text:
     """From names in UTF-8 with padding after each; name `first + i` has `sizes[i]` bytes."""
-    ends = np.cumsum(sizes + len(padding.encode()))
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        index = first + int(np.searchsorted(ends, error.start, "right"))
+        index = first + int(np.cumsum(sizes + len(padding.encode())).searchsorted(error.start, "right"))
         raise NamesError(f"name {index} has bytes that are not UTF-8; decode or drop it first", index=index) from error
     if len(text) < len(data):
         begins = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80  # a character
-        sizes = np.add.reduceat(begins, np.concatenate([[0], ends[:-1]]), dtype=np.int64) - len(padding)
+        sizes = run_sums(begins, sizes + len(padding.encode())) - len(padding)
     return Text(padding + text, torch.from_numpy(sizes))
 
 
 def _cuts(lengths: np.ndarray, context: int) -> Iterator[slice]:
     """Slices of the names: at most CHUNK_TOKENS tokens, or one name."""
-    ends, start, before = np.cumsum(lengths + context), 0, 0
+    ends, start, before = (lengths + context).cumsum(), 0, 0
     while start < len(ends):
         stop = max(start + 1, int(ends.searchsorted(before + CHUNK_TOKENS, "right")))
         yield slice(start, stop)
@@ -215,16 +216,19 @@ def _encoded(names: Names) -> TypeIs[tuple[Tensor, Tensor]]:
 def _repacked(tokens: Tensor, lengths: Tensor, vocab: Vocabulary, context: int, chunk: int) -> Iterator[Packed]:
     """Of names that `Vocabulary.encode` has padded."""
     tokens, lengths = tokens.cpu(), lengths.cpu()
-    fits = tokens.dtype in INTEGERS and lengths.dtype in INTEGERS and tokens.shape[:1] == lengths.shape
-    lengths = lengths.long()
-    if not fits or tokens.ndim != 2 or not ((lengths >= 0) & (lengths <= tokens.shape[1] - context)).all():
+    fits = tokens.dtype in INTEGERS and lengths.dtype in INTEGERS and tokens.ndim == 2
+    fits = fits and tokens.shape[:1] == lengths.shape
+    if fits:
+        check_tokens(tokens, len(vocab))
+        lengths, place = lengths.long(), torch.arange(tokens.shape[1])
+        inside = place < context + lengths[:, None]
+        fits = bool(((lengths >= 0) & (lengths <= tokens.shape[1] - context)).all())
+        fits = fits and bool(((tokens == vocab.end) == (place < context))[inside].all())
+    if not fits:
         raise ShapeError(
             f"tokens {tuple(tokens.shape)} of {tokens.dtype} and lengths {tuple(lengths.shape)} of {lengths.dtype} are "
-            f"not what vocab.encode(names, context={context}) returns: integers (names, time), and characters per name "
-            f"from 0 to time - {context}"
+            f"not what vocab.encode(names, context={context}) returns"
         )
-    check_tokens(tokens, len(vocab))
-    for part, characters in zip(tokens.split(chunk), lengths.split(chunk)):
-        inside = torch.arange(part.shape[1]) < context + characters[:, None]
-        flat = torch.cat([to_engine(part[inside].long(), vocab.end), torch.zeros(context, dtype=torch.int64)])
+    for part, within, characters in zip(*(whole.split(chunk) for whole in (tokens, inside, lengths))):
+        flat = torch.cat([to_engine(part[within].long(), vocab.end), torch.zeros(context, dtype=torch.int64)])
         yield flat.to(vocab.token_dtype), characters, torch.ones(len(characters), dtype=torch.bool)

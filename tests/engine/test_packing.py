@@ -196,6 +196,7 @@ def test_encoded_pairs_keep_their_numbers_and_nonsense_is_rejected():
         (tokens > 0, lengths),
     ]
     wrong += [(tokens, torch.tensor(3)), (torch.tensor(3), torch.tensor(3)), (tokens, (lengths + 250).byte())]
+    wrong += [ABC.encode(names, context=9), (tokens.roll(-1, 1), lengths)]
     for pair in wrong:
         assert rejects("not what vocab.encode", scorer.score, pair)
 
