@@ -122,7 +122,7 @@ def _texts_of_strings(names: Iterable[Any], padding: str, chunk: int) -> Iterato
 
 def _is_missing(value: Any) -> bool:
     """Whether it is None, NaN, or what pandas has for them, which is not imported for this."""
-    is_nan = isinstance(value, (float, np.floating)) and value != value
+    is_nan = isinstance(value, (float, np.floating)) and bool(value != value)
     return value is None or is_nan or type(value).__name__ in ("NAType", "NaTType")
 
 

@@ -56,10 +56,10 @@ def arrays(names):
     return found
 
 
-def joined(names, vocab, chunk=2**17, unknown="nan"):
+def joined(names, vocab, chunk=2**17, unknown="nan", context=CONTEXT):
     """The names as `packed` gives them, end to end, and the sizes of its chunks."""
-    parts = list(packed(names, vocab, CONTEXT, chunk, unknown))
-    tokens = torch.cat([part[0][:-CONTEXT] for part in parts])
+    parts = list(packed(names, vocab, context, chunk, unknown))
+    tokens = torch.cat([part[0][:-context] for part in parts])
     return tokens, torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts]), parts
 
 
@@ -112,15 +112,32 @@ def test_an_unknown_character_has_row_position_and_character(chunk):
         assert (raised.value.index, raised.value.position, raised.value.character) == (4, 1, "7"), kind
 
 
+def test_half_of_a_surrogate_pair_is_an_unknown_character():
+    assert (
+        joined(np.array(["a", "b\ud800"]), ABC)[2].tolist()
+        == joined(["a", "b\ud800"], ABC)[2].tolist()
+        == [True, False]
+    )
+
+
 def test_chunks_end_early_where_names_are_long(monkeypatch):
     monkeypatch.setattr(packing, "CHUNK_TOKENS", 40)
-    for kind, column in (columns(NAMES) | arrays(NAMES)).items():
+    for kind, column in (columns(NAMES * 2) | arrays(NAMES * 2)).items():
         *found, parts = joined(column, VOCABS["latin"])
-        assert torch.equal(found[0], joined(NAMES, VOCABS["latin"])[0]), kind
-        assert len(parts) >= 2 and all(len(tokens) <= 40 + CONTEXT for tokens, _, _ in parts), kind
-    names = ["a", None, "a" * 90, "b"]
-    for kind, column in columns(names).items():  # a name is in a chunk before or after the missing one's
-        assert joined(column, VOCABS["latin"])[2].tolist() == [True, False, True, True], kind
+        assert torch.equal(found[0], joined(NAMES * 2, VOCABS["latin"])[0]), kind
+        assert all(len(tokens) <= 40 + CONTEXT for tokens, _, _ in parts), kind
+        assert len(parts) <= 5 or kind in ("U", "S", "strided", "other byte order")  # there, the width counts
+
+
+def test_errors_of_later_chunks_have_the_right_row(monkeypatch):
+    monkeypatch.setattr(packing, "CHUNK_TOKENS", 10)
+    for column in columns(["a" * 9, "b", None, "c" * 9]).values():
+        assert rejects("name 2 is missing", joined, column, ABC, unknown="error")
+    halves = pytest.importorskip("pyarrow").array([b"ab" * 9, b"a", b"c" * 9, b"\xff"])
+    for column in (halves, np.array(halves.to_pylist())):
+        assert rejects("name 3 has bytes that are not UTF-8", joined, column, ABC)
+    for wrong in (3, b"d"):
+        assert rejects(f"name 3 is {wrong!r}, of type", joined, ["a", "b" * 9, "c", wrong], ABC, chunk=2)
 
 
 def test_a_scorer_takes_columns_everywhere_with_equal_bits(names):
@@ -130,12 +147,7 @@ def test_a_scorer_takes_columns_everywhere_with_equal_bits(names):
     for column in (pa.array(names), pa.chunked_array([names[:9], names[9:]]).dictionary_encode()):
         for call in (scorer.score, scorer.bits_per_character, scorer.percentile, scorer.position_log_probs):
             found, expected = call(column, unknown="nan"), call(names, unknown="nan")
-            for part, same in zip(*((value if type(value) is tuple else (value,)) for value in (found, expected))):
-                assert (
-                    torch.equal(part.nan_to_num(), same.nan_to_num())
-                    and len(part)
-                    and part.isnan().any() == same.isnan().any()
-                )
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
         assert [len(part) for part in scorer.stream(column[:7], chunk=3)] == [3, 3, 1]
         assert torch.equal(scorer.logits(column[:7])[0], scorer.logits(names[:7])[0])
         assert scorer.score(column[:0]).shape == scorer.bits_per_character(np.array([])).shape == (0,)
@@ -182,6 +194,7 @@ def test_encoded_pairs_keep_their_numbers_and_nonsense_is_rejected():
     for pair in ((tokens, lengths), (tokens.byte(), lengths.byte()), (tokens.int(), lengths.short())):
         assert torch.equal(scorer.score(pair), scorer.score(names))
         assert [len(part) for part in scorer.stream(pair, chunk=2)] == [2, 1]
+        assert joined(pair, ABC, context=8)[0].dtype == torch.uint8
     wrong = [
         (tokens, -lengths),
         (tokens, lengths + 1),
