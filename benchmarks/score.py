@@ -107,7 +107,7 @@ def tables(results: Results) -> Iterator[Table]:
         for row in results["sizes"]
     ]
     yield Table(
-        "Microseconds per name, by the number of names in a call; from strings to log-likelihoods, with the default model",
+        "Microseconds per name, by the number of names in a call; from strings to scores, with the default model",
         "names=names ,; " + "; ".join(f"{name}=way{i} .3g" for i, name in enumerate(ways)),
         rows,
         "Medians; each call takes other names, sampled from the default model, without repeats. Losses in nats per "

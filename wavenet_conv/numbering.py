@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,24 +24,27 @@ def from_engine(tokens: Tensor, end: int) -> Tensor:
 
 
 class CharacterTable:
-    """From a text to the engines' numbers: `characters[i]` is i + 1, every other character 0."""
+    """From a text to the engines' numbers: `characters[i]` is i + 1, every other character 0.
+
+    dtype: Of the numbers: uint8 for fewer than 256 characters, otherwise int64.
+    """
 
     def __init__(self, characters: str):
-        self.characters = characters
-        self._codes, order = torch.tensor([ord(c) for c in characters], dtype=torch.int32).sort()
-        self._numbers = order + 1  # of the sorted codes
+        self.dtype = torch.uint8 if len(characters) < 256 else torch.int64
+        codes = [ord(c) for c in characters]
+        self._numbers = torch.zeros(max(codes) + 2, dtype=self.dtype).numpy()  # the last: every later character
+        self._numbers[codes] = np.arange(1, len(characters) + 1)
+        self._bytes = bytes(self._numbers[:256]).ljust(256, b"\0") if self.dtype == torch.uint8 else None
 
     def __call__(self, text: str) -> Tensor:
-        """The number of each character: `(characters,)`, uint8 for ASCII text and int64 otherwise."""
-        if text.isascii() and len(self.characters) < 256:
-            table = bytearray(256)
-            for number, character in enumerate(self.characters, start=1):
-                if character.isascii():
-                    table[ord(character)] = number
-            return torch.frombuffer(bytearray(text, "ascii").translate(table), dtype=torch.uint8)
-        codes = torch.frombuffer(bytearray(text.encode("utf-32-le", errors="surrogatepass")), dtype=torch.int32)
-        place = torch.searchsorted(self._codes, codes).clamp_(max=len(self._codes) - 1)
-        return torch.where(self._codes[place] == codes, self._numbers[place], 0)
+        """The number of each character: `(characters,)`."""
+        if self._bytes:
+            try:
+                return torch.frombuffer(bytearray(text, "latin-1").translate(self._bytes), dtype=torch.uint8)
+            except UnicodeEncodeError:
+                pass
+        codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), "<u4")
+        return torch.from_numpy(self._numbers[np.minimum(codes, len(self._numbers) - 1)])
 
 
 def read_mapping(mapping: Any, end: str) -> tuple[str, int]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from itertools import islice
 from math import log
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,21 +16,12 @@ from torch import Tensor
 from .checkpoint import load_checkpoint
 from .engine.shared import SharedNodes
 from .engine.weights import fold, why_not_compiled
-from .errors import ConfigError, NamesError, ShapeError
+from .errors import ConfigError, NamesError
 from .model import ConvWaveNet, check_pair
 from .numbering import to_engine
+from .packing import CHUNK_NAMES, Names, Packed, packed
 from .precision import exact_float32
-from .vocabulary import Vocabulary, check_tokens, checked_names, lengths_of
-
-if TYPE_CHECKING:
-    from typing_extensions import TypeIs
-
-Names = Iterable[str] | tuple[Tensor, Tensor]
-
-# Tokens that get their ids together, which takes some hundred bytes each. Below 2**22, so that an int64 for each is
-# less than the 32 MiB from which glibc gives fresh pages at every allocation.
-CHUNK_TOKENS = 4_000_000
-CHUNK_NAMES = 2**17
+from .vocabulary import Vocabulary
 
 QUANTILES = 1001  # of a training list's bits per character
 
@@ -128,15 +118,19 @@ class Scorer:
         """Scores names by their natural-log likelihood, the end of the name included.
 
         Args:
-            names: Any iterable of strings, or `(tokens, lengths)` as `vocab.encode(names, context=scorer.context)`
-                returns them, in the vocabulary's own numbers.
-            unknown: What a name with a character outside the vocabulary does: "error" raises, "nan" gives NaN.
+            names: Any iterable of strings; a NumPy array; a column of pandas, polars, PyArrow or another library with
+                the Arrow PyCapsule protocol, in its own order; or `(tokens, lengths)` as `vocab.encode(names,
+                context=scorer.context)` returns them, in the vocabulary's own numbers.
+            unknown: What a missing value, or a name with a character outside the vocabulary, does: "error" raises,
+                "nan" gives NaN.
 
         Returns:
             `(names,)` in nats, on the CPU, in the scorer's dtype.
 
         Raises:
-            NamesError, ShapeError: A character is outside the vocabulary; tokens and lengths do not fit each other.
+            NamesError: A name is missing or has a character outside the vocabulary; names are not strings, or a table.
+            ShapeError: Tokens and lengths do not fit each other.
+            UsageError: Names are read with PyArrow, which is not installed.
         """
         return torch.cat([torch.zeros(0, dtype=self.dtype), *self.stream(names, unknown=unknown)])
 
@@ -144,10 +138,10 @@ class Scorer:
         """Yields the scores of `names`, an iterable of any length, in order, at most `chunk` at a time.
 
         Memory is bounded by the chunk. Nodes below windows, and windows near a name's start, are shared in the whole
-        stream, other windows inside a chunk. A chunk also ends early if its names are long.
+        stream, other windows inside a chunk. A chunk also ends early if its names are long. Raises `ConfigError` at the
+        call if `chunk` is not an integer of at least 1.
         """
-        for _, totals, _, known in self._log_probs(names, chunk, unknown):
-            yield totals.masked_fill_(~known, torch.nan).to(self.dtype)
+        return (scores for scores, _ in self._scores(packed(names, self.vocab, self.context, chunk, unknown)))
 
     def position_log_probs(self, names: Names, *, unknown: str = "error") -> tuple[Tensor, Tensor]:
         """The log-probability, in nats, of every character of each name and of its end.
@@ -156,7 +150,7 @@ class Scorer:
             Values `(positions,)`, name after name, in the scorer's dtype, and offsets int64 `(names + 1,)`: name i has
             `values[offsets[i] : offsets[i + 1]]`, one more than it has characters. An unknown name has one NaN.
         """
-        parts = list(self._log_probs(names, CHUNK_NAMES, unknown))
+        parts = list(self._log_probs(packed(names, self.vocab, self.context, CHUNK_NAMES, unknown)))
         for log_probs, _, lengths, known in parts:
             log_probs[(torch.cumsum(lengths + 1, 0) - 1)[~known]] = torch.nan
         values = torch.cat([torch.zeros(0, dtype=self.dtype), *[log_probs for log_probs, *_ in parts]])
@@ -168,7 +162,7 @@ class Scorer:
         Column t is of the vocabulary's token t.
         """
         parts, all_lengths = [torch.zeros(0, len(self.vocab), dtype=self.dtype)], []
-        for tokens, lengths, _ in _packed(names, self.vocab, self.context, CHUNK_NAMES, "error"):
+        for tokens, lengths, _ in packed(names, self.vocab, self.context, CHUNK_NAMES, "error"):
             with exact_float32():
                 distinct, rows, _ = self.nodes.logits(tokens.to(self.device), lengths.to(self.device))
             parts.append(distinct[rows].cpu())
@@ -180,12 +174,9 @@ class Scorer:
 
     def bits_per_character(self, names: Names, *, unknown: str = "error") -> Tensor:
         """Bits that the model needs per character of each name, its end counted as one: `(names,)`."""
-        if _encoded(names):
-            lengths = names[1]
-        else:
-            names = checked_names(names)
-            lengths = lengths_of(names)
-        return self.score(names, unknown=unknown) / (-log(2) * (lengths + 1))
+        parts = self._scores(packed(names, self.vocab, self.context, CHUNK_NAMES, unknown))
+        bits = [scores / (-log(2) * (lengths + 1)) for scores, lengths in parts]
+        return torch.cat([torch.zeros(0, dtype=self.dtype), *bits])
 
     def percentile(self, names: Names, *, unknown: str = "error") -> Tensor:
         """Percent of the training list that need fewer bits per character than each name: `(names,)`.
@@ -200,11 +191,16 @@ class Scorer:
         below = torch.searchsorted(self.quantiles, bits.float()) * (100 / len(self.quantiles))
         return below.masked_fill(bits.isnan(), torch.nan)
 
-    def _log_probs(self, names: Names, chunk: int, unknown: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def _scores(self, chunks: Iterator[Packed]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per chunk: scores and lengths, `(names,)` each."""
+        for _, totals, lengths, known in self._log_probs(chunks):
+            yield totals.masked_fill_(~known, torch.nan).to(self.dtype), lengths
+
+    def _log_probs(self, chunks: Iterator[Packed]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Per chunk, on the CPU: log-probabilities `(positions,)`, their sums, lengths, and which names are known."""
         cache, complete = self._caches.pop() if self._caches else self._engine.new_cache(), False
         try:
-            for tokens, lengths, known in _packed(names, self.vocab, self.context, chunk, unknown):
+            for tokens, lengths, known in chunks:
                 with torch.no_grad(), nullcontext() if self.compiled else exact_float32():
                     found, totals = self._engine.log_probs(tokens.to(self.device), lengths.to(self.device), cache)
                 yield found.cpu(), totals.cpu(), lengths, known
@@ -228,54 +224,6 @@ def training_quantiles(model: ConvWaveNet, vocab: Vocabulary, names: list[str]) 
     return bits.sort().values[places].float()
 
 
-def _packed(
-    names: Names, vocab: Vocabulary, context: int, chunk: int, unknown: str
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Per chunk: tokens end to end, lengths, and which names are known."""
-    if unknown not in ("error", "nan"):
-        raise ConfigError(f"unknown is {unknown!r}; it is 'error' or 'nan'")
-    if _encoded(names):
-        yield _repacked(*names, vocab, context)
-        return
-    for part, lengths in _chunks(names, chunk, context):
-        tokens, lengths, known = vocab.pack(part, context=context, lengths=lengths)
-        if unknown == "error" and not known.all():
-            raise vocab.unknown_character_error(part)
-        yield tokens, lengths, known
-
-
-def _repacked(tokens: Tensor, lengths: Tensor, vocab: Vocabulary, context: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Names that `Vocabulary.encode` has padded, end to end, as `Vocabulary.pack` returns them."""
-    tokens, lengths = tokens.cpu(), lengths.cpu()
-    longest = int(lengths.max()) if len(lengths) else 0
-    if tokens.ndim != 2 or len(tokens) != len(lengths) or tokens.shape[1] < context + longest:
-        raise ShapeError(
-            f"tokens of shape {tuple(tokens.shape)} and {len(lengths)} lengths up to {longest} are not what "
-            f"vocab.encode(names, context={context}) returns"
-        )
-    check_tokens(tokens, len(vocab))
-    inside = torch.arange(tokens.shape[1]) < context + lengths[:, None]
-    packed = torch.cat([to_engine(tokens[inside], vocab.end), tokens.new_zeros(context)])
-    return packed, lengths, torch.ones(len(lengths), dtype=torch.bool)
-
-
-def _encoded(names: Names) -> TypeIs[tuple[Tensor, Tensor]]:
-    return isinstance(names, tuple) and len(names) == 2 and all(isinstance(part, Tensor) for part in names)
-
-
 def _offsets(lengths: list[Tensor]) -> Tensor:
     outputs = torch.cat([torch.zeros(1, dtype=torch.int64), *[characters + 1 for characters in lengths]])
     return outputs.cumsum(0)
-
-
-def _chunks(names: Iterable[str], chunk: int, context: int) -> Iterator[tuple[list[str], Tensor]]:
-    """Parts of the names and their lengths, int64: at most `chunk` names and CHUNK_TOKENS tokens, or one name."""
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        checked_names(names)  # raises
-    names = iter(names)
-    while part := list(islice(names, chunk)):
-        ends = torch.cumsum((lengths := lengths_of(part)) + context, 0)
-        while part:
-            fitting = max(1, int(torch.searchsorted(ends, CHUNK_TOKENS, right=True)))
-            yield part[:fitting], lengths[:fitting]
-            part, lengths, ends = part[fitting:], lengths[fitting:], ends[fitting:] - ends[fitting - 1]

@@ -8,7 +8,7 @@ import torch
 from engine.cases import ABC, outputs_of, random_conv, rejects
 from helpers import LAYER_NORM, MIXED, random_tree
 
-from wavenet_conv import Scorer, Stream, Vocabulary, from_tree, sample, scoring
+from wavenet_conv import Scorer, Stream, Vocabulary, from_tree, packing, sample
 from wavenet_conv.engine import kernel
 
 NAMES = ["emma", "", "olivia", "a", "xqzvkj", "maximiliano", "emma"]
@@ -77,7 +77,7 @@ def test_a_name_has_the_same_bits_alone_and_in_any_batch(
         assert torch.equal(scorer.score([names[i] for i in chosen]), scores[chosen]), size
     for chunk, count in ((1, 20), (7, 100), (999, len(names))):
         assert torch.equal(torch.cat(list(scorer.stream(names[-count:], chunk=chunk))), scores[-count:])
-    monkeypatch.setattr(scoring, "CHUNK_TOKENS", 40)  # less than the last name
+    monkeypatch.setattr(packing, "CHUNK_TOKENS", 40)  # less than the last name
     assert torch.equal(scorer.score(names[-30:]), scores[-30:])
 
 
