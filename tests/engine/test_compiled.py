@@ -59,7 +59,7 @@ def test_equal_nodes_are_evaluated_once(names, monkeypatch):
 @pytest.mark.parametrize("remember", [False, True])
 def test_memory_from_chunk_to_chunk_and_from_call_to_call_changes_no_bits(names, monkeypatch, threads, kept, remember):
     monkeypatch.setattr(compiled, "KEPT", kept)
-    monkeypatch.setattr(compiled, "MEMORY", 100)
+    monkeypatch.setattr(compiled, "SPARSE", 2)
     monkeypatch.setattr(compiled, "MANY", 200)
     conv = random_conv(dtype=torch.float32)
     some, scorer = random.Random(0).sample(names, 3000), Scorer(conv, ABC, compiled=True, remember=remember)

@@ -30,7 +30,7 @@ Each = Callable[[Callable[[int], None]], Any]  # calls a function with the numbe
 
 MANY = 2**14  # outputs from which more than one thread works
 KEPT = 2**26  # numbers that a table leaves to the next chunk: 256 MiB of float32
-MEMORY = 2**14  # rows from which a table's memory is kept for the next call
+SPARSE = 16  # a table with more slots for each node is not worth clearing
 
 
 class Table:
@@ -60,19 +60,21 @@ class CompiledCache:
     """What a chunk of names leaves to the next: nodes by layer and tap, in as many parts as there are threads."""
 
     def __init__(self) -> None:
-        self.parts = torch.get_num_threads()
+        self.parts = 1
         self.tables: dict[tuple[int, int], Table] = {}
 
     def clear(self) -> None:
-        """Forgets all nodes. Only the memory of many is kept, since clearing it takes time too."""
-        self.tables = {key: table for key, table in self.tables.items() if len(table.values) >= MEMORY}
+        """Forgets all nodes. The memory is kept, unless clearing it would take longer than making it anew."""
+        if any(SPARSE * max(table.counts) < len(table.slots[0]) for table in self.tables.values()):
+            self.tables = {}
         for table in self.tables.values():
             table.clear()
 
-    def trim(self) -> None:
-        """Before a chunk: forgets the nodes of each table that holds too many."""
-        if self.parts != torch.get_num_threads():
-            self.__init__()  # type: ignore[misc]
+    def prepare(self, outputs: int) -> None:
+        """Before a chunk: forgets nodes that were found by fewer threads, or where a table holds too many."""
+        parts = torch.get_num_threads() if outputs >= MANY else 1
+        if parts > self.parts or not self.tables:
+            self.parts, self.tables = parts, {}
         for table in self.tables.values():
             if sum(table.counts) * table.values.shape[1] > KEPT:
                 table.clear()
@@ -102,12 +104,13 @@ class CompiledNodes:
 
     def log_probs(self, tokens: Tensor, lengths: Tensor, cache: CompiledCache) -> tuple[Tensor, Tensor]:
         """As `SharedNodes.log_probs`."""
-        cache.trim()
-        names, parts = (tokens.numpy(), lengths.numpy(), np.zeros(len(lengths) + 1, np.int64)), cache.parts
-        np.cumsum(names[1], out=names[2][1:])
-        outputs, bounds = int(names[2][-1]) + len(lengths), [len(lengths) * part // parts for part in range(parts + 1)]
+        sizes, ends = lengths.numpy(), np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(sizes, out=ends[1:])
+        names, count, outputs = (tokens.numpy(), sizes, ends), len(sizes), int(ends[-1]) + len(sizes)
+        cache.prepare(outputs)
+        parts, bounds = cache.parts, [count * part // cache.parts for part in range(cache.parts + 1)]
         keys, log_probs = np.empty((1, outputs), np.uint64), np.empty(outputs, self.maps[-1][0][1].dtype)
-        totals = np.empty(len(lengths))
+        totals = np.empty(count)
         with _each_part(parts, outputs) as each:
             each(
                 lambda part: distinct.window_keys(
@@ -177,5 +180,5 @@ def _each_part(parts: int, outputs: int) -> Iterator[Each]:
     if parts == 1 or outputs < MANY:
         yield lambda function: list(map(function, range(parts)))
     else:
-        with ThreadPoolExecutor(parts) as pool:
+        with ThreadPoolExecutor(min(parts, torch.get_num_threads())) as pool:
             yield lambda function: list(pool.map(function, range(parts)))
