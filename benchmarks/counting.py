@@ -79,7 +79,7 @@ def counting(config: WaveNetConfig) -> Iterator[Counting]:
         counted.multiply_adds = shared_multiply_adds(config, evaluated, taps_apart=bool(by_tap))
 
 
-def shared_multiply_adds(config: WaveNetConfig, nodes: Sequence[int], taps_apart: bool) -> int:
+def shared_multiply_adds(config: WaveNetConfig, nodes: Sequence[int], taps_apart: bool = False) -> int:
     """Multiply-adds for that many nodes per layer: each with every tap of its parents' layer, or one, or the head."""
     widths, above = config.widths, [*zip(config.kernel_sizes[1:], config.widths[1:]), (1, config.vocab_size)]
     size_of = lambda size: 1 if taps_apart else size

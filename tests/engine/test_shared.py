@@ -76,7 +76,7 @@ def test_chunks_of_a_stream_share_their_nodes(names, monkeypatch, room):
     monkeypatch.setattr(shared, "CACHED", room)
     monkeypatch.setattr(shared, "ids_of_names", counting)
     monkeypatch.setattr(ids, "NEARLY_ALL_DISTINCT", 2.0)  # look for equal windows in every chunk
-    scorer = Scorer(random_conv(), ABC)
+    scorer = Scorer(random_conv(), ABC, compiled=False)
     scores = torch.cat(list(scorer.stream(names, chunk=2000)))
     found, four_grams, early, others = torch.tensor(evaluated).sum(0).tolist(), set(), set(), 0
     for chunk in (names[:2000], names[2000:4000], names[4000:]):
@@ -95,7 +95,7 @@ def test_nodes_that_other_calls_or_chunks_left_change_no_score(names, monkeypatc
     """Nearly every node of unlike names is distinct, without a lookup; the third call continues from the first."""
     monkeypatch.setattr(ids, "TABLE_KEYS", keys)
     conv, order = random_conv(kernel_sizes), random.Random(0)
-    scorer, fresh = Scorer(conv, ABC, remember=True), Scorer(conv, ABC)
+    scorer, fresh = (Scorer(conv, ABC, compiled=False, remember=remember) for remember in (True, False))
     like = ["".join(order.choices("abc", k=order.randint(4, 9))) for _ in range(1500)]
     unlike = ["".join(order.choices(ABC.characters, k=90)) for _ in range(40)]
     for part in (like, unlike, like[::-1], unlike, names[::20]):
