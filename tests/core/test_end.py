@@ -41,7 +41,7 @@ def test_an_end_that_no_name_has_changes_nothing():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Vocabulary("a$", end="$"), "'$' is the end of every name (token 0) and cannot be one of its characters"),
+        (lambda: Vocabulary("a$", end="$"), "'$' is the end of every name (token 0) and cannot be one of"),
         (lambda: Vocabulary("ab", end="<E>"), "end is '<E>'; it must be a single character, such as '$'"),
         (lambda: Vocabulary.from_names(["a.b", "a$"], end="$"), "name 1 ('a$'): character '$' at position 1 marks the"),
         (lambda: Vocabulary.from_names(["a.b"], end=""), "end is ''; it must be a single character"),
