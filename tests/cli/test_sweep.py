@@ -72,7 +72,7 @@ def test_the_same_seed_draws_the_same_trials_also_where_it_is_resumed(sweep):
     code, out, err = sweep("--trials", 3, "--json")
     assert (code, err) == (0, "") and rows(out) == whole
     steps, losses = zip(*whole[0]["validations"])
-    assert steps == (2, 4, 6) and min(losses) == whole[0]["validation_loss"]
+    assert steps == (0, 2, 4, 6) and min(losses) == whole[0]["validation_loss"]
 
 
 def test_the_best_trial_is_written_with_its_own_bits(sweep, folder):
