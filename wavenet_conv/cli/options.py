@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint import Checkpoint
     from ..config import WaveNetConfig
+    from ..scoring import Scorer
     from ..vocabulary import Vocabulary
 
 MIN_NAMES = 10  # with fewer, a part of the split is empty
@@ -67,6 +68,14 @@ def add_model(command: argparse.ArgumentParser) -> None:
     help = "a checkpoint; 'default' is the one in the package"
     command.add_argument("--model", default="default", metavar="PATH", help=help)
     add_device(command)
+
+
+def add_prefixes(command: argparse.ArgumentParser, what: str) -> None:
+    """Add PREFIX, `--top` and `--json` to a command that shows `what` for each prefix."""
+    help = "how a name begins; '' is the start of a name; write -- before a prefix that starts with -"
+    command.add_argument("prefixes", nargs="+", metavar="PREFIX", help=help)
+    command.add_argument("--top", type=positive, default=10, metavar="K", help=f"{what} per prefix (10)")
+    command.add_argument("--json", dest="as_json", action="store_true", help="JSON lines, one object per prefix")
 
 
 def add_recipe(command: argparse.ArgumentParser, *names: str) -> None:
@@ -133,6 +142,28 @@ def load_model(path: str, option: str = "--model") -> Checkpoint:
 
     with usage_errors(CheckpointError, f"{option} "):
         return load_checkpoint(path)
+
+
+def load_scorer(path: str, device: str) -> Scorer:
+    """The scorer of values of `--model` and `--device`; raises as `load_model` does."""
+    from ..scoring import Scorer
+
+    checkpoint = load_model(path)
+    return Scorer(checkpoint.model, checkpoint.vocab, device=device_of(device))
+
+
+@contextmanager
+def unknown_characters(argument: str, names: Sequence[str], vocab: Vocabulary) -> Iterator[None]:
+    """Raise the `NamesError` of an unknown character in `names`, values of an argument, as the command line's."""
+    try:
+        yield
+    except NamesError as error:
+        name, character = names[error.index or 0], error.character or ""
+        found = f"character {character!r} at position {error.position} is not in the vocabulary {vocab.characters!r}"
+        lower = character.lower()
+        fix = f"write {lower!r}, which is" if len(lower) == 1 and lower in vocab.characters else "remove it"
+        message = f"{argument} {name[:40]!r}: {found}; {fix}, or give another model with --model"
+        raise NamesError(message) from error
 
 
 def training_list(path: str) -> TrainingList:
