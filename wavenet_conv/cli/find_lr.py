@@ -44,7 +44,7 @@ def find_lr(file: str, *, preset: str, device: str, plot: str | None, as_json: b
 
     if plot:
         check_plot(plot)
-    _, vocab, parts = training_list(file)
+    _, vocab, parts, _ = training_list(file)
     config, recipe = configured(preset, len(vocab), settings | {"schedule": "constant", "ema_decay": 0.0})
     trainer = Trainer(new_model(config, recipe.seed, device_of(device)), vocab, *parts[:2], recipe)
     rows = []

@@ -42,11 +42,19 @@ RECIPE_HELP = {
 
 
 class TrainingList(NamedTuple):
-    """A list to train on: its SHA-256, its characters, and the names to train, validate and test on."""
+    """A list to train on.
+
+    Attributes:
+        sha256: What identifies the list.
+        vocab: Its characters.
+        parts: The names to train, validate and test on.
+        repeated: How many names are equal to an earlier one.
+    """
 
     sha256: str
     vocab: Vocabulary
     parts: tuple[list[str], list[str], list[str]]
+    repeated: int
 
 
 def add_command(commands: Any, run: Callable[..., None], help: str, description: str) -> argparse.ArgumentParser:
@@ -166,16 +174,23 @@ def unknown_characters(argument: str, names: Sequence[str], vocab: Vocabulary) -
         raise NamesError(message) from error
 
 
-def training_list(path: str) -> TrainingList:
-    """Read a list of names to train on; raises `UsageError` if it cannot be read or is too short to split."""
+def training_list(path: str, end: str = ".", vocab: Vocabulary | None = None) -> TrainingList:
+    """Read a list of names to train on; raises `UsageError` if it cannot be read or is too short to split.
+
+    `end` is the character that no name has. The vocabulary is that of the list, or the one that is given.
+    """
     from ..names import read_names, sha256_of
     from ..vocabulary import Vocabulary
 
     with usage_errors(NamesError):
-        names = read_names(path)
+        names = read_names(path, end)
     if len(names) < MIN_NAMES:
         raise UsageError(f"{path}: {len(names)} names are too few to split 80/10/10; give at least {MIN_NAMES}")
-    return TrainingList(sha256_of(names), Vocabulary.from_names(names), split_names(names))
+    vocab = Vocabulary.from_names(names, end=end) if vocab is None else vocab
+    if unknown := "".join(sorted({*"".join(names)}.difference(vocab.characters))):
+        found = f"{path}: the model of --from has no {unknown!r}, but {vocab.characters!r}"
+        raise UsageError(f"{found}; remove names with other characters, or train a new model")
+    return TrainingList(sha256_of(names), vocab, split_names(names), len(names) - len({*names}))
 
 
 def check_output(output: str, *inputs: str) -> None:
