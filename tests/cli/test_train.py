@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -13,32 +12,9 @@ from filelock import FileLock
 from helpers import ROOT
 
 from wavenet_conv import Scorer, load_checkpoint
-from wavenet_conv.training import PRESETS, TEACHERS, Corpus, Recipe, Trainer, evaluate, split_names
+from wavenet_conv.training import PRESETS, TEACHERS, Corpus, Recipe, evaluate, split_names
 
 SMALL = ["--n-embd", "6", "--n-hidden", "16", "--steps", "12", "--eval-every", "4", "--batch-size", "32"]
-
-
-@pytest.fixture
-def listed(tmp_path, names):
-    path = tmp_path / "names.txt"
-    path.write_text("\n".join(names[:400]) + "\n")
-    return path
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "model.safetensors"
-
-
-@pytest.fixture
-def train(run, listed, out):
-    """Runs the command on the list; `file` and `output` replace the usual ones."""
-
-    def call(*arguments, file=listed, output=out):
-        code, printed, err = run("train", file, "-o", output, "--device", "cpu", *arguments)
-        return code, printed.decode(), err
-
-    return call
 
 
 def weights(path):
@@ -107,21 +83,6 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(train, tmp_path, listed, 
     assert train(*arguments, output=whole)[0] == 0
     assert_same(out, whole)
     assert files(tmp_path) == {"names.txt", out.name, whole.name}
-
-
-@pytest.fixture
-def interrupt(monkeypatch):
-    """Presses Ctrl-C in place of a step; steps are counted from 1 over all trainings."""
-    advance = Trainer.advance
-
-    def at(step):
-        steps = itertools.count(1)
-        monkeypatch.setattr(Trainer, "advance", lambda self: press() if next(steps) == step else advance(self))
-
-    def press():
-        raise KeyboardInterrupt
-
-    return at
 
 
 def test_interrupted_and_resumed_it_ends_with_the_same_bits(train, tmp_path, out, interrupt):
