@@ -125,4 +125,5 @@ def test_host_names_from_list_to_names(train, run, listed, out):
     assert {entry["character"] for entry in characters} == {None, *"".join(hosts)}
     drawn = run("sample", "--prefix", "www.", "--novel", "--list", listed, "--count", 3, *shown)
     assert drawn[0] == 0 and all(line.startswith("www.") for line in drawn[1].decode().split())
+    assert run("find-lr", listed, "--end", "$", "--steps", 2, "--batch-size", 9, "--device", "cpu")[0] == 0
     assert train("--from", out, *SHORT, "--end", "$", output=out.with_name("more"))[0] == 0

@@ -71,6 +71,19 @@ def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help=help)
 
 
+def add_list(command: argparse.ArgumentParser, metavar: str = "FILE") -> None:
+    """Add the list to train on and `--end`, whose values `training_list` takes."""
+    command.add_argument("file", metavar=metavar, help="one name per line, UTF-8")
+    help = "the character that stands for the end, which no name has (.)"
+    command.add_argument("--end", type=_character, metavar="CHAR", help=help)
+
+
+def _character(text: str) -> str:
+    if len(text) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a single character")
+    return text
+
+
 def add_model(command: argparse.ArgumentParser) -> None:
     """Add `--model`, whose value `load_model` takes, and `--device`."""
     help = "a checkpoint; 'default' is the one in the package"
@@ -174,14 +187,15 @@ def unknown_characters(argument: str, names: Sequence[str], vocab: Vocabulary) -
         raise NamesError(message) from error
 
 
-def training_list(path: str, end: str = ".", vocab: Vocabulary | None = None) -> TrainingList:
+def training_list(path: str, end: str | None = None, vocab: Vocabulary | None = None) -> TrainingList:
     """Read a list of names to train on; raises `UsageError` if it cannot be read or is too short to split.
 
-    `end` is the character that no name has. The vocabulary is that of the list, or the one that is given.
+    `end` is a value of `--end`. The vocabulary is that of the list, or the one that is given.
     """
     from ..names import read_names, sha256_of
     from ..vocabulary import Vocabulary
 
+    end = end or ("." if vocab is None else vocab.padding)
     with usage_errors(NamesError):
         names = read_names(path, end)
     if len(names) < MIN_NAMES:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..recipe import Recipe, teachers_of
-from .options import add_command, add_device, add_recipe, check_output, configured, load_model, training_list
+from .options import add_command, add_device, add_list, add_recipe, check_output, configured, load_model, training_list
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
     command = add_command(commands, train, "train a model on a list of names", DESCRIPTION)
     command.set_defaults(hint="; start again with the same arguments and --resume to continue")
     add = command.add_argument
-    add("file", metavar="FILE", help="one name per line, UTF-8")
+    add_list(command)
     add("-o", "--output", required=True, metavar="OUTPUT", help="where the checkpoint is written")
     add_recipe(command)
     add("--epochs", type=int, metavar="N", help="times to see every name, in place of --steps")
@@ -52,7 +52,6 @@ def add_parser(commands: Any) -> None:
     add("--n-hidden", type=int, metavar="N", help="width of every layer")
     add("--gated", action="store_true", default=None, help="gated layers with residual and skip connections")
     add("--from", dest="origin", metavar="PATH", help="a checkpoint whose model is trained on")
-    add("--end", type=_character, metavar="CHAR", help="the character that stands for the end, which no name has (.)")
     help = "a checkpoint to learn from, in place of the preset's teachers; may be repeated"
     add("--teacher", action="append", default=[], metavar="PATH", help=help)
     add("--dtype", choices=("float32", "float64"), help="of the weights (float32, or that of --from)")
@@ -69,12 +68,6 @@ def _integers(text: str) -> tuple[int, ...]:
     if not all(part.strip().isdecimal() for part in parts):
         raise ArgumentTypeError(f"{text!r} is not a list of integers such as 2,2,2")
     return tuple(map(int, parts))
-
-
-def _character(text: str) -> str:
-    if len(text) != 1:
-        raise ArgumentTypeError(f"{text!r} is not a single character")
-    return text
 
 
 def train(
@@ -106,7 +99,7 @@ def train(
     if plot:
         check_plot(plot)
     start = _start(origin, end, settings) if origin else None
-    names = training_list(file, end or ".") if start is None else training_list(file, start.vocab.padding, start.vocab)
+    names = training_list(file, end, start.vocab if start else None)
     config, recipe = _configured(preset, names, epochs, settings)
     given = [_loaded(path, names.vocab) for path in teacher]
     presets = teachers_of(preset, recipe.seed) if recipe.distill_weight and not given else []
