@@ -33,7 +33,9 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
             temporary.unlink()
         if isinstance(error, OSError) and str(error.filename) == str(temporary):  # a name that says nothing to anybody
             found = f"{error.strerror} in the folder {str(path.parent.absolute())!r}"
-            raise OutputError(f"{path}: {found}; give a folder that exists and can be written to") from error
+            raised = OutputError(f"{path}: {found}; give a folder that exists and can be written to")
+            raised.strerror = found  # for callers with advice of their own
+            raise raised from error
         raise
 
 

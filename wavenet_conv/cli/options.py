@@ -130,8 +130,6 @@ def output_errors(path: object, advice: str) -> Iterator[None]:
     """Raise each `OSError` as an `OutputError` about a file."""
     try:
         yield
-    except OutputError:  # names the file already
-        raise
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror or str(error).rstrip('.')}; {advice}") from error
 
