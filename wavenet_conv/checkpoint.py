@@ -77,7 +77,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: `load_checkpoint` would reject the file, for example because a weight is NaN; `names` are
             empty or have a character that is not in the vocabulary.
-        OSError: The file cannot be written.
+        OSError: The file cannot be written: `OutputError` if its folder is missing.
     """
     for value, kind in ((model, ConvWaveNet), (vocab, Vocabulary)):
         if not isinstance(value, kind):

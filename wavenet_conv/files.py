@@ -9,13 +9,16 @@ from pathlib import Path
 from secrets import token_hex
 from typing import BinaryIO
 
+from .errors import OutputError
+
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a new file beside `path`, which replaces `path` when the `with` block ends without an error.
 
     A reader of `path` sees the old file or the new one. After an error, such as an `OSError` of the disk, the old file
-    is as it was and the new one is removed.
+    is as it was and the new one is removed. Raises `OutputError`, which names the folder, if the new file
+    cannot be made there.
     """
     path = Path(path)
     temporary = path.with_name(f".{token_hex(8)}")  # short: the name of `path` may be as long as names can be
@@ -25,9 +28,14 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and str(error.filename) == str(temporary):  # a name that says nothing to anybody
+            found = f"{error.strerror} in the folder {str(path.parent.absolute())!r}"
+            raised = OutputError(f"{path}: {found}; give a folder that exists and can be written to")
+            raised.strerror = found  # for callers with advice of their own
+            raise raised from error
         raise
 
 

@@ -1,7 +1,8 @@
 """The metadata of a checkpoint: a model's config, its vocabulary and notes, as text and back. `checkpoint` says what.
 
 Versions 1 and 2 have `batch_norm`, true or false, in place of the fields that came later, and a missing `gated` means
-false. A standard vocabulary is its characters; any other one has `end`, the token that ends a name, beside them.
+false. A standard vocabulary is its characters; any other one has beside them `end`, the token that ends a name, and
+`padding`, the character that stands for it, which older releases do not read.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def metadata_of(
         "vocabulary": vocab.characters,
         "notes": json.dumps(notes),
     }
-    return metadata if vocab.is_standard else metadata | {"end": str(vocab.end)}
+    return metadata if vocab.is_standard else metadata | {"end": str(vocab.end), "padding": vocab.padding}
 
 
 def _version(config: WaveNetConfig, vocab: Vocabulary) -> str:
@@ -95,8 +96,8 @@ def vocabulary_of(metadata: dict[str, Any], vocab_size: int) -> Vocabulary:
     if end is None:
         vocab = Vocabulary(characters)
     elif metadata["version"] == "3" and end in map(str, range(len(characters) + 1)):
-        place = int(end)
-        vocab = Vocabulary.from_mapping([*characters[:place], "", *characters[place:]], end="")
+        place, padding = int(end), metadata.get("padding", "")
+        vocab = Vocabulary.from_mapping([*characters[:place], padding, *characters[place:]], end=padding)
     else:
         raise CheckpointError(f"its end is {end!r:.40}, which is not a token of a version 3 file; {SAVE_AGAIN}")
     if vocab.characters != found or len(vocab) != vocab_size:

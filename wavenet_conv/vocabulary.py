@@ -16,37 +16,43 @@ END = "."  # what a text has in place of the token that pads before a name and e
 
 
 class Vocabulary:
-    """The characters of a list of names; `.` is token 0, the others are 1, 2, ... in sorted order.
+    """The characters of a list of names; the end is token 0, the characters are 1, 2, ... in sorted order.
 
     `from_mapping` numbers them as a notebook does.
 
     Args:
         characters: The characters themselves, such as "abc", in any order; `from_names` collects them from names.
+        end: The character that stands for the end. It cannot be in a name. Host names need another one than `.`.
 
     Raises:
-        NamesError: There are no characters, or `.` is one of them.
+        NamesError: There are no characters, `end` is one of them, or `end` is not a single character.
 
     Attributes:
         characters: The characters in the order of their tokens, without the end.
         end: The token that pads before a name and ends it.
-        padding: A character that is not in `characters`, `.` if possible. It stands for the end in a text.
+        padding: A character that is not in `characters`: the one given as `end`, or else `.` if possible. It stands for
+            the end in a text.
         token_dtype: Of the tokens that engines read: uint8 for fewer than 256 characters, otherwise int64.
         is_standard: Whether `Vocabulary(characters)` is the same vocabulary.
     """
 
-    def __init__(self, characters: Iterable[str]):
+    def __init__(self, characters: Iterable[str], *, end: str = END):
         characters = "".join(sorted(set(characters)))
-        if END in characters:
-            raise NamesError(f"{END!r} is the end of every name (token 0) and cannot be one of its characters")
-        self._number(characters, 0)
+        if not isinstance(end, str) or len(end) != 1:
+            raise NamesError(f"end is {end!r}; it must be a single character, such as '$'")
+        if end in characters:
+            found = f"{end!r} is the end of every name (token 0) and cannot be one of its characters"
+            raise NamesError(f"{found}; say another end with end=...")
+        self._number(characters, 0, end)
 
-    def _number(self, characters: str, end: int) -> None:
+    def _number(self, characters: str, end: int, key: str) -> None:
         if not characters:
             raise NamesError("a vocabulary needs at least one character; none was given")
         self.characters, self.end, known = characters, end, set(characters)
-        self.padding = next(c for c in (END, *map(chr, range(len(known) + 1))) if c not in known)
+        spare = (key if len(key) == 1 else END, END, *map(chr, range(len(known) + 1)))
+        self.padding = next(c for c in spare if c not in known)
         self._alphabet = characters[:end] + self.padding + characters[end:]  # in the order of the tokens
-        self.is_standard = end == 0 and self.padding == END and characters == "".join(sorted(characters))
+        self.is_standard = end == 0 and END not in known and characters == "".join(sorted(characters))
         self._tokens = CharacterTable(characters)
         self.token_dtype = self._tokens.dtype
 
@@ -60,17 +66,19 @@ class Vocabulary:
             end: The key whose token ends a name and pads before it: a string of any length, such as "<E>" or "".
         """
         vocab = cls.__new__(cls)
-        cls._number(vocab, *read_mapping(mapping, end))
+        cls._number(vocab, *read_mapping(mapping, end), end)
         return vocab
 
     @classmethod
-    def from_names(cls, names: Iterable[str]) -> Vocabulary:
-        """The vocabulary of all characters in `names`; raises `NamesError` for a name with a `.`, with its place."""
+    def from_names(cls, names: Iterable[str], *, end: str = END) -> Vocabulary:
+        """The vocabulary of all characters in `names`; raises `NamesError` for a name with `end`, with its place."""
         names = checked_names(names)
+        vocab = cls({*"".join(names)} - {end}, end=end)
         for index, name in enumerate(names):
-            if END in name:
-                raise _names_error(name, index, name.index(END), "marks the end of a name; remove it")
-        return cls("".join(names))
+            if end in name:
+                complaint = "marks the end of a name; remove it, or say another end with end=..."
+                raise _names_error(name, index, name.index(end), complaint)
+        return vocab
 
     def __len__(self) -> int:
         return len(self.characters) + 1

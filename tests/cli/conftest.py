@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from helpers import ALPHABET
 
 from wavenet_conv import ConvWaveNet, Vocabulary, WaveNetConfig, save_checkpoint
 from wavenet_conv.cli import main
+from wavenet_conv.training import Trainer
 
 
 @pytest.fixture
@@ -41,3 +44,41 @@ def save_random():
         return str(path)
 
     return save
+
+
+@pytest.fixture
+def listed(tmp_path, names):
+    path = tmp_path / "names.txt"
+    path.write_text("\n".join(names[:400]) + "\n")
+    return path
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "model.safetensors"
+
+
+@pytest.fixture
+def train(run, listed, out):
+    """Runs the command on the list; `file` and `output` replace the usual ones."""
+
+    def call(*arguments, file=listed, output=out):
+        code, printed, err = run("train", file, "-o", output, "--device", "cpu", *arguments)
+        return code, printed.decode(), err
+
+    return call
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Presses Ctrl-C in place of a step; steps are counted from 1 over all trainings."""
+    advance = Trainer.advance
+
+    def at(step):
+        steps = itertools.count(1)
+        monkeypatch.setattr(Trainer, "advance", lambda self: press() if next(steps) == step else advance(self))
+
+    def press():
+        raise KeyboardInterrupt
+
+    return at

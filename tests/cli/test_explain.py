@@ -128,12 +128,21 @@ def test_a_full_standard_output(explain, monkeypatch, arguments, buffering):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (["ava", "zoë"], f"NAME 'zoë': character 'ë' at position 2 is not in the vocabulary '{ALPHABET}'; "),
-        (["a" * 3000 + "\0"], f"NAME '{'a' * 40}': character '\\x00' at position 3000 is not in the vocabulary"),
-        (["--model", __file__, "ava"], f"--model {__file__}: not a safetensors file"),
+        (
+            ["ava", "zoë"],
+            1,
+            f"NAME 'zoë': character 'ë' at position 2 is not in the vocabulary '{ALPHABET}'; remove it",
+        ),
+        (
+            ["Ava"],
+            1,
+            f"character 'A' at position 0 is not in the vocabulary '{ALPHABET}'; write 'a', which is, or give",
+        ),
+        (["a" * 3000 + "\0"], 1, f"NAME '{'a' * 40}': character '\\x00' at position 3000 is not in the vocabulary"),
+        (["--model", __file__, "ava"], 2, f"--model {__file__}: not a safetensors file"),
     ],
 )
-def test_wrong_usage(explain, arguments, message):
-    assert message in explain(*arguments, code=2) and message in explain("--json", *arguments, code=2)
+def test_errors(explain, arguments, code, message):
+    assert message in explain(*arguments, code=code) and message in explain("--json", *arguments, code=code)

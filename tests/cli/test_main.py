@@ -46,6 +46,8 @@ for command in (
     "score list.txt --output scores.tsv --sort",
     "train list.txt -o model.safetensors --n-embd 2 --n-hidden 4 --steps 2",
     "explain --model model.safetensors emma",
+    "next --model model.safetensors em",
+    "complete --model model.safetensors --width 2 em",
     "sample --model model.safetensors --novel --list list.txt --count 2 --format tsv",
     "find-lr list.txt --steps 2 --batch-size 4",
     "sweep space.toml list.txt --trials 1 --output best.safetensors",

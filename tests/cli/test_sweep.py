@@ -72,7 +72,7 @@ def test_the_same_seed_draws_the_same_trials_also_where_it_is_resumed(sweep):
     code, out, err = sweep("--trials", 3, "--json")
     assert (code, err) == (0, "") and rows(out) == whole
     steps, losses = zip(*whole[0]["validations"])
-    assert steps == (2, 4, 6) and min(losses) == whole[0]["validation_loss"]
+    assert steps == (0, 2, 4, 6) and min(losses) == whole[0]["validation_loss"]
 
 
 def test_the_best_trial_is_written_with_its_own_bits(sweep, folder):
@@ -161,6 +161,7 @@ def test_a_sweep_may_choose_norms_activations_and_heads(sweep, folder):
     [
         ("lr = ", "; give a TOML file in UTF-8, or 'default'"),
         ('preset = "none"', "preset is 'none'; it must be one of "),
+        ("distill_weight = 0.5", "distill_weight is not a setting"),
         ("rate = 1", "rate is not a setting; the settings are steps, batch_size, "),
         ('norm = "bath"', "norm is 'bath'; it must be one of 'batch', 'layer', 'none'"),
         ("batch_size = 2.5", "batch_size is 2.5; give a value of type int, {choices = "),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -13,32 +12,9 @@ from filelock import FileLock
 from helpers import ROOT
 
 from wavenet_conv import Scorer, load_checkpoint
-from wavenet_conv.training import PRESETS, TEACHERS, Corpus, Recipe, Trainer, evaluate, split_names
+from wavenet_conv.training import PRESETS, TEACHERS, Corpus, Recipe, evaluate, split_names
 
 SMALL = ["--n-embd", "6", "--n-hidden", "16", "--steps", "12", "--eval-every", "4", "--batch-size", "32"]
-
-
-@pytest.fixture
-def listed(tmp_path, names):
-    path = tmp_path / "names.txt"
-    path.write_text("\n".join(names[:400]) + "\n")
-    return path
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "model.safetensors"
-
-
-@pytest.fixture
-def train(run, listed, out):
-    """Runs the command on the list; `file` and `output` replace the usual ones."""
-
-    def call(*arguments, file=listed, output=out):
-        code, printed, err = run("train", file, "-o", output, "--device", "cpu", *arguments)
-        return code, printed.decode(), err
-
-    return call
 
 
 def weights(path):
@@ -78,13 +54,15 @@ def test_gated_layers_and_a_plot(train, tmp_path, out):
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     for n_embd in (2, 6):  # an embedding that is two wide is plotted too
         plot = tmp_path / f"{n_embd}.png"
-        assert train(*SMALL, "--gated", "--kernel-sizes", "2,3", "--n-embd", n_embd, "--plot", plot)[0] == 0
+        assert (
+            train(*SMALL, "--gated", "--kernel-sizes", "2,3", "--n-embd", n_embd, "--plot", plot, "--overwrite")[0] == 0
+        )
         config = load_checkpoint(out).model.config
         assert config.gated and config.kernel_sizes == (2, 3) and plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_epochs_and_seconds_limit_the_steps(train, out):
-    options = ["--n-embd", "2", "--n-hidden", "4", "--batch-size", "64", "--eval-every", "2", "--json"]
+    options = ["--n-embd", "2", "--n-hidden", "4", "--batch-size", "64", "--eval-every", "2", "--json", "--overwrite"]
     assert json.loads(train(*options, "--epochs", "2")[1])["steps_taken"] == 10  # of 320 names
     assert json.loads(train(*options, "--seconds", "0")[1])["steps_taken"] == 2
     assert "steps is 0; it must be at least 1" in train(*options, "--epochs", "0")[2]
@@ -105,21 +83,6 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(train, tmp_path, listed, 
     assert train(*arguments, output=whole)[0] == 0
     assert_same(out, whole)
     assert files(tmp_path) == {"names.txt", out.name, whole.name}
-
-
-@pytest.fixture
-def interrupt(monkeypatch):
-    """Presses Ctrl-C in place of a step; steps are counted from 1 over all trainings."""
-    advance = Trainer.advance
-
-    def at(step):
-        steps = itertools.count(1)
-        monkeypatch.setattr(Trainer, "advance", lambda self: press() if next(steps) == step else advance(self))
-
-    def press():
-        raise KeyboardInterrupt
-
-    return at
 
 
 def test_interrupted_and_resumed_it_ends_with_the_same_bits(train, tmp_path, out, interrupt):
@@ -161,8 +124,9 @@ def test_a_preset_with_teachers_is_interrupted_and_resumed(train, tmp_path, list
     assert_same(out, whole)
     assert load_checkpoint(out).notes["teachers"] == load_checkpoint(whole).notes["teachers"] != []
     assert files(tmp_path) == {"names.txt", out.name, whole.name}
-    assert train(*arguments, "--distill-weight", "0.5", "--teacher", whole)[0] == 0
+    assert train(*arguments, "--distill-weight", "0.5", "--teacher", whole, "--overwrite")[0] == 0
     assert len(load_checkpoint(out).notes["teachers"]) == 1
+    arguments.append("--overwrite")
     code, _, err = train(*arguments, "--teacher", listed)
     assert code == 2 and "--teacher" in err and "not a safetensors file" in err
     listed.write_text(listed.read_text() + "zoë\n")
@@ -202,14 +166,14 @@ def test_a_full_disk_leaves_the_previous_checkpoint(train, out, monkeypatch):
         raise OSError(28, "No space left on device")
 
     assert train(*SMALL)[0] == 0
-    before = out.read_bytes()
+    before, other = out.read_bytes(), ["--seed", "7", "--overwrite"]
     for function in ("write_whole", "save_checkpoint"):
         with monkeypatch.context() as patch:
             patch.setattr(f"wavenet_conv.cli.resumable.{function}", full)
-            code, text, err = train(*SMALL, "--seed", "7")
+            code, text, err = train(*SMALL, *other)
         assert (code, text) == (1, "") and ": No space left on device; fix that and start again with --resume" in err
         assert out.read_bytes() == before
-    assert train(*SMALL, "--seed", "7", "--resume")[0] == 0 and out.read_bytes() != before
+    assert train(*SMALL, *other, "--resume")[0] == 0 and out.read_bytes() != before
 
 
 def test_another_training_or_a_breakdown_writes_nothing(train, out):

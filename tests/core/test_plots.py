@@ -61,7 +61,7 @@ def test_plots_that_cannot_be_written(tmp_path, monkeypatch):
         plots.check_plot("a.gif")
     with pytest.raises(UsageError, match="--plot .*: not a file in an existing folder"):
         plots.check_plot(tmp_path / "none" / "a.png")
-    with pytest.raises(OutputError, match="a.png: No such file or directory; give another file"):
+    with pytest.raises(OutputError, match="a.png: No such file or directory in the folder .*none'; give another file"):
         plots.plot_rates(tmp_path / "none" / "a.png", [0.1], [1.0], 0.1)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match="pip install matplotlib"):

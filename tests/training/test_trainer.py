@@ -31,13 +31,13 @@ def test_it_learns_and_ends_with_the_best_weights(small, parts):
     model = small()
     trainer = fit(model, *parts, Recipe(steps=50, batch_size=64, eval_every=20, lr=0.02))
     steps, losses = zip(*trainer.validations)
-    assert steps == (20, 40, 50) and trainer.best_loss == min(losses) < 2.8 < float(trainer.losses[0])
+    assert steps == (0, 20, 40, 50) and trainer.best_loss == min(losses) < 2.8 < float(trainer.losses[0])
     assert evaluate(model, trainer.valid_corpus) == trainer.best_loss and not model.training
     assert_same(model.state_dict(), trainer.best_weights)
 
 
 def test_the_best_weights_are_kept_where_the_loss_rises_again(small, parts, monkeypatch):
-    losses, weights, model = iter((3.0, 2.0, 2.5)), [], small()
+    losses, weights, model = iter((4.0, 3.0, 2.0, 2.5)), [], small()
     monkeypatch.setattr("wavenet_conv.training.trainer.evaluate", lambda *_: next(losses))
     recipe = Recipe(steps=6, eval_every=2)
     trainer = fit(model, *parts, recipe, on_validation=lambda trainer: weights.append(copied(model.state_dict())))
@@ -60,6 +60,19 @@ def test_the_moving_average_is_what_is_validated_and_kept(small, parts):
     trainer = fit(model, *parts, Recipe(steps=5, eval_every=1, ema_decay=decay, lr=0.1), on_validation=average)
     for name, tensor in model.state_dict().items():
         assert (tensor - averages[trainer.best_step - 1][name]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_trained_model_is_never_worse_afterwards(small, parts, ema_decay):
+    model = small()
+    before = fit(model, *parts, Recipe(steps=50, batch_size=64, eval_every=50, lr=0.02))
+    trainer = fit(model, *parts, Recipe(steps=4, eval_every=2, lr=3.0, ema_decay=ema_decay))
+    assert min(loss for step, loss in trainer.validations if step) > before.best_loss  # it did harm
+    assert trainer.validations[0] == (0, before.best_loss) and (trainer.best_step, trainer.best_loss) == (
+        0,
+        before.best_loss,
+    )
+    assert_same(model.state_dict(), before.best_weights)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +103,7 @@ def test_ways_to_end_a_training(small, parts, monkeypatch):
     assert fit(small(), *parts, recipe, seconds=0).validations[-1][0] == 3
     assert fit(small(), *parts, recipe, on_validation=lambda trainer: trainer.step == 6).step == 6
     assert fit(small(), *parts, recipe, seconds=1e9, on_validation=lambda trainer: None).step == 9
-    losses = iter((3.0, 2.5, 2.6, 2.5))
+    losses = iter((4.0, 3.0, 2.5, 2.6, 2.5))
     monkeypatch.setattr("wavenet_conv.training.trainer.evaluate", lambda *_: next(losses))
     trainer = fit(small(), *parts, Recipe(steps=100, eval_every=1, patience=2))
     assert (trainer.step, trainer.best_step, trainer.best_loss) == (4, 2, 2.5)

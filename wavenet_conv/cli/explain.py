@@ -6,8 +6,7 @@ import json
 from math import log, log2, nan
 from typing import TYPE_CHECKING, Any
 
-from ..errors import NamesError, UsageError
-from .options import add_command, add_model, device_of, load_model
+from .options import add_command, add_model, device_of, load_model, unknown_characters
 from .rows import write_output
 
 if TYPE_CHECKING:
@@ -58,13 +57,8 @@ def explain(names: list[str], *, model: str, device: str, as_json: bool) -> None
 def _scored(name: str, scorer: Scorer) -> dict[str, Any]:
     """The numbers of a name and of each of its characters."""
     characters, end = scorer.vocab.characters, scorer.vocab.end
-    try:
+    with unknown_characters("NAME", [name], scorer.vocab):
         values = scorer.position_log_probs([name])[0].double()
-    except NamesError as error:
-        raise UsageError(
-            f"NAME {name[:40]!r}: character {error.character!r} at position {error.position} is not in the "
-            f"vocabulary {characters!r}; remove it, or give another model with --model"
-        ) from error
     falling, order = scorer.logits([name])[0].double().log_softmax(1).sort(dim=1, descending=True, stable=True)
     columns = (values, values.exp(), values / -log(2), falling.exp()[:, :3], order[:, :3])
     of_tokens = [*characters[:end], None, *characters[end:]]

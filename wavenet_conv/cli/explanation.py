@@ -1,9 +1,10 @@
-"""What `wavenet-conv explain` shows on a terminal: the records of its `--json` as tables."""
+"""What `explain`, `next` and `complete` show on a terminal: the records of their `--json` as tables."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from io import StringIO
 from math import isfinite
 from typing import Any
@@ -17,13 +18,9 @@ from rich.text import Text
 
 def explanation(records: list[dict[str, Any]], uniform: float) -> bytes:
     """Render records for standard output; `uniform` is the surprise of a uniform guess, in bits."""
-    # With no_color, rich would still write bold; without a color system it writes no escape codes.
-    console = Console(color_system=None if os.environ.get("NO_COLOR") else "auto", highlight=False)
+    console, written = _console()
     every = (position["bits"] for record in records for position in record["positions"])
     longest, width = max(filter(isfinite, every), default=0.0), min(max(console.width - 40, 6), 40)  # of all bars
-    # Not console.capture(), which writes an empty text to standard output; a full disk fails even that.
-    encoding, text = console.encoding, StringIO()
-    console.file = text
     for record in records:
         table = _table("char", ">prob", ">bits", "", "likeliest")
         for position in record["positions"]:
@@ -33,14 +30,47 @@ def explanation(records: list[dict[str, Any]], uniform: float) -> bytes:
             others = " ".join(f"{_shown(other['character'])} {other['probability']:>3.0%}" for other in likeliest)
             cells = _shown(position["character"]), f"{position['probability']:.1%}", f"{bits:.2f}", bar
             table.add_row(*cells, Text(others, no_wrap=True, overflow="ellipsis"))
-        heading = Text(f'"{_escaped(record["name"])}"', "bold")
-        console.print(heading, no_wrap=True, overflow="ellipsis")
+        _print_heading(console, record["name"])
         summary = f"score {record['score']:.4f} nats, {record['bits_per_character']:.3f} bits per character"
         summary += f", percentile {record['percentile']:.1f}" * isfinite(record["percentile"])
         console.print(table, f"{summary}\n", _nodes(record["nodes"]), "", sep="\n")
     if len(records) > 1:
         console.print(Text("all names together", "bold"), _nodes(records[0]["nodes_together"]), sep="\n")
-    return text.getvalue().encode(encoding, "replace")
+    return written()
+
+
+def continuations(records: list[dict[str, Any]]) -> bytes:
+    """Render the records of `next` or `complete` for standard output."""
+    console, written = _console()
+    width = min(max(console.width - 12, 6), 40)  # of a bar for a probability of 1
+    for number, record in enumerate(records):
+        if number:
+            console.print()
+        _print_heading(console, record["prefix"])
+        if "next" in record:
+            table = _table("char", ">prob", "")
+            for character, probability in (row.values() for row in record["next"]):
+                table.add_row(_shown(character), f"{probability:.1%}", Bar(1, 0, probability, width=width))
+        else:
+            table = _table(">score", "name")
+            for name, score in (row.values() for row in record["names"]):
+                table.add_row(f"{score:.4f}", Text(_escaped(name), no_wrap=True, overflow="ellipsis"))
+        console.print(table)
+    return written()
+
+
+def _console() -> tuple[Console, Callable[[], bytes]]:
+    """A console that renders as for standard output, and a function that returns what has been printed there."""
+    # With no_color, rich would still write bold; without a color system it writes no escape codes.
+    console = Console(color_system=None if os.environ.get("NO_COLOR") else "auto", highlight=False)
+    # Not console.capture(), which writes an empty text to standard output; a full disk fails even that.
+    encoding, text = console.encoding, StringIO()
+    console.file = text
+    return console, lambda: text.getvalue().encode(encoding, "replace")
+
+
+def _print_heading(console: Console, name: str) -> None:
+    console.print(Text(f'"{_escaped(name)}"', "bold"), no_wrap=True, overflow="ellipsis")
 
 
 def _nodes(counts: dict[str, tuple[int, ...]]) -> Table:

@@ -8,7 +8,7 @@ from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TrainingError
-from .options import add_command, add_device, add_recipe, configured, device_of, training_list
+from .options import add_command, add_device, add_list, add_recipe, configured, device_of, training_list
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ the one-cycle schedule it is the peak (`wavenet-conv train --lr`). It is normal 
 def add_parser(commands: Any) -> None:
     """Add `wavenet-conv find-lr`."""
     command = add_command(commands, find_lr, "find a learning rate for a list of names", DESCRIPTION)
-    command.add_argument("file", metavar="FILE", help="one name per line, UTF-8")
+    add_list(command)
     add_recipe(command, "optimizer", "batch_size", "steps", "seed")
     command.set_defaults(steps=1000)
     add_device(command)
@@ -37,14 +37,16 @@ def add_parser(commands: Any) -> None:
     command.add_argument("--json", dest="as_json", action="store_true", help="the results as one line of JSON")
 
 
-def find_lr(file: str, *, preset: str, device: str, plot: str | None, as_json: bool, **settings: Any) -> None:
+def find_lr(
+    file: str, *, end: str | None, preset: str, device: str, plot: str | None, as_json: bool, **settings: Any
+) -> None:
     """Run the command; `settings` are fields of `Recipe`. Raises `TrainingError` where no loss is finite."""
     from ..plots import check_plot, plot_rates
     from ..training import Trainer, new_model
 
     if plot:
         check_plot(plot)
-    _, vocab, parts = training_list(file)
+    _, vocab, parts, _ = training_list(file, end)
     config, recipe = configured(preset, len(vocab), settings | {"schedule": "constant", "ema_decay": 0.0})
     trainer = Trainer(new_model(config, recipe.seed, device_of(device)), vocab, *parts[:2], recipe)
     rows = []

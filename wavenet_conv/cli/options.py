@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint import Checkpoint
     from ..config import WaveNetConfig
+    from ..scoring import Scorer
     from ..vocabulary import Vocabulary
 
 MIN_NAMES = 10  # with fewer, a part of the split is empty
@@ -41,11 +42,19 @@ RECIPE_HELP = {
 
 
 class TrainingList(NamedTuple):
-    """A list to train on: its SHA-256, its characters, and the names to train, validate and test on."""
+    """A list to train on.
+
+    Attributes:
+        sha256: What identifies the list.
+        vocab: Its characters.
+        parts: The names to train, validate and test on.
+        repeated: How many names are equal to an earlier one.
+    """
 
     sha256: str
     vocab: Vocabulary
     parts: tuple[list[str], list[str], list[str]]
+    repeated: int
 
 
 def add_command(commands: Any, run: Callable[..., None], help: str, description: str) -> argparse.ArgumentParser:
@@ -62,11 +71,32 @@ def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help=help)
 
 
+def add_list(command: argparse.ArgumentParser, metavar: str = "FILE") -> None:
+    """Add the list to train on and `--end`, whose values `training_list` takes."""
+    command.add_argument("file", metavar=metavar, help="one name per line, UTF-8")
+    help = "the character that stands for the end, which no name has (.)"
+    command.add_argument("--end", type=_character, metavar="CHAR", help=help)
+
+
+def _character(text: str) -> str:
+    if len(text) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a single character")
+    return text
+
+
 def add_model(command: argparse.ArgumentParser) -> None:
     """Add `--model`, whose value `load_model` takes, and `--device`."""
     help = "a checkpoint; 'default' is the one in the package"
     command.add_argument("--model", default="default", metavar="PATH", help=help)
     add_device(command)
+
+
+def add_prefixes(command: argparse.ArgumentParser, what: str) -> None:
+    """Add PREFIX, `--top` and `--json` to a command that shows `what` for each prefix."""
+    help = "how a name begins; '' is the start of a name; write -- before a prefix that starts with -"
+    command.add_argument("prefixes", nargs="+", metavar="PREFIX", help=help)
+    command.add_argument("--top", type=positive, default=10, metavar="K", help=f"{what} per prefix (10)")
+    command.add_argument("--json", dest="as_json", action="store_true", help="JSON lines, one object per prefix")
 
 
 def add_recipe(command: argparse.ArgumentParser, *names: str) -> None:
@@ -133,16 +163,46 @@ def load_model(path: str, option: str = "--model") -> Checkpoint:
         return load_checkpoint(path)
 
 
-def training_list(path: str) -> TrainingList:
-    """Read a list of names to train on; raises `UsageError` if it cannot be read or is too short to split."""
+def load_scorer(path: str, device: str) -> Scorer:
+    """The scorer of values of `--model` and `--device`; raises as `load_model` does."""
+    from ..scoring import Scorer
+
+    checkpoint = load_model(path)
+    return Scorer(checkpoint.model, checkpoint.vocab, device=device_of(device))
+
+
+@contextmanager
+def unknown_characters(argument: str, names: Sequence[str], vocab: Vocabulary) -> Iterator[None]:
+    """Raise the `NamesError` of an unknown character in `names`, values of an argument, as the command line's."""
+    try:
+        yield
+    except NamesError as error:
+        name, character = names[error.index or 0], error.character or ""
+        found = f"character {character!r} at position {error.position} is not in the vocabulary {vocab.characters!r}"
+        lower = character.lower()
+        fix = f"write {lower!r}, which is" if len(lower) == 1 and lower in vocab.characters else "remove it"
+        message = f"{argument} {name[:40]!r}: {found}; {fix}, or give another model with --model"
+        raise NamesError(message) from error
+
+
+def training_list(path: str, end: str | None = None, vocab: Vocabulary | None = None) -> TrainingList:
+    """Read a list of names to train on; raises `UsageError` if it cannot be read or is too short to split.
+
+    `end` is a value of `--end`. The vocabulary is that of the list, or the one that is given.
+    """
     from ..names import read_names, sha256_of
     from ..vocabulary import Vocabulary
 
+    end = end or ("." if vocab is None else vocab.padding)
     with usage_errors(NamesError):
-        names = read_names(path)
+        names = read_names(path, end)
     if len(names) < MIN_NAMES:
         raise UsageError(f"{path}: {len(names)} names are too few to split 80/10/10; give at least {MIN_NAMES}")
-    return TrainingList(sha256_of(names), Vocabulary.from_names(names), split_names(names))
+    vocab = Vocabulary.from_names(names, end=end) if vocab is None else vocab
+    if unknown := "".join(sorted({*"".join(names)}.difference(vocab.characters))):
+        found = f"{path}: the model of --from has no {unknown!r}, but {vocab.characters!r}"
+        raise UsageError(f"{found}; remove names with other characters, or train a new model")
+    return TrainingList(sha256_of(names), vocab, split_names(names), len(names) - len({*names}))
 
 
 def check_output(output: str, *inputs: str) -> None:

@@ -19,15 +19,15 @@ from filelock import FileLock
 from torch import Tensor
 
 from .. import __version__
-from ..checkpoint import save_checkpoint
+from ..checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ..config import WaveNetConfig
-from ..errors import UsageError
+from ..errors import CheckpointError, UsageError
 from ..files import write_whole
 from ..model import ConvWaveNet
 from ..recipe import Recipe
 from ..training import Trainer, evaluate, new_model, run
 from ..training.ranks import rank_and_count
-from .options import TrainingList, device_of, output_errors
+from .options import TrainingList, device_of, output_errors, usage_errors
 from .progress import Progress
 
 ADVICE = "fix that and start again with --resume"
@@ -59,12 +59,21 @@ class Setup:
 
 
 class Run:
-    """One training, whose state is in OUTPUT.training after each validation; `teachers` says which ones it has.
+    """One training, whose state is in OUTPUT.training after each validation.
 
+    `teachers` says which ones it has. It trains `start` in place, or a new model.
     Raises `UsageError` if the model is too large for this machine, or if there is a state that cannot be resumed.
     """
 
-    def __init__(self, setup: Setup, output: str, config: WaveNetConfig, recipe: Recipe, teachers: Sequence[str] = ()):
+    def __init__(
+        self,
+        setup: Setup,
+        output: str,
+        config: WaveNetConfig,
+        recipe: Recipe,
+        teachers: Sequence[str] = (),
+        start: ConvWaveNet | None = None,
+    ):
         self.setup, self.output, self.state_path, self.recipe = setup, output, Path(f"{output}.training"), recipe
         # All that decides about the bits of a training; a run resumes only one with the same.
         identity = {
@@ -78,10 +87,22 @@ class Run:
             "ranks": rank_and_count()[1],
             "torch": torch.__version__,
             "wavenet_conv": __version__,
+            **({} if start is None else {"from": digest(start)}),
         }
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self.interrupted = self._interrupted()
-        self.model = build(config, recipe.seed, setup.device, getattr(torch, setup.dtype))
+        dtype = getattr(torch, setup.dtype)
+        self.model = build(config, recipe.seed, setup.device, dtype) if start is None else start.to(setup.device, dtype)
+
+    def finished(self) -> Checkpoint:
+        """What this run has written to OUTPUT; raises `UsageError` if OUTPUT is missing or another run's."""
+        with usage_errors(CheckpointError, "--output "):
+            checkpoint = load_checkpoint(self.output)
+        if changed := differences({name: checkpoint.notes.get(name) for name in self.identity}, self.identity):
+            raise UsageError(
+                f"--output {self.output}: of another run: {changed}; give another path, or add --overwrite"
+            )
+        return checkpoint
 
     def train(self, teachers: Sequence[ConvWaveNet] = (), seconds: float | None = None) -> Trainer:
         """Train to the end or for `seconds`, from an interrupted run's state where there is one."""
@@ -101,6 +122,8 @@ class Run:
                 progress.update(trainer.step, f"{step}, {losses}")
 
             run(trainer, seconds=seconds, on_validation=record)
+            if trainer.best_step == 0:
+                progress.say("no step has lowered the validation loss; the weights at the start are kept")
         return trainer
 
     def save(self, results: dict[str, Any]) -> None:

@@ -34,9 +34,9 @@ except ModuleNotFoundError:  # Python 3.10
 SQLITE_WAIT = 60  # seconds for another process to end its transaction
 DEFAULT = Path(__file__).parent.parent / "sweep.toml"
 
-# name: the types that a setting may have in TOML; a float may be written as an integer
+# name: the types that a setting may have in TOML; a float may be written as an integer. Trials have no teachers.
 SETTINGS: dict[str, tuple[type, ...]] = {
-    **{field.name: (type(field.default), int) for field in fields(Recipe)},
+    **{field.name: (type(field.default), int) for field in fields(Recipe) if field.name != "distill_weight"},
     "n_embd": (int,),
     "n_hidden": (int, list),
     "kernel_sizes": (list,),
@@ -98,10 +98,10 @@ def _is_valid(name: str, value: Any) -> bool:
 class Work:
     """One process's part of a sweep: the space, the list and the study."""
 
-    def __init__(self, space: str, file: str, storage: str, study: str, device: str):
+    def __init__(self, space: str, file: str, end: str | None, storage: str, study: str, device: str):
         with storage_errors(UsageError, f"--storage {storage}", "give another one, such as sqlite:///sweep.db"):
             self.space, (self.preset, self.settings, self.ranges) = space, read_space(space)
-            self.names, self.device, self.name = training_list(file), device_of(device), study
+            self.names, self.device, self.name = training_list(file, end), device_of(device), study
             identity = {"names_sha256": self.names.sha256, "preset": self.preset, **self.settings, **self.ranges}
             self.study = self._study(storage, json.loads(json.dumps(identity)))
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ..errors import OutputError, TrainingError, UsageError
-from .options import add_command, add_device, check_output, positive
+from .options import add_command, add_device, add_list, check_output, positive
 
 SHOWN = 10  # trials in the table
 
@@ -14,7 +14,8 @@ DESCRIPTION = """\
 Trains with many settings, drawn by Optuna from SPACE.toml, and ranks the trials by the lowest validation loss. A trial
 that is worse than the median of the earlier ones at the same step is stopped early. In SPACE.toml, `preset` names what
 to start from; every other key is a field of Recipe or of WaveNetConfig: a plain value is fixed,
-{low = 1e-3, high = 3e-2, log = true} is a range, and {choices = [128, 256]} a list to choose from.
+{low = 1e-3, high = 3e-2, log = true} is a range, and {choices = [128, 256]} a list to choose from. Trials have no
+teachers, so distill_weight is not a setting.
 
 Trials are kept in the storage: the same command adds those missing up to --trials, and several processes may run it at
 once. In one process the same seed draws the same trials again.
@@ -27,7 +28,7 @@ def add_parser(commands: Any) -> None:
     command.set_defaults(hint="; start again with the same arguments to continue")
     add = command.add_argument
     add("space", metavar="SPACE.toml", help="what is fixed and what is drawn; 'default' is the one in the package")
-    add("file", metavar="LIST", help="one name per line, UTF-8")
+    add_list(command, "LIST")
     add("--trials", type=positive, default=30, metavar="N", help="trials in all, those of earlier runs included (30)")
     add("--storage", default="sqlite:///sweep.db", metavar="URL", help="where trials are kept (sqlite:///sweep.db)")
     add("--study", default="sweep", metavar="NAME", help="which of the storage's sweeps this is (sweep)")
@@ -37,7 +38,16 @@ def add_parser(commands: Any) -> None:
 
 
 def sweep(
-    space: str, file: str, *, trials: int, storage: str, study: str, device: str, output: str | None, as_json: bool
+    space: str,
+    file: str,
+    *,
+    end: str | None,
+    trials: int,
+    storage: str,
+    study: str,
+    device: str,
+    output: str | None,
+    as_json: bool,
 ) -> None:
     """Run the command; the arguments are its options."""
     try:
@@ -47,7 +57,7 @@ def sweep(
         raise UsageError(f"a sweep needs {error.name}: pip install {error.name}") from error
     if output:
         check_output(output, file, space)
-    work = Work(space, file, storage, study, device)
+    work = Work(space, file, end, storage, study, device)
     with Progress(trials, every_update=True) as progress:
         with storage_errors(OutputError, storage, "fix that and start again to continue"):
             work.run(trials, progress)

@@ -8,14 +8,18 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError, WaveNetConvError
+from ..errors import UsageError
 from ..recipe import Recipe, teachers_of
-from .options import add_command, add_device, add_recipe, check_output, configured, load_model, training_list
+from .options import add_command, add_device, add_list, add_recipe, check_output, configured, load_model, training_list
 
 if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+    from ..config import WaveNetConfig
     from ..model import ConvWaveNet
+    from ..training import Trainer
     from ..vocabulary import Vocabulary
-    from .resumable import Setup
+    from .options import TrainingList
+    from .resumable import Run, Setup
 
 DESCRIPTION = """\
 Trains a model on a list of names, one per line, and writes a checkpoint for `wavenet-conv score --model`. The list is
@@ -24,6 +28,11 @@ with --test, once, at the end). The weights with the lowest validation loss are 
 
 The state of the run is saved in OUTPUT.training after each validation. --resume continues from there, to the same bits
 as an uninterrupted run (on the CPU, with the same number of threads), or starts from the beginning without such a file.
+A run that is finished stays as it is. A file that is there already is replaced only with --overwrite.
+
+--from PATH trains the model of a checkpoint on, with its vocabulary and its shape; --preset then says the recipe only.
+On the names to validate on, the result is never worse than that model. A small --lr harms least.
+
 Under torchrun each rank takes its share of each batch; without dropout N ranks train as one.
 """
 
@@ -33,7 +42,7 @@ def add_parser(commands: Any) -> None:
     command = add_command(commands, train, "train a model on a list of names", DESCRIPTION)
     command.set_defaults(hint="; start again with the same arguments and --resume to continue")
     add = command.add_argument
-    add("file", metavar="FILE", help="one name per line, UTF-8")
+    add_list(command)
     add("-o", "--output", required=True, metavar="OUTPUT", help="where the checkpoint is written")
     add_recipe(command)
     add("--epochs", type=int, metavar="N", help="times to see every name, in place of --steps")
@@ -42,11 +51,13 @@ def add_parser(commands: Any) -> None:
     add("--n-embd", type=int, metavar="N", help="width of the embedding")
     add("--n-hidden", type=int, metavar="N", help="width of every layer")
     add("--gated", action="store_true", default=None, help="gated layers with residual and skip connections")
+    add("--from", dest="origin", metavar="PATH", help="a checkpoint whose model is trained on")
     help = "a checkpoint to learn from, in place of the preset's teachers; may be repeated"
     add("--teacher", action="append", default=[], metavar="PATH", help=help)
-    add("--dtype", choices=("float32", "float64"), default="float32", help="of the weights")
+    add("--dtype", choices=("float32", "float64"), help="of the weights (float32, or that of --from)")
     add_device(command)
     add("--resume", action="store_true", help="continue an interrupted run with the same arguments")
+    add("--overwrite", action="store_true", help="replace OUTPUT if it is there")
     add("--test", action="store_true", help="measure the test part too, once, at the end")
     add("--plot", metavar="FILE", help="write the loss curves as a picture")
     add("--json", dest="as_json", action="store_true", help="the results as one line of JSON")
@@ -64,60 +75,123 @@ def train(
     output: str,
     *,
     preset: str,
+    origin: str | None,
+    end: str | None,
     epochs: int | None,
     seconds: float | None,
     teacher: list[str],
-    dtype: str,
+    dtype: str | None,
     device: str,
     resume: bool,
+    overwrite: bool,
     test: bool,
     plot: str | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
     """Run the command; the arguments are its options, `settings` as in `configured`."""
-    from ..plots import check_plot, plot_losses
-    from ..training import Corpus, evaluate
-    from .resumable import Run, Setup, digest, distributed, is_first_rank, locked, rank_and_count, results_of
+    check_output(output, file, *teacher, *([origin] if origin else []))
+    if Path(output).exists() and not (resume or overwrite):
+        raise UsageError(f"--output {output}: this file is there already; give another path, or add --overwrite")
+    from ..plots import check_plot
+    from .resumable import Run, Setup, digest, distributed, is_first_rank, locked, rank_and_count
 
-    names = training_list(file)
-    config, recipe = configured(preset, len(names.vocab), settings)
-    if epochs is not None:
-        if settings["steps"] is not None:
-            raise UsageError("--steps and --epochs are both given; give one of them")
-        settings["steps"] = epochs * -(-len(names.parts[0]) // recipe.batch_size)
-        config, recipe = configured(preset, len(names.vocab), settings)
-    check_output(output, file, *teacher)
     if plot:
         check_plot(plot)
+    start = _start(origin, end, settings) if origin else None
+    names = training_list(file, end, start.vocab if start else None)
+    config, recipe = _configured(preset, names, epochs, settings)
     given = [_loaded(path, names.vocab) for path in teacher]
     presets = teachers_of(preset, recipe.seed) if recipe.distill_weight and not given else []
     with distributed(device) as place, locked(output) if is_first_rank() else nullcontext():
         if seconds is not None and rank_and_count()[1] > 1:
             raise UsageError("--seconds: ranks do not stop at the same step; give --steps under torchrun")
-        setup = Setup(names, place, dtype, resume)
-        sizes = " / ".join(f"{len(part):,}" for part in names.parts)
-        setup.say(f"{file}: {sum(map(len, names.parts)):,} names, split {sizes} to train, validate and test on")
+        setup = Setup(names, place, dtype or _dtype(start), resume)
+        _say_what_is_read(setup, file)
         identities = [digest(model) for model in given] + [f"{name}, seed {own.seed}" for name, _, own in presets]
-        run = Run(setup, output, config, recipe, identities)
+        run = Run(setup, output, config, recipe, identities, start.model if start else None)
+        if resume and _is_finished(run, overwrite):
+            return
         paths = [Path(f"{output}.teacher-{own.seed}") for _, _, own in presets]
         trained = [_teacher(setup, str(path), *own) for path, own in zip(paths, presets)]
         trainer = run.train(given + [model for model, _ in trained], seconds)
-        if not is_first_rank():
-            return
-        spent = round(trainer.seconds + sum(spent for _, spent in trained), 1)
-        results = {"preset": preset, "seconds": spent, **results_of(trainer)}
-        if test:
-            results["test_loss"] = evaluate(trainer.model, Corpus(names.parts[2], names.vocab, trainer.model))
-        run.save(results)
-        losses = {name: f"{value:.4f}" for name, value in results.items() if "loss" in name}
-        text = ", ".join(f"{name} {value}" for name, value in (results | losses).items())
-        print(json.dumps(results) if as_json else text)
-        if plot:
-            embedding = trainer.model.embedding.weight if config.n_embd == 2 else None
-            plot_losses(plot, trainer.losses, trainer.validations, embedding, names.vocab.characters)
-        for path in paths:
-            path.unlink(missing_ok=True)
+        if is_first_rank():
+            spent = round(trainer.seconds + sum(spent for _, spent in trained), 1)
+            _write(run, trainer, {"preset": preset, "seconds": spent}, test=test, plot=plot, as_json=as_json)
+            for path in paths:
+                path.unlink(missing_ok=True)
+
+
+def _start(path: str, end: str | None, settings: dict[str, Any]) -> Checkpoint:
+    """The checkpoint of `--from`; raises `UsageError` if an option contradicts it."""
+    checkpoint = load_model(path, "--from")
+    config = checkpoint.model.config
+    found = {name: getattr(config, name) for name in ("kernel_sizes", "n_embd", "n_hidden", "gated")}
+    for name, value in {**found, "end": checkpoint.vocab.padding}.items():
+        given = end if name == "end" else settings[name]
+        if given not in (None, value) and not (name == "n_hidden" and {given} == {*value}):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} is {given!r}, but the model of --from {path} has {value!r}; leave {option} out")
+    return checkpoint
+
+
+def _configured(
+    preset: str, names: TrainingList, epochs: int | None, settings: dict[str, Any]
+) -> tuple[WaveNetConfig, Recipe]:
+    """The shape and the recipe, with `epochs` in place of steps."""
+    config, recipe = configured(preset, len(names.vocab), settings)
+    if epochs is None:
+        return config, recipe
+    if settings["steps"] is not None:
+        raise UsageError("--steps and --epochs are both given; give one of them")
+    steps = epochs * -(-len(names.parts[0]) // recipe.batch_size)
+    return configured(preset, len(names.vocab), settings | {"steps": steps})
+
+
+def _dtype(start: Checkpoint | None) -> str:
+    """The default of `--dtype`; a model of 16 bits is trained in float32."""
+    return "float64" if start is not None and start.model.embedding.weight.element_size() == 8 else "float32"
+
+
+def _say_what_is_read(setup: Setup, file: str) -> None:
+    names = setup.names
+    count, sizes = sum(map(len, names.parts)), " / ".join(f"{len(part):,}" for part in names.parts)
+    repeated = f"{names.repeated:,} of them repeated, " if names.repeated else ""
+    setup.say(f"{file}: {count:,} names, {repeated}split {sizes} to train, validate and test on")
+
+
+def _is_finished(run: Run, overwrite: bool) -> bool:
+    """Say whether a run has ended and written OUTPUT; raises `UsageError` if another run's file is there."""
+    if not Path(run.output).exists():
+        return False
+    try:
+        run.finished()
+    except UsageError:
+        if overwrite:
+            return False
+        raise
+    if run.interrupted is None:
+        fix = f"give --from {run.output} and another --output to train on"
+        run.setup.say(f"{run.output}: this training is finished; {fix}")
+    return run.interrupted is None
+
+
+def _write(run: Run, trainer: Trainer, results: dict[str, Any], *, test: bool, plot: str | None, as_json: bool) -> None:
+    """Write the checkpoint and the plot of a training that has ended, and print its results."""
+    from ..plots import plot_losses
+    from ..training import Corpus, evaluate
+    from .resumable import results_of
+
+    names, model, results = run.setup.names, trainer.model, results | results_of(trainer)
+    if test:
+        results["test_loss"] = evaluate(model, Corpus(names.parts[2], names.vocab, model))
+    run.save(results)
+    losses = {name: f"{value:.4f}" for name, value in results.items() if "loss" in name}
+    text = ", ".join(f"{name} {value}" for name, value in (results | losses).items())
+    print(json.dumps(results) if as_json else text)
+    if plot:
+        embedding = model.embedding.weight if model.config.n_embd == 2 else None
+        plot_losses(plot, trainer.losses, trainer.validations, embedding, names.vocab.characters)
 
 
 def _loaded(path: str, vocab: Vocabulary) -> ConvWaveNet:
@@ -133,15 +207,13 @@ def _teacher(
     setup: Setup, output: str, preset: str, shape: dict[str, Any], recipe: Recipe
 ) -> tuple[ConvWaveNet, float]:
     """A teacher of a preset, and the seconds that its training took; one that an interrupted run left is read."""
-    from ..checkpoint import load_checkpoint
     from ..config import WaveNetConfig
     from .resumable import Run, is_first_rank
 
     run = Run(setup, output, WaveNetConfig(vocab_size=len(setup.names.vocab), **shape), recipe)
-    with suppress(WaveNetConvError):
-        checkpoint = load_checkpoint(output)
-        if checkpoint.notes.items() >= run.identity.items():
-            return checkpoint.model, checkpoint.notes["seconds"]
+    with suppress(UsageError):
+        checkpoint = run.finished()
+        return checkpoint.model, checkpoint.notes["seconds"]
     setup.say(f"training a teacher, {preset} with seed {recipe.seed}")
     trainer = run.train()
     if is_first_rank():

@@ -21,15 +21,19 @@ OnValidation = Callable[[Trainer], bool | None]
 def run(trainer: Trainer, *, seconds: float | None = None, on_validation: OnValidation | None = None) -> None:
     """Train to the end; afterwards `trainer.model` has the best weights and is in evaluation mode.
 
+    The weights at the start are validated too, so a trained model is never worse afterwards on the validation names.
+
     Args:
         trainer: new, or restored from a state.
         seconds: stop after the first validation that ends after so many seconds of training, earlier runs included.
-        on_validation: called after each validation, for example to save `trainer.state()`; True ends the training.
+        on_validation: called after each later validation, such as to save `trainer.state()`; True ends the training.
 
     Raises:
         TrainingError: where a loss is NaN or has exploded.
     """
     recipe, begin, stop = trainer.recipe, monotonic() - trainer.seconds, False
+    if not trainer.validations:
+        trainer.validate()
     while not (trainer.finished or stop):
         trainer.advance()
         if trainer.step % recipe.eval_every == 0 or trainer.step == recipe.steps:
@@ -54,8 +58,7 @@ def fit(
 ) -> Trainer:
     """Train a model in place, and leave it with the best weights and in evaluation mode; returns the trainer.
 
-    The best weights are those of a validation in this run. The weights at the start are not among them, so give a
-    trained model a small learning rate.
+    The weights at the start are among those that are compared. Give a trained model a small learning rate.
 
     Args:
         model: the model, on any device.

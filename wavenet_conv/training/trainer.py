@@ -34,7 +34,7 @@ class Trainer:
         step: steps taken.
         seconds: seconds spent in `run`.
         losses: of each step, in nats per position: scalars on the device.
-        validations: `(step, loss)` of each validation, in nats per position.
+        validations: `(step, loss)` of each validation, in nats per position; `run` begins with one at step 0.
         best_step: the step of the lowest validation loss.
         best_loss: the lowest validation loss.
         best_weights: the weights at that step, a `state_dict`.
