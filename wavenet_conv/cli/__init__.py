@@ -16,7 +16,7 @@ from .rows import write_output
 
 DESCRIPTION = """The lecture's WaveNet, slid over whole names. Exit code 0 when done or when the reader closed the pipe,
 1 for a failed job, 2 for wrong usage, 130 for Ctrl-C."""
-COMMANDS = ("score", "explain", "page", "sample", "train", "sweep", "find_lr", "lecture_names")
+COMMANDS = ("score", "explain", "page", "export", "sample", "train", "sweep", "find_lr", "lecture_names")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
