@@ -42,6 +42,6 @@ def test_compiled_models_give_the_same_logits(kind, freeze):
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
-        for batch, time in ((1, 8), (2, 8), (1, 9), (3, 20), (5, 30)):
+        for batch, time in ((1, 8), (3, 20), (5, 30)):
             tokens = tokens_of(batch, time)
             assert torch.allclose(compiled(tokens), model(tokens), rtol=0, atol=1e-12)
