@@ -213,7 +213,9 @@ def check_sequences(
         )
     if tokens.device != device:
         raise ShapeError(f"tokens are on {tokens.device} and the model on {device}; move them with .to(...)")
-    if values and not (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):
+    # A graph that is captured, compiled or exported cannot depend on values.
+    capturing = torch.compiler.is_compiling() or (tokens.is_cuda and torch.cuda.is_current_stream_capturing())
+    if values and not capturing:
         check_tokens(tokens, vocab_size)
 
 
