@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
 from math import log
 from pathlib import Path
 from typing import Any
@@ -14,22 +12,16 @@ import torch
 from torch import Tensor
 
 from .checkpoint import load_checkpoint
-from .engine.shared import SharedNodes
-from .engine.weights import fold, why_not_compiled
+from .continuing import complete, next_characters
+from .engine.likelihood import Likelihood
+from .engine.weights import fold
 from .errors import ConfigError, NamesError
 from .model import ConvWaveNet, check_pair
 from .numbering import to_engine
 from .packing import CHUNK_NAMES, Names, Packed, packed
-from .precision import exact_float32
 from .vocabulary import Vocabulary
 
 QUANTILES = 1001  # of a training list's bits per character
-
-
-# OpenMP's threads do not survive a fork: a forked child that asks for them waits forever. PyTorch's DataLoader sets one
-# thread in its workers for the same reason.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 class Scorer:
@@ -75,38 +67,23 @@ class Scorer:
         remember: bool = False,
     ):
         check_pair(model, vocab)
-        self.vocab, self.quantiles, self.context, self.remember = vocab, quantiles, model.context, remember
+        self.vocab, self.quantiles, self.context = vocab, quantiles, model.context
         weights = fold(model, device, dtype).end_first(vocab.end)
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
-        with exact_float32():
-            self.nodes = SharedNodes(weights)
-        why_not = why_not_compiled(weights) if compiled is not False else "compiled is False"
-        if compiled and why_not:
-            raise ConfigError(f"{why_not}; leave out compiled=True")
-        self.compiled = not why_not
-        self._prepare()
-
-    def _prepare(self) -> None:
-        """What is not pickled: views of the weights, and what the last call has left: memory, and nodes to remember."""
-        self._caches: list[Any] = []
-        self._engine: Any = self.nodes
-        if self.compiled:
-            from .engine.compiled import CompiledNodes  # Numba takes 0.3 s to import
-
-            self._engine = CompiledNodes(self.nodes)
+        self._likelihood = Likelihood(weights, compiled, remember)
+        self.nodes, self.compiled = self._likelihood.nodes, self._likelihood.compiled
 
     @property
     def tile(self) -> int:
-        return 1 if self.compiled else self.nodes.tile
+        return self._likelihood.tile
 
     def __getstate__(self) -> bytes:
         # As bytes: `multiprocessing` moves tensors to shared memory. All workers would write into the same buffers, and
         # a thread that is scoring would lose the weights that it reads.
-        return pickle.dumps({name: value for name, value in vars(self).items() if name not in ("_caches", "_engine")})
+        return pickle.dumps(vars(self))
 
     def __setstate__(self, state: bytes) -> None:
-        self.__dict__.update(pickle.loads(state))
-        self._prepare()
+        vars(self).update(pickle.loads(state))
 
     @classmethod
     def load(cls, path: str | Path = "default", **options: Any) -> Scorer:
@@ -150,7 +127,7 @@ class Scorer:
             Values `(positions,)`, name after name, in the scorer's dtype, and offsets int64 `(names + 1,)`: name i has
             `values[offsets[i] : offsets[i + 1]]`, one more than it has characters. An unknown name has one NaN.
         """
-        parts = list(self._log_probs(packed(names, self.vocab, self.context, CHUNK_NAMES, unknown)))
+        parts = list(self._likelihood.log_probs(packed(names, self.vocab, self.context, CHUNK_NAMES, unknown)))
         for log_probs, _, lengths, known in parts:
             log_probs[(torch.cumsum(lengths + 1, 0) - 1)[~known]] = torch.nan
         values = torch.cat([torch.zeros(0, dtype=self.dtype), *[log_probs for log_probs, *_ in parts]])
@@ -161,16 +138,11 @@ class Scorer:
 
         Column t is of the vocabulary's token t.
         """
-        parts, all_lengths = [torch.zeros(0, len(self.vocab), dtype=self.dtype)], []
-        for tokens, lengths, _ in packed(names, self.vocab, self.context, CHUNK_NAMES, "error"):
-            with exact_float32():
-                distinct, rows, _ = self.nodes.logits(tokens.to(self.device), lengths.to(self.device))
-            parts.append(distinct[rows].cpu())
-            all_lengths.append(lengths)
-        logits, end = torch.cat(parts), self.vocab.end
-        if end:
-            logits = logits.index_select(1, to_engine(torch.arange(len(self.vocab)), end))
-        return logits, _offsets(all_lengths)
+        parts = list(self._likelihood.logits(packed(names, self.vocab, self.context, CHUNK_NAMES, "error")))
+        logits = torch.cat([torch.zeros(0, len(self.vocab), dtype=self.dtype), *[logits for logits, _ in parts]])
+        if self.vocab.end:
+            logits = logits.index_select(1, to_engine(torch.arange(len(self.vocab)), self.vocab.end))
+        return logits, _offsets([lengths for _, lengths in parts])
 
     def bits_per_character(self, names: Names, *, unknown: str = "error") -> Tensor:
         """Bits that the model needs per character of each name, its end counted as one: `(names,)`."""
@@ -191,24 +163,18 @@ class Scorer:
         below = torch.searchsorted(self.quantiles, bits.float()) * (100 / len(self.quantiles))
         return below.masked_fill(bits.isnan(), torch.nan)
 
+    def next(self, prefixes: Iterable[str], top_k: int = 10) -> list[list[tuple[str | None, float]]]:
+        """The likeliest next characters after each prefix; see `continuing.next_characters`."""
+        return next_characters(self, prefixes, top_k)
+
+    def complete(self, prefixes: Iterable[str], top_k: int = 10, **options: Any) -> list[list[tuple[str, float]]]:
+        """The likeliest whole names that begin with each prefix; see `continuing.complete`."""
+        return complete(self, prefixes, top_k, **options)
+
     def _scores(self, chunks: Iterator[Packed]) -> Iterator[tuple[Tensor, Tensor]]:
         """Per chunk: scores and lengths, `(names,)` each."""
-        for _, totals, lengths, known in self._log_probs(chunks):
+        for _, totals, lengths, known in self._likelihood.log_probs(chunks):
             yield totals.masked_fill_(~known, torch.nan).to(self.dtype), lengths
-
-    def _log_probs(self, chunks: Iterator[Packed]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Per chunk, on the CPU: log-probabilities `(positions,)`, their sums, lengths, and which names are known."""
-        cache, complete = self._caches.pop() if self._caches else self._engine.new_cache(), False
-        try:
-            for tokens, lengths, known in chunks:
-                with torch.no_grad(), nullcontext() if self.compiled else exact_float32():
-                    found, totals = self._engine.log_probs(tokens.to(self.device), lengths.to(self.device), cache)
-                yield found.cpu(), totals.cpu(), lengths, known
-            complete = True
-        finally:
-            if not (complete and self.remember):
-                cache.clear()
-            self._caches = [cache]
 
 
 def training_quantiles(model: ConvWaveNet, vocab: Vocabulary, names: list[str]) -> Tensor:

@@ -16,8 +16,8 @@ from .rows import write_output
 
 DESCRIPTION = """The lecture's WaveNet, slid over whole names. Exit code 0 when done or when the reader closed the pipe,
 1 for a failed job, 2 for wrong usage, 130 for Ctrl-C."""
-COMMANDS = ("score", "explain", "next", "complete", "page", "export", "sample", "train", "sweep", "find_lr")
-COMMANDS += ("lecture_names",)
+COMMANDS = ["score", "explain", "next", "complete", "page", "export", "sample", "train", "sweep", "find_lr"]
+COMMANDS += ["lecture_names"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,80 @@
+"""Log-likelihoods chunk by chunk: by compiled loops or PyTorch, with what one call leaves to the next."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..precision import exact_float32
+from .shared import SharedNodes
+from .weights import Weights, why_not_compiled
+
+# OpenMP's threads do not survive a fork: a forked child that asks for them waits forever. PyTorch's DataLoader sets one
+# thread in its workers for the same reason.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+
+class Likelihood:
+    """What a `Scorer` computes with; arguments and attributes as there. Several threads may use it at once."""
+
+    def __init__(self, weights: Weights, compiled: bool | None, remember: bool):
+        with exact_float32():
+            self.nodes = SharedNodes(weights)
+        why_not = why_not_compiled(weights) if compiled is not False else "compiled is False"
+        if compiled and why_not:
+            raise ConfigError(f"{why_not}; leave out compiled=True")
+        self.compiled, self.remember = not why_not, remember
+        self.device = weights.embedding.device
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Makes what is not pickled: views of the weights, and the place for what calls leave to the next."""
+        self._caches: list[Any] = []
+        self._engine: Any = self.nodes
+        if self.compiled:
+            from .compiled import CompiledNodes  # Numba takes 0.3 s to import
+
+            self._engine = CompiledNodes(self.nodes)
+
+    @property
+    def tile(self) -> int:
+        """The fewest rows of a matrix product."""
+        return 1 if self.compiled else self.nodes.tile
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_caches", "_engine")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._prepare()
+
+    def log_probs(
+        self, chunks: Iterable[tuple[Tensor, Tensor, Tensor]]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Per chunk of `packing.packed`, on the CPU: log-probabilities, their sums per name, lengths, known names."""
+        cache, complete = self._caches.pop() if self._caches else self._engine.new_cache(), False
+        try:
+            for tokens, lengths, known in chunks:
+                with torch.no_grad(), nullcontext() if self.compiled else exact_float32():
+                    found, totals = self._engine.log_probs(tokens.to(self.device), lengths.to(self.device), cache)
+                yield found.cpu(), totals.cpu(), lengths, known
+            complete = True
+        finally:
+            if not (complete and self.remember):
+                cache.clear()
+            self._caches = [cache]
+
+    @torch.no_grad()
+    def logits(self, chunks: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per chunk, on the CPU: logits of all outputs `(outputs, vocab)`, and lengths."""
+        for tokens, lengths, _ in chunks:
+            with exact_float32():
+                distinct, rows, _ = self.nodes.logits(tokens.to(self.device), lengths.to(self.device))
+            yield distinct[rows].cpu(), lengths
