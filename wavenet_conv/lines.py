@@ -67,8 +67,8 @@ class Lines:
         try:
             self._fill(limit)
         except (OSError, EOFError, zlib.error) as error:
-            reason = getattr(error, "strerror", None) or f"{error}; this is no whole gzip file"
-            raise WaveNetConvError(f"{self.label}: {reason}, after line {self.count:,}") from error
+            reason = getattr(error, "strerror", None) or f"{error}; give a whole gzip file, or remove the ending .gz"
+            raise WaveNetConvError(f"{self.label}, after line {self.count:,}: {reason}") from error
         data = self._take(limit)
         if not self.count:
             self._check_kind(data)

@@ -71,13 +71,18 @@ class Cleaner:
         """One line about all names without a score; "" if each has one."""
         if not self._unread:
             return ""
-        unknown = [(c, n) for c, n in self._characters.most_common() if c not in self._known]
+        unknown = [c for c, _ in self._characters.most_common() if c not in self._known]
         parts = [f"{self._unread:,} of {self._rows:,} scores are NaN"]
         if self._nulls:
             parts.append(f"missing values: {self._nulls:,}")
         if unknown:
             more = f" and {len(unknown) - SHOWN:,} more" if len(unknown) > SHOWN else ""
-            parts.append(f"unknown characters: {' '.join(repr(c) for c, _ in unknown[:SHOWN])}{more}")
+            parts.append(f"unknown characters: {' '.join(map(_shown, unknown[:SHOWN]))}{more}")
         if hints := self.hints(self._sample):
             parts.append(f"try {' or '.join(hints)}")
         return "; ".join(parts)
+
+
+def _shown(character: str) -> str:
+    """A character in quotes; a combining one as an escape, since it would join the quote."""
+    return ascii(character) if unicodedata.combining(character) else repr(character)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,8 @@ class ParquetNames:
         try:
             self._file = parquet.ParquetFile(path)
         except (OSError, pa.ArrowException) as error:
-            raise UsageError(f"{path}: {error}") from error
+            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+            raise UsageError(f"{path}: {reason}") from error
         types = {field.name: str(getattr(field.type, "value_type", field.type)) for field in self._file.schema_arrow}
         texts = [name for name in types if types[name] in TEXTS]
         name = self._file.schema_arrow.names[index_of(column, self._file.schema_arrow.names, path, texts)]
@@ -53,7 +55,7 @@ class ParquetNames:
         try:
             array = self._rest or next(self._parts, self._rest)
         except (OSError, pa.ArrowException) as error:
-            raise WaveNetConvError(f"{self._path}: {error}, after row {self.count:,}") from error
+            raise WaveNetConvError(f"{self._path}, after row {self.count:,}: {error}") from error
         array, self._rest = array[:limit], array[limit:]
         self._first, self.count = self.count + 1, self.count + len(array)
         try:

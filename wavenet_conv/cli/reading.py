@@ -52,9 +52,11 @@ def index_of(column: str | None, columns: Sequence[str], label: str, candidates:
     wanted = candidates[0] if column is None and len(candidates) == 1 else column
     if wanted is not None and columns.count(wanted) == 1:
         return columns.index(wanted)
-    found = "it is not clear which column has the names" if column is None else f"it has no column {column!r}"
-    if column is not None and column in columns:
-        found = f"it has several columns {column!r}; rename one"
+    if wanted in columns:
+        raise UsageError(f"{label}: it has several columns {wanted!r}; rename all but one")
+    if not candidates:
+        raise UsageError(f"{label}: it has no column of strings, only: {', '.join(columns)}")
+    found = "it has several columns" if column is None else f"it has no column {column!r}"
     raise UsageError(f"{label}: {found}; give --column NAME, one of: {', '.join(columns)}")
 
 

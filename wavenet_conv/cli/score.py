@@ -177,7 +177,7 @@ class Table:
         name, place, fix = names[index], self.source.place(index), "--unknown nan to score such names nan"
         if name is None:
             return NamesError(f"{place}: a missing value; use {fix}")
-        hint = "".join(f"{option} or " for option in self.cleaner.hints([texts[index]]))
+        hint = "".join(f"{option}, or " for option in self.cleaner.hints([texts[index]]))
         return NamesError(
             f"{place} ({name[:40]!r}): character {bad.character!r} at position {bad.position} "
             f"is not in the vocabulary {vocab.characters!r}; use {hint}{fix}"

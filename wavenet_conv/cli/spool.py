@@ -18,7 +18,8 @@ class Spool:
     """A list on disk, in a `with` statement; in memory it takes 8 bytes per name."""
 
     def __init__(self) -> None:
-        self._file, self._ends = tempfile.TemporaryFile(), array("q", [0])  # noqa: SIM115
+        self._file, self._ends = tempfile.TemporaryFile(), array("q", [1])  # noqa: SIM115
+        self._file.write(b"\n")  # an empty file cannot be mapped
 
     def __enter__(self) -> Spool:
         return self
@@ -38,9 +39,6 @@ class Spool:
 
     def read(self, order: Iterable[int]) -> Iterator[Sequence[Name]]:
         """The names with these indices, in chunks of bounded size."""
-        if not self._ends[-1]:  # an empty file cannot be mapped
-            yield from ([""] for _ in order)
-            return
         self._file.flush()
         with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             chunk, size = list[Name](), 0
