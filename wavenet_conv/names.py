@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 
+from . import lines
 from .errors import DownloadError, NamesError
-from .lines import BOM, decoded, split_lines
 
 LECTURE_URL = "https://raw.githubusercontent.com/karpathy/makemore/master/names.txt"
 LECTURE_SHA256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"
@@ -26,11 +26,11 @@ def read_names(path: str | Path, end: str = ".") -> list[str]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise NamesError(f"{path}: {error.strerror or error}; give a text file with one name per line") from error
-    lines = split_lines(decoded(data.removeprefix(BOM), path))
-    for number, line in enumerate(lines, start=1):
+    names = lines.split_lines(lines.decoded(data.removeprefix(lines.BOM), path))
+    for number, line in enumerate(names, start=1):
         if complaint := _complaint(line, end):
             raise NamesError(f"{path}, line {number} ({line[:40]!r}): {complaint}")
-    names = [line for line in lines if line]
+    names = [name for name in names if name]
     if not names:
         raise NamesError(f"{path}: no names in it; give a text file with one name per line")
     return names

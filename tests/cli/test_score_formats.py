@@ -177,11 +177,11 @@ BAD = [
 @pytest.mark.parametrize(("name", "data", "options", "code", "message"), BAD)
 def test_bad_input_is_named_and_leaves_the_output(score, tmp_path, name, data, options, code, message):
     (tmp_path / name).write_bytes(data())
-    output = tmp_path / "out.parquet"
+    output = tmp_path / "out.csv"
     output.write_bytes(b"earlier")
     found, out, err = score(name, "--output", output, *options)
     assert (found, out) == (code, b"") and err.startswith("wavenet-conv: ") and message in err and err.count("\n") == 1
-    assert output.read_bytes() == b"earlier" and sorted(os.listdir()) == sorted([name, "out.parquet"])
+    assert output.read_bytes() == b"earlier" and sorted(os.listdir()) == sorted([name, "out.csv"])
 
 
 def test_parquet_is_neither_read_from_nor_written_to_a_stream(score, monkeypatch, tmp_path):

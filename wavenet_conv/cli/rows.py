@@ -41,7 +41,7 @@ class Rows:
     def __init__(self, format: str, *columns: str):
         self._format, self._json = format, format == "jsonl"
         delimiter = "," if format == "csv" else "\t"
-        self.header = b"" if self._json else (delimiter.join(columns) + "\n").encode()
+        self.header = (delimiter.join(columns) + "\n").encode() if format in ("tsv", "csv") else b""
         fields = ", ".join(f'"{column}": {{}}' for column in columns)
         self._row = f"{{{{{fields}}}}}\n" if self._json else delimiter.join("{}" for _ in columns) + "\n"
 
