@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from math import nan
+from threading import Timer
 
 import pytest
 import torch
@@ -253,14 +254,15 @@ def test_a_pipe_that_pauses_gets_its_rows(model, options, first, second):
     command = [sys.executable, "-m", "wavenet_conv", "score", "--model", model, "--device", "cpu", *options]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
         assert process.stdin and process.stdout
-        signal.alarm(60)  # the test ends instead of waiting forever
+        timer = Timer(60, process.kill)  # the test fails instead of waiting forever
+        timer.start()
         process.stdin.write(first)
         assert process.stdout.readline().startswith(b"name\t") and process.stdout.readline().startswith(b"emma\t")
         process.stdin.write(second)
         assert process.stdout.readline().startswith(b"olivia\t")
         process.stdin.close()
-        signal.alarm(0)
         assert process.stdout.read() == b""
+        timer.cancel()
 
 
 @pytest.mark.slow
