@@ -138,18 +138,18 @@ class Table:
 
     def sorted(self, progress: Progress, limit: int) -> Iterator[Chunk]:
         """The `limit` rows with NaN or the most bits per character; their names are scored again in that order."""
-        import torch
+        import numpy as np
 
         from .spool import Spool
 
-        bits = array("d")
+        ascending = array("d")
         with Spool() as spool:
             for names, texts, scores in self._scored(progress, sys.maxsize):
-                bits.extend(bits_per_character(texts, scores).tolist())
+                bits = bits_per_character(texts, scores)
+                ascending.extend((-bits).masked_fill_(bits.isnan(), -inf).tolist())
                 spool.extend(names)
-            ascending = -torch.tensor(bits, dtype=torch.float64)
-            order = ascending.masked_fill_(ascending.isnan(), -inf).argsort(stable=True)[:limit]
-            for names in spool.read(order.numpy()):
+            order = np.asarray(ascending).argsort(kind="stable")[:limit]
+            for names in spool.read(order):
                 texts = self.cleaner(names)
                 yield names, self.columns(texts, self.scorer.score(texts, unknown="nan"))
 
