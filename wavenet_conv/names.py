@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 
+from . import lines
 from .errors import DownloadError, NamesError
 
 LECTURE_URL = "https://raw.githubusercontent.com/karpathy/makemore/master/names.txt"
@@ -16,26 +16,33 @@ LECTURE_SHA256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc
 
 
 def read_names(path: str | Path, end: str = ".") -> list[str]:
-    """Reads a UTF-8 text file with one name per line; white space around names and blank lines are skipped.
+    """Reads a UTF-8 text file with one name per line; blank lines are skipped.
 
-    A byte-order mark and CRLF or CR line ends are accepted. Raises `NamesError`, with the file and the line, if the
-    file is missing, holds no name, is not UTF-8, or has the character `end` in a name.
+    A line ends with `\\n` or `\\r\\n`; a byte-order mark is skipped. `wavenet-conv score` reads lines by the same rule.
+    Raises `NamesError`, with the file and the line, if the file is missing, holds no name, is not UTF-8, or if a name
+    has the character `end` or a carriage return in it, or white space around it, which a model would learn.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        data = Path(path).read_bytes()
     except OSError as error:
         raise NamesError(f"{path}: {error.strerror or error}; give a text file with one name per line") from error
-    except UnicodeDecodeError as error:
-        number, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
-        raise NamesError(f"{path}, line {number}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from error
-    lines = [line.strip() for line in re.split("\r\n|\r|\n", text)]
-    for number, line in enumerate(lines, start=1):
-        if end in line:
-            raise NamesError(f"{path}, line {number} ({line[:40]!r}): {end!r} marks the end of a name; remove it")
-    names = [line for line in lines if line]
+    names = lines.split_lines(lines.decoded(data.removeprefix(lines.BOM), path))
+    for number, line in enumerate(names, start=1):
+        if complaint := _complaint(line, end):
+            raise NamesError(f"{path}, line {number} ({line[:40]!r}): {complaint}")
+    names = [name for name in names if name]
     if not names:
         raise NamesError(f"{path}: no names in it; give a text file with one name per line")
     return names
+
+
+def _complaint(line: str, end: str) -> str:
+    """Why a line cannot be a name to learn from; "" if it can."""
+    if end in line:
+        return f"{end!r} marks the end of a name; remove it"
+    if "\r" in line:
+        return "a carriage return alone does not end a line; use \\n or \\r\\n"
+    return "" if line == line.strip() else "white space around the name; remove it"
 
 
 def sha256_of(names: Sequence[str]) -> str:
