@@ -71,5 +71,5 @@ class ScoreColumn:
             if self.column not in columns:
                 fault = f"has no column {self.column!r}; its columns are {', '.join(map(repr, columns))}"
             raise ConfigError(f"the table {fault}")
-        scores = self.measure(batch[self.column].to_pylist(), unknown=self.unknown)
+        scores = self.measure(batch[self.column], unknown=self.unknown)
         return batch.append_column(self.output, pa.array(scores.numpy()))

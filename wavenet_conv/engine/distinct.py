@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from .jit import compiled, expm1, tanh
-from .tile import ROWS, WIDTH, multiply_block
+from .tile import ROWS, WIDTH, multiply_block, prefetch
 
 ROW, KEY = 0, 1  # columns of a slot: a node's row + 1, or 0 in an empty slot; and its key
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio
+BLOCK = 256  # keys whose slots are fetched together
+AHEAD = 16  # positions whose log-probabilities are fetched before they are needed
 LOWEST = -40.0  # its exponential is nothing beside the largest term of a softmax, which is 1
 
 
@@ -33,40 +35,53 @@ def number(keys, kinds, part, parts, slots, count, first, children, rows):
     kinds: How many children are possible. first, count: Nodes of the part before this call and before this loop.
     Returns the slots, which may be new ones, and the count.
     """
-    part, parts = np.uint64(part), np.uint64(parts)
-    for i in range(len(keys)):
-        key = keys[i]
-        hashed = hash_of(key)
-        if (hashed & np.uint64(0xFFFF)) * parts >> np.uint64(16) != part:
-            continue
-        slot = find(slots, key, hashed)
-        if slots[slot, ROW]:
-            rows[i] = slots[slot, ROW] - np.uint64(1)
-            continue
-        rows[i] = np.uint64(count) * parts + part
-        slots[slot, ROW], slots[slot, KEY] = rows[i] + np.uint64(1), key
-        for tap in range(len(children) - 1, 0, -1):
-            children[tap, count - first] = key % kinds
-            key //= kinds
-        children[0, count - first] = key
-        count += 1
-        if 2 * count > len(slots):
-            slots = grown(slots)
+    mine = np.empty(BLOCK, np.int64)
+    for start in range(0, len(keys), BLOCK):
+        found = 0
+        for i in range(start, min(start + BLOCK, len(keys))):  # without a branch, which the processor would mispredict
+            mine[found] = i
+            found += part_of(hash_of(keys[i]), parts) == part
+        for i in mine[:found]:
+            prefetch(slots, np.intp(first_slot(slots, hash_of(keys[i]))), 0)
+        for i in mine[:found]:
+            key = keys[i]
+            slot = find(slots, key)
+            if slots[slot, ROW]:
+                rows[i] = slots[slot, ROW] - np.uint64(1)
+                continue
+            rows[i] = count * parts + part
+            slots[slot, ROW], slots[slot, KEY] = rows[i] + np.uint64(1), key
+            for tap in range(len(children) - 1, 0, -1):
+                children[tap, count - first] = key % kinds
+                key //= kinds
+            children[0, count - first] = key
+            count += 1
+            if 2 * count > len(slots):
+                slots = grown(slots)
     return slots, count
 
 
 @compiled
 def hash_of(key):
-    """The low 16 bits say to which part a key belongs, the others where to look for it."""
+    """The low 16 bits say to which part a key belongs (`part_of`), the others where to look for it (`first_slot`)."""
     hashed = key * GOLDEN
     return hashed ^ (hashed >> np.uint64(32))
 
 
 @compiled
-def find(slots, key, hashed):
+def part_of(hashed, parts):
+    return np.int64((hashed & np.uint64(0xFFFF)) * np.uint64(parts) >> np.uint64(16))
+
+
+@compiled
+def first_slot(slots, hashed):
+    return (hashed >> np.uint64(16)) & np.uint64(len(slots) - 1)
+
+
+@compiled
+def find(slots, key):
     """The slot of a key, or the empty one where it belongs."""
-    mask = np.uint64(len(slots) - 1)
-    slot = (hashed >> np.uint64(16)) & mask
+    mask, slot = np.uint64(len(slots) - 1), first_slot(slots, hash_of(key))
     while slots[slot, ROW] and slots[slot, KEY] != key:
         slot = (slot + np.uint64(1)) & mask
     return slot
@@ -79,7 +94,7 @@ def grown(slots):
     for i in range(len(slots)):
         if slots[i, ROW]:
             key = slots[i, KEY]
-            slot = find(more, key, hash_of(key))
+            slot = find(more, key)
             more[slot, ROW], more[slot, KEY] = slots[i, ROW], key
     return more
 
@@ -96,6 +111,8 @@ def evaluate(readable, children, first, count, part, parts, weights, bias, vocab
     for node in range(first, count, ROWS):
         for i in range(ROWS):
             add_up(readable, children, min(node + i, count - 1) - first, x[i])
+            if node + i + ROWS < count:
+                fetch(readable, children, node + i + ROWS - first)
         tanh(x.reshape(-1))
         for column in range(0, values.shape[1], WIDTH // values.itemsize):
             if vocab_size:
@@ -118,6 +135,15 @@ def add_up(readable, children, node, out):
         contribution = readable[tap][children[tap, node]]
         for i in range(len(out)):
             out[i] += contribution[i]
+
+
+@compiled
+def fetch(readable, children, node):
+    """Fetches what `add_up` will read."""
+    for tap in range(len(readable)):
+        contributions, row = readable[tap], np.intp(children[tap, node])
+        for column in range(0, contributions.shape[1], WIDTH // contributions.itemsize):
+            prefetch(contributions, row, column)
 
 
 @compiled
@@ -148,6 +174,9 @@ def look_up(tokens, lengths, ends, context, begin, end, values, rows, log_probs,
     for name in range(begin, end):
         start, output, total = ends[name] + (name + 1) * context, ends[name] + name, 0.0
         for t in range(lengths[name] + 1):
+            if output + t + AHEAD < len(rows):
+                prefetch(values, np.intp(rows[output + t + AHEAD]), 0)
+                prefetch(values, np.intp(rows[output + t + AHEAD]), values.shape[1] // 2)
             token = tokens[start + t] if t < lengths[name] else 0
             log_prob = values[rows[output + t], token]
             log_probs[output + t] = log_prob

@@ -1,4 +1,4 @@
-"""A block of a matrix product whose results stay in registers: the innermost loop of `compiled`.
+"""What loops need of the processor that Numba has no word for: a product in registers, and fetching memory ahead.
 
 LLVM does not keep a block of results in registers when it vectorizes loops over arrays, so this one loop is written in
 LLVM's own language. Each row of the results is added up alone, from its first input to its last: its bits do not depend
@@ -69,6 +69,25 @@ def multiply_block(typingctx: Any, x: Any, weights: Any, bias: Any, column: Any,
             at = builder.mul(builder.add(row, builder.mul(step, step.type(i))), columns)
             stored = builder.store(builder.load(total), place(out, builder.add(at, column)))
             stored.align = size
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def prefetch(typingctx: Any, array: Any, row: Any, column: Any) -> Any:
+    """Starts to bring `array[row, column]` of a contiguous array into the cache; it may lie outside."""
+    signature = types.void(array, row, column)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        row, column = arguments[1:]
+        _, columns = cgutils.unpack_tuple(builder, array.shape)
+        address = builder.gep(array.data, [builder.add(builder.mul(row, columns), column)])
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [builder.bitcast(address, byte), flag(0), flag(3), flag(1)])  # data, to be read soon
         return context.get_dummy_value()
 
     return signature, generate
