@@ -29,6 +29,10 @@ from wavenet_conv.errors import NamesError, UsageError
 from wavenet_conv.files import write_whole
 from wavenet_conv.names import read_names
 
+# Seconds before each method's turn on the CPU: OpenMP's threads spin for some milliseconds after their work, and would
+# take a processor from the next method.
+SETTLE = 0.01
+
 Call = Callable[[], Any]
 Results = dict[str, Any]
 
@@ -137,7 +141,11 @@ def time_calls(
     samples: dict[Any, list[float]] = {method: [] for method in methods}
     for _ in range(-(-calls // block)):
         for method, call in methods.items():
-            samples[method] += _time_on_cuda(call, block) if device.type == "cuda" else _time_on_cpu(call, block)
+            if device.type == "cuda":
+                samples[method] += _time_on_cuda(call, block)
+            else:
+                time.sleep(SETTLE)
+                samples[method] += _time_on_cpu(call, block)
         tick()
     return samples
 

@@ -134,6 +134,13 @@ def test_what_the_loops_do_not_know_is_scored_by_pytorch(options, message):
     assert not scorer.compiled and scorer.score(["emma"]).isfinite().all()
 
 
+def test_weights_that_are_nan_give_scores_that_are_nan():
+    conv = random_conv()
+    with torch.no_grad():
+        conv.layers[1].conv.weight[0, 0, 0] = torch.nan
+    assert rejects("finite", Scorer, conv, ABC, compiled=True) and Scorer(conv, ABC).score(["emma"]).isnan().all()
+
+
 def test_logits_of_any_size_and_a_vocabulary_of_one_character():
     vocab = Vocabulary("a")
     conv = random_conv(vocab_size=2)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from engine.cases import ABC, random_conv
 from helpers import run_python
+from torch.utils.data import DataLoader, Dataset
 
 from wavenet_conv import Scorer
 
@@ -18,7 +19,20 @@ TASKS = 8  # several for each of two workers, so that both score at the same tim
 ONE_THREAD = {"initializer": torch.set_num_threads, "initargs": (1,)}  # as in the tests: bits depend on the number
 METHODS = multiprocessing.get_all_start_methods()
 FAST = ["threads", "fork Pool" if "fork" in METHODS else "spawn Pool"]
-SLOW = [f"{method} {pool}" for method in METHODS for pool in ("Pool", "ProcessPoolExecutor")]
+SLOW = [f"{method} {pool}" for method in METHODS for pool in ("Pool", "ProcessPoolExecutor", "DataLoader")]
+
+
+class Scores(Dataset):
+    """Item i is the scores of list i."""
+
+    def __init__(self, scorer, lists):
+        self.scorer, self.lists = scorer, lists
+
+    def __len__(self):
+        return len(self.lists)
+
+    def __getitem__(self, index):
+        return self.scorer.score(self.lists[index])
 
 
 @pytest.fixture(scope="module", params=["tanh", "remember", "gated"])
@@ -33,14 +47,19 @@ def used_scorer(request, names):
 def test_workers_give_the_same_bits(used_scorer, workers):
     scorer, names, expected = used_scorer
     method, _, kind = workers.partition(" ")
-    if kind == "Pool":
-        pool = multiprocessing.get_context(method).Pool(2, **ONE_THREAD)
-    elif kind:
-        pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(method), **ONE_THREAD)
+    lists = [names[start::TASKS] for start in range(TASKS)]
+    if kind == "DataLoader":  # it sets one thread in its workers
+        loader = DataLoader(Scores(scorer, lists), batch_size=None, num_workers=2, multiprocessing_context=method)
+        scores = list(loader)
     else:
-        pool = ThreadPoolExecutor(2, **ONE_THREAD)
-    with pool:
-        scores = list(pool.map(scorer.score, [names[start::TASKS] for start in range(TASKS)], chunksize=1))
+        if kind == "Pool":
+            pool = multiprocessing.get_context(method).Pool(2, **ONE_THREAD)
+        elif kind:
+            pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(method), **ONE_THREAD)
+        else:
+            pool = ThreadPoolExecutor(2, **ONE_THREAD)
+        with pool:
+            scores = list(pool.map(scorer.score, lists, chunksize=1))
     for start, part in enumerate(scores):
         assert torch.equal(part, expected[start::TASKS])
     assert torch.equal(scorer.score(names), expected)  # the workers have changed nothing here

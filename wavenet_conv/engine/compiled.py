@@ -29,7 +29,7 @@ Array = np.ndarray
 Each = Callable[[Callable[[int], None]], Any]  # calls a function with the number of every part
 
 MANY = 2**14  # outputs from which more than one thread works
-KEPT = 2**26  # numbers that a table leaves to the next chunk: 256 MiB of float32
+KEPT = 2**25  # numbers that a table leaves to the next chunk: 128 MiB of float32
 SPARSE = 16  # a table with more slots for each node is not worth clearing
 
 

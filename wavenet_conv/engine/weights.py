@@ -176,6 +176,10 @@ def why_not_compiled(weights: Weights) -> str:
         return (
             f"compiled loops know at most {BYTE} tokens and {KEYS:.1e} windows, not {kinds}**{weights.config.context}"
         )
+    finite = list[bool]()
+    weights.map(lambda tensor: [finite.append(bool(tensor.isfinite().all())), tensor][1])
+    if not all(finite):
+        return "compiled loops need weights that are finite numbers"  # comparisons hide a NaN
     try:
         from . import jit  # noqa: F401
     except ImportError as error:  # Numba is missing, or does not support the NumPy that is installed
