@@ -176,9 +176,9 @@ def why_not_compiled(weights: Weights) -> str:
         return (
             f"compiled loops know at most {BYTE} tokens and {KEYS:.1e} windows, not {kinds}**{weights.config.context}"
         )
-    finite = list[bool]()
-    weights.map(lambda tensor: [finite.append(bool(tensor.isfinite().all())), tensor][1])
-    if not all(finite):
+    all_numbers = list[Tensor]()
+    weights.map(lambda tensor: all_numbers.append(tensor.flatten()) or tensor)  # type: ignore[func-returns-value]
+    if not torch.cat(all_numbers).isfinite().all():
         return "compiled loops need weights that are finite numbers"  # comparisons hide a NaN
     try:
         from . import jit  # noqa: F401
