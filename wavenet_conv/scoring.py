@@ -159,9 +159,7 @@ class Scorer:
         if self.quantiles is None:
             fix = "write it with save_checkpoint(path, model, vocab, names=training_names)"
             raise ConfigError(f"this model carries no quantiles of its training list; {fix}")
-        bits = self.bits_per_character(names, unknown=unknown)
-        below = torch.searchsorted(self.quantiles, bits.float()) * (100 / len(self.quantiles))
-        return below.masked_fill(bits.isnan(), torch.nan)
+        return percentile_of(self.bits_per_character(names, unknown=unknown), self.quantiles)
 
     def next(self, prefixes: Iterable[str], top_k: int = 10) -> list[list[tuple[str | None, float]]]:
         """The likeliest next characters after each prefix; see `continuing.next_characters`."""
@@ -175,6 +173,12 @@ class Scorer:
         """Per chunk: scores and lengths, `(names,)` each."""
         for _, totals, lengths, known in self._likelihood.log_probs(chunks):
             yield totals.masked_fill_(~known, torch.nan).to(self.dtype), lengths
+
+
+def percentile_of(bits: Tensor, quantiles: Tensor) -> Tensor:
+    """Percent of `quantiles` `(q,)` below each number of bits per character, `(names,)`; NaN stays."""
+    below = torch.searchsorted(quantiles, bits.float()) * (100 / len(quantiles))
+    return below.masked_fill(bits.isnan(), torch.nan)
 
 
 def training_quantiles(model: ConvWaveNet, vocab: Vocabulary, names: list[str]) -> Tensor:

@@ -124,9 +124,12 @@ class Table:
 
     def columns(self, texts: Sequence[str], scores: Tensor) -> dict[str, Column]:
         """The columns of texts with these scores, by name."""
-        columns: dict[str, Column] = {"score": scores, "bits_per_character": bits_per_character(texts, scores)}
-        if self._percentile:
-            columns["percentile"] = self.scorer.percentile(texts, unknown="nan")
+        from ..scoring import percentile_of
+
+        bits = bits_per_character(texts, scores)
+        columns: dict[str, Column] = {"score": scores, "bits_per_character": bits}
+        if self._percentile and self.scorer.quantiles is not None:
+            columns["percentile"] = percentile_of(bits, self.scorer.quantiles)
         if self._positions:
             columns["positions"] = self.scorer.position_log_probs(texts, unknown="nan")
         return columns
