@@ -203,7 +203,7 @@ def sizes_figure() -> str:
     rows: list[dict[str, Any]] = results["sizes"]
     ways = {
         "loop": ("loop", "the lecture's loop"),
-        "windows": ("windows", "tree, all windows as a batch"),
+        "windows": ("windows", "tree on all windows"),
         "convolutional pass": ("slid", "convolutional pass"),
         "Kneser-Ney 6, KenLM": ("ngrams", "KenLM's 6-grams"),
         "shared": ("scorer", "Scorer"),
@@ -227,7 +227,7 @@ def sizes_figure() -> str:
         y = max(y + 5, below)
         below = y + 20
         picture.text(x + 16, y, f"{curves[name][-1][1]:.3g} µs", "start")
-        picture.text(x + 80, y, label, "soft start")
+        picture.text(x + 88, y, label, "soft start")
     return str(picture)
 
 
