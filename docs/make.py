@@ -93,7 +93,7 @@ def name_of(action: argparse.Action) -> str:
 
 def escaped(text: str) -> str:
     """Text with what Markdown would read; options and settings are set as code."""
-    parts = re.split(r"(`[^`]*`|(?<![\w-])--?[a-z][\w-]*(?: (?:[A-Z]{2,}|[A-Z])\b)?|\{[^}]* = [^}]*\}|\\.)", text)
+    parts = re.split(r"(`[^`]*`|(?<![\w-])--?[a-z][\w-]*(?: (?:[A-Z]{2,}|[A-Z])\b)?|\{[^}]* = [^}]*\}|(?:\\.)+)", text)
     return "".join(part if not i % 2 or part[0] == "`" else f"`{part}`" for i, part in enumerate(parts))
 
 
