@@ -1,6 +1,7 @@
 """Draws the figures of the README and the docs as SVG: `python docs/figures.py` writes docs/figures/*.svg.
 
-`tree.svg` counts the nodes of the model that ships; `growth.svg` plots benchmarks/results/slide-cpu.json.
+`tree.svg` counts the nodes of the model that ships. `growth.svg` and `sizes.svg` plot slide-cpu.json and score-cpu.json
+of benchmarks/results.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from html import escape
-from math import log10, prod
+from math import ceil, floor, log10, prod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from wavenet_conv import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 NAME, TREES = "olivia", (2, 6)  # outputs whose trees are drawn: windows 4 apart share pairs and quads
 
 STYLE = """
@@ -27,12 +29,15 @@ text { text-anchor: middle; fill: var(--text) }
 .token { fill: var(--card); stroke: var(--soft) } .node { fill: var(--node) } .shared { fill: var(--shared) }
 .in { fill: var(--in); font-size: 12px; font-weight: 600 } .edge { stroke: var(--soft); opacity: 0.45 }
 .tree { stroke: var(--soft); stroke-width: 2 } .grid { stroke: var(--line) } path { fill: none; stroke-width: 3 }
-path.windows { stroke: var(--soft) } path.slid { stroke: var(--node) }
-circle.windows { fill: var(--soft) } circle.slid { fill: var(--node) }
+path.loop, path.windows { stroke: var(--soft) } path.slid { stroke: var(--node) } path.ngrams { stroke: var(--ngrams) }
+path.loop { stroke-dasharray: 3 6 } path.scorer { stroke: var(--shared) } circle.scorer { fill: var(--shared) }
+circle.loop, circle.windows { fill: var(--soft) } circle.slid { fill: var(--node) }
+circle.ngrams { fill: var(--ngrams) }
 svg { --card: #fff; --text: #1f2328; --soft: #636c76; --line: #d1d9e0; --node: #4577a8; --shared: #c2570c; --in: #fff }
+svg { --ngrams: #2f7d4f }
 @media (prefers-color-scheme: dark) {
   svg { --card: #161b22; --text: #e6edf3; --soft: #9198a1; --line: #3d444d; --node: #79b0e8; --shared: #f5a05a }
-  svg { --in: #111 }
+  svg { --in: #111; --ngrams: #6fc48f }
 }
 """
 
@@ -70,6 +75,27 @@ class Picture:
 
     def __str__(self) -> str:
         return "\n".join([*self.lines, "</svg>", ""])
+
+
+class Axes:
+    """Logarithmic axes of a picture, `powers` of ten the vertical one; `xs` are the first and the last of the other."""
+
+    left, right, top, bottom = 84, 700, 74, 372
+
+    def __init__(self, picture: Picture, xs: Sequence[int], powers: tuple[int, int], label: str):
+        self.first, self.last, self.low, self.high = xs[0], xs[-1], *powers
+        for power in range(self.low, self.high + 1):
+            y = self.place(self.first, 10**power)[1]
+            picture.line(self.left, y, self.right, y, "grid")
+            picture.text(self.left - 12, y + 5, f"{10**power:,}", "soft end")
+        for x in xs:
+            picture.text(self.place(x, 1)[0], self.bottom + 24, f"{x:,}", "soft")
+        picture.text((self.left + self.right) / 2, self.bottom + 50, label, "soft")
+
+    def place(self, x: float, us: float) -> tuple[float, float]:
+        across = log10(x / self.first) / log10(self.last / self.first)
+        up = (log10(us) - self.low) / (self.high - self.low)
+        return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
 
 
 class NodesOfName:
@@ -147,16 +173,8 @@ def tree_figure() -> str:
 
 def growth_figure() -> str:
     """Microseconds per position against the context, both axes logarithmic."""
-    results = json.loads((ROOT / "benchmarks" / "results" / "slide-cpu.json").read_text())
+    results = json.loads((RESULTS / "slide-cpu.json").read_text())
     rows: list[dict[str, Any]] = results["growth"]
-    left, right, top, bottom = 84, 700, 74, 372
-    low, high = 0, 3  # powers of ten of the vertical axis
-
-    def place(context: float, us: float) -> tuple[float, float]:
-        first, last = rows[0]["context"], rows[-1]["context"]
-        across = log10(context / first) / log10(last / first)
-        return left + across * (right - left), bottom - (log10(us) - low) / (high - low) * (bottom - top)
-
     end, factor = rows[-1], rows[-1]["time_ratio"]
     title = (
         f"Microseconds per prediction against the context: at {end['context']:,} tokens the tree takes "
@@ -165,13 +183,8 @@ def growth_figure() -> str:
     picture = Picture(960, 440, title)
     picture.text(24, 36, "Microseconds per prediction, by context", "title start")
     picture.text(24, 58, f"{results['device']}; a text of 4,096 tokens; both axes logarithmic", "soft start")
-    for power in range(low, high + 1):
-        y = place(rows[0]["context"], 10**power)[1]
-        picture.line(left, y, right, y, "grid")
-        picture.text(left - 12, y + 5, f"{10**power:,}", "soft end")
-    for row in rows:
-        picture.text(place(row["context"], 1)[0], bottom + 24, f"{row['context']:,}", "soft")
-    picture.text((left + right) / 2, bottom + 50, "context (tokens that one prediction sees)", "soft")
+    axes = Axes(picture, [row["context"] for row in rows], (0, 3), "context (tokens that one prediction sees)")
+    place, right = axes.place, axes.right
     labels = {"windows": "tree, all windows as one batch", "slid": "convolutional pass"}
     for index, (kind, label) in enumerate(labels.items()):
         picture.curve([place(row["context"], row["methods"][index]["us_per_position"]) for row in rows], kind)
@@ -184,7 +197,41 @@ def growth_figure() -> str:
     return str(picture)
 
 
-FIGURES = {"tree.svg": tree_figure, "growth.svg": growth_figure}
+def sizes_figure() -> str:
+    """Microseconds per name against the number of names in a call, both axes logarithmic, a curve per method."""
+    results = json.loads((RESULTS / "score-cpu.json").read_text())
+    rows: list[dict[str, Any]] = results["sizes"]
+    ways = {
+        "loop": ("loop", "the lecture's loop"),
+        "windows": ("windows", "tree on all windows"),
+        "convolutional pass": ("slid", "convolutional pass"),
+        "Kneser-Ney 6, KenLM": ("ngrams", "KenLM's 6-grams"),
+        "shared": ("scorer", "Scorer"),
+    }
+    curves = {name: [(row["names"], row[name]["us"]) for row in rows if name in row] for name in ways}
+    found = [us for curve in curves.values() for _, us in curve]
+    texts = [f"{curve[-1][1]:.3g} for {label}" for (_, label), curve in zip(ways.values(), curves.values())]
+    size = rows[-1]["names"]
+    picture = Picture(960, 440, f"Microseconds per name, for {size:,} in a call: {', '.join(texts[1:])}")
+    picture.text(24, 36, "Microseconds per name, by the number of names in a call", "title start")
+    device = f"{results['device']}; from strings to log-likelihoods; both axes logarithmic"
+    picture.text(24, 58, device, "soft start")
+    powers = floor(log10(min(found))), ceil(log10(max(found)))
+    axes = Axes(picture, [10**power for power in range(round(log10(size)) + 1)], powers, "names in a call")
+    ends = {name: axes.place(*curve[-1]) for name, curve in curves.items()}
+    below = 0.0  # where the next label may stand
+    for name in sorted(ways, key=lambda name: ends[name][1]):
+        kind, label = ways[name]
+        picture.curve([axes.place(*point) for point in curves[name]], kind)
+        x, y = ends[name]
+        y = max(y + 5, below)
+        below = y + 20
+        picture.text(x + 16, y, f"{curves[name][-1][1]:.3g} µs", "start")
+        picture.text(x + 88, y, label, "soft start")
+    return str(picture)
+
+
+FIGURES = {"tree.svg": tree_figure, "growth.svg": growth_figure, "sizes.svg": sizes_figure}
 
 
 def main() -> None:

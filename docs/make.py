@@ -35,6 +35,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 PART = re.compile(r"(?<=^<!-- generated: )([\w.-]+) -->\n.*?(?=^<!-- end -->$)", re.DOTALL | re.MULTILINE)
 USAGE = {"?": "[{}]", "*": "[{} ...]", "+": "{} ..."}  # how an argument's number is written
 ORDER = ("slide", "score", "sample", "train", "ladder")  # what is not in it comes after
+FIGURES = {
+    "score": "![Microseconds per name against the number of names in a call, one curve per method](figures/sizes.svg)"
+}
 
 
 def modules() -> Iterator[str]:
@@ -90,7 +93,7 @@ def name_of(action: argparse.Action) -> str:
 
 def escaped(text: str) -> str:
     """Text with what Markdown would read; options and settings are set as code."""
-    parts = re.split(r"(`[^`]*`|(?<![\w-])--?[a-z][\w-]*(?: (?:[A-Z]{2,}|[A-Z])\b)?|\{[^}]* = [^}]*\}|\\.)", text)
+    parts = re.split(r"(`[^`]*`|(?<![\w-])--?[a-z][\w-]*(?: (?:[A-Z]{2,}|[A-Z])\b)?|\{[^}]* = [^}]*\}|(?:\\.)+)", text)
     return "".join(part if not i % 2 or part[0] == "`" else f"`{part}`" for i, part in enumerate(parts))
 
 
@@ -161,6 +164,7 @@ def benchmarks() -> Iterator[str]:
         yield text
         yield f"`{command_of(file)}` makes these tables. It ran:"
         yield "\n".join(f"- {line}" for line in summary(json.loads(file.read_text())))
+        yield FIGURES.get(name_in(file), "")
         yield from tables(file, "### ")
 
 

@@ -29,7 +29,8 @@ def read_names(path: str | Path, end: str = ".") -> list[str]:
     names = lines.split_lines(lines.decoded(data.removeprefix(lines.BOM), path))
     for number, line in enumerate(names, start=1):
         if complaint := _complaint(line, end):
-            raise NamesError(f"{path}, line {number} ({line[:40]!r}): {complaint}")
+            character = end if end in line else None
+            raise NamesError(f"{path}, line {number} ({line[:40]!r}): {complaint}", character=character)
     names = [name for name in names if name]
     if not names:
         raise NamesError(f"{path}: no names in it; give a text file with one name per line")

@@ -30,10 +30,10 @@ class Scorer:
         scorer = Scorer.load("default")
         scorer.score(["emma", "xqzvkj"])
 
-    Scores are batch-invariant: a name has the same bits alone, in any batch, in any order and in any chunk size, on the
-    same device with the same number of threads. The positions of a name are added in order, in float64, and rounded
-    once. On the CPU, loops that Numba compiles compute them if the extra "fast" is installed and every layer is a
-    linear map and tanh. They are compiled at the first score, in some seconds, and kept beside the package.
+    Scores are batch-invariant: a name has the same bits alone, in any batch, order and chunk size, on the same device
+    with the same number of threads. Positions are added in order, in float64, and rounded once. On the CPU, loops that
+    Numba compiles compute them if the extra "fast" is installed and every layer is a linear map and tanh. They are
+    compiled at the first score, in about five seconds, and kept beside the package.
 
     Args:
         model: A `ConvWaveNet` in any mode; it is copied, and batch norm is folded.
@@ -114,9 +114,8 @@ class Scorer:
     def stream(self, names: Names, *, chunk: int = CHUNK_NAMES, unknown: str = "error") -> Iterator[Tensor]:
         """Yields the scores of `names`, an iterable of any length, in order, at most `chunk` at a time.
 
-        Memory is bounded by the chunk. Nodes below windows, and windows near a name's start, are shared in the whole
-        stream, other windows inside a chunk. A chunk also ends early if its names are long. Raises `ConfigError` at the
-        call if `chunk` is not an integer of at least 1.
+        Memory is bounded: a chunk ends early if its names are long, and not all nodes are kept for later chunks. Raises
+        `ConfigError` at the call if `chunk` is not an integer of at least 1.
         """
         return (scores for scores, _ in self._scores(packed(names, self.vocab, self.context, chunk, unknown)))
 
@@ -134,10 +133,7 @@ class Scorer:
         return values, _offsets([lengths for _, _, lengths, _ in parts])
 
     def logits(self, names: Names) -> tuple[Tensor, Tensor]:
-        """All logits: `(positions, vocab)` on the CPU, and offsets as `position_log_probs` returns them.
-
-        Column t is of the vocabulary's token t.
-        """
+        """All logits `(positions, vocab)` on the CPU, and offsets as `position_log_probs`. Column t is of token t."""
         parts = list(self._likelihood.logits(packed(names, self.vocab, self.context, CHUNK_NAMES, "error")))
         logits = torch.cat([torch.zeros(0, len(self.vocab), dtype=self.dtype), *[logits for logits, _ in parts]])
         if self.vocab.end:

@@ -111,7 +111,7 @@ def test_host_names_from_list_to_names(train, run, listed, out):
     hosts = [f"{draw.choice(['www', 'db', 'mail'])}{draw.randrange(9)}.example.org" for _ in range(200)]
     listed.write_text("\n".join(hosts))
     code, _, err = train(*SMALL)
-    assert code == 2 and "'.' marks the end of a name" in err
+    assert code == 2 and "'.' marks the end of a name; remove it, or say another end with --end" in err
     assert train(*SMALL, "--end", "<E>")[0] == 2
     assert train(*SMALL, "--end", "$")[0] == 0
     vocab = load_checkpoint(out).vocab

@@ -134,7 +134,18 @@ def test_what_the_readme_says_is_in_the_runs():
     losses = [f"{row['validation_loss']:.3f}" for row in (ngrams, lecture, default)]
     assert f"validation names is {losses[0]} nats per character. The lecture's network has {losses[1]};" in readme
     assert f"the same network trained by this library, has {losses[2]}." in readme
-    assert 1 < ngrams["positions_per_second"] / default["positions_per_second"] < 1.2
-    assert f"and one name {default['us'] / ngrams['us']:.0f} times as fast" in readme
     us = {row["method"]: row["us"] for row in slide["one_name"]}
     assert f"For one name the lecture's loop takes {us['loop'] / us['slid']:.0f} times as long" in readme
+
+
+def test_what_the_pages_say_of_lists_of_any_size_is_in_the_run():
+    readme, choosing = ((ROOT / name).read_text() for name in ("README.md", "docs/choosing.md"))
+    rows = {row.pop("names"): {name: cell["us"] for name, cell in row.items()} for row in results_of("score")["sizes"]}
+    one, million = rows[1], rows[1_000_000]
+    assert f"one name takes the loop {one['loop']:.0f} µs and `Scorer` {one['shared']:.0f} µs;" in readme
+    assert f"in a list of a million, a name takes `Scorer` {million['shared']:.2f} µs." in readme
+    ratios = {names: row["shared"] / row["Kneser-Ney 6, KenLM"] for names, row in rows.items()}
+    assert f"KenLM scores one name {ratios[1]:.0f} times as fast as the default model" in readme
+    assert "and a list of 8,192 names about as fast" in readme and 0.8 < ratios[8192] < 1.25
+    assert f"a million names {1 / ratios[1_000_000]:.1f} times as fast as KenLM" in readme
+    assert "in lists of some ten thousand names or more" in choosing and ratios[131_072] < 0.8

@@ -15,7 +15,7 @@ from ..errors import UsageError, WaveNetConvError
 from .rows import write_output
 
 DESCRIPTION = """The lecture's WaveNet, slid over whole names. Exit code 0 when done or when the reader closed the pipe,
-1 for a failed job, 2 for wrong usage, 130 for Ctrl-C."""
+1 for a failed job, 2 for wrong usage, 130 for Ctrl-C, 143 for SIGTERM."""
 COMMANDS = ["score", "explain", "next", "complete", "page", "export", "sample", "train", "sweep", "find_lr"]
 COMMANDS += ["lecture_names"]
 

@@ -29,7 +29,7 @@ With --json each name is one line. Numbers have all their digits; null is a NaN,
 def add_parser(commands: Any) -> None:
     """Add `wavenet-conv explain`."""
     command = add_command(commands, explain, "show what a model expects at each character of a name", DESCRIPTION)
-    help = "any short string; '' is the empty name; write -- before a name that starts with -"
+    help = "any string of the model's characters; '' is the empty name; write -- before a name that starts with -"
     command.add_argument("names", nargs="+", metavar="NAME", help=help)
     add_model(command)
     command.add_argument("--json", dest="as_json", action="store_true", help="JSON lines, one object per name")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..errors import ConfigError, UsageError
+from ..errors import ConfigError
 from .options import add_command, check_output, load_model, output_errors, usage_errors
 from .rows import write_output
 
@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
     command = add_command(commands, export, "write a model as an ONNX file", DESCRIPTION)
     help = "a checkpoint; 'default' is the one in the package"
     command.add_argument("--model", default="default", metavar="PATH", help=help)
-    command.add_argument("--onnx", required=True, metavar="FILE", help="the file to write (required)")
+    command.add_argument("--onnx", required=True, metavar="FILE", help="the file to write")
 
 
 def export(*, model: str, onnx: str) -> None:
@@ -30,10 +30,7 @@ def export(*, model: str, onnx: str) -> None:
     from ..checkpoint import DEFAULT
     from ..onnx import export_onnx
 
-    try:
-        check_output(onnx, str(DEFAULT) if model == "default" else model)
-    except UsageError as error:
-        raise UsageError(str(error).replace("--output", "--onnx", 1)) from error
+    check_output(onnx, str(DEFAULT) if model == "default" else model, option="--onnx")
     checkpoint = load_model(model)
     with output_errors(onnx, "the file is as it was before"), usage_errors(ConfigError):
         export_onnx(checkpoint.model, os.path.realpath(onnx), checkpoint.vocab)

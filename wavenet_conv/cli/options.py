@@ -73,7 +73,7 @@ def add_device(command: argparse.ArgumentParser) -> None:
 
 def add_list(command: argparse.ArgumentParser, metavar: str = "FILE") -> None:
     """Add the list to train on and `--end`, whose values `training_list` takes."""
-    command.add_argument("file", metavar=metavar, help="one name per line, UTF-8")
+    command.add_argument("file", metavar=metavar, help="text in UTF-8, one name per line; blank lines are skipped")
     help = "the character that stands for the end, which no name has (.)"
     command.add_argument("--end", type=_character, metavar="CHAR", help=help)
 
@@ -194,8 +194,11 @@ def training_list(path: str, end: str | None = None, vocab: Vocabulary | None = 
     from ..vocabulary import Vocabulary
 
     end = end or ("." if vocab is None else vocab.padding)
-    with usage_errors(NamesError):
+    try:
         names = read_names(path, end)
+    except NamesError as error:
+        other = ", or say another end with --end" if error.character == end and vocab is None else ""
+        raise UsageError(f"{error}{other}") from error
     if len(names) < MIN_NAMES:
         raise UsageError(f"{path}: {len(names)} names are too few to split 80/10/10; give at least {MIN_NAMES}")
     vocab = Vocabulary.from_names(names, end=end) if vocab is None else vocab
@@ -205,16 +208,16 @@ def training_list(path: str, end: str | None = None, vocab: Vocabulary | None = 
     return TrainingList(sha256_of(names), vocab, split_names(names), len(names) - len({*names}))
 
 
-def check_output(output: str, *inputs: str) -> None:
-    """Raise `UsageError` if `--output` cannot be a regular file, or is one of the files that are read."""
+def check_output(output: str, *inputs: str, option: str = "--output") -> None:
+    """Raise `UsageError` if an option's file cannot be a regular file, or is one of the files that are read."""
     path = Path(output)
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         mode = S_IFREG  # that of a new file
     except OSError as error:
-        raise UsageError(f"--output {output}: {error.strerror}; give another path") from error
+        raise UsageError(f"{option} {output}: {error.strerror}; give another path") from error
     if not S_ISREG(mode) or not path.parent.is_dir():
-        raise UsageError(f"--output {output}: not a regular file in an existing folder; give another path")
+        raise UsageError(f"{option} {output}: not a regular file in an existing folder; give another path")
     if path.exists() and any(os.path.exists(file) and os.path.samefile(path, file) for file in inputs):
-        raise UsageError(f"--output {output}: this file is being read; give another one")
+        raise UsageError(f"{option} {output}: this file is being read; give another one")
