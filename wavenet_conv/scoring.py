@@ -68,7 +68,8 @@ class Scorer:
     ):
         check_pair(model, vocab)
         self.vocab, self.quantiles, self.context = vocab, quantiles, model.context
-        weights = fold(model, device, dtype).end_first(vocab.end)
+        with torch.inference_mode(False):
+            weights = fold(model, device, dtype).end_first(vocab.end)
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self._likelihood = Likelihood(weights, compiled, remember)
         self.nodes, self.compiled = self._likelihood.nodes, self._likelihood.compiled

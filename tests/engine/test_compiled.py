@@ -141,6 +141,26 @@ def test_weights_that_are_nan_give_scores_that_are_nan():
     assert rejects("finite", Scorer, conv, ABC, compiled=True) and Scorer(conv, ABC).score(["emma"]).isnan().all()
 
 
+@pytest.mark.parametrize("biased", [12.0, 30.0])
+def test_log_probabilities_near_zero_keep_their_digits(biased):
+    """With a large vocabulary, terms that are 1e-7 off would add up."""
+    vocab = Vocabulary(map(chr, range(1000, 1255)))
+    conv = random_conv((2, 2), vocab_size=256)
+    with torch.no_grad():
+        conv.head.bias[5] += biased
+    name = vocab.characters[4] * 9
+    exact, _ = Scorer(conv, vocab, compiled=True).position_log_probs([name])
+    found, _ = Scorer(conv, vocab, compiled=True, dtype=torch.float32).position_log_probs([name])
+    assert abs(found[:-1] - exact[:-1]).max() < 5e-7 and exact[:-1].max() < 0
+
+
+def test_keys_that_differ_in_high_bits_only_do_not_collide():
+    keys = np.arange(1000, dtype=np.uint64) << np.uint64(40)
+    slots = np.zeros((4096, 2), np.uint64)
+    first = {int(distinct.first_slot(slots, np.uint64(distinct.hash_of(key)))) for key in keys}
+    assert len(first) > 800  # of 1,000 at random in 4,096 slots, about 890 differ
+
+
 def test_logits_of_any_size_and_a_vocabulary_of_one_character():
     vocab = Vocabulary("a")
     conv = random_conv(vocab_size=2)

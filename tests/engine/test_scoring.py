@@ -151,6 +151,17 @@ def test_autocast_around_it_changes_no_bits(options):
         assert scorer.logits(NAMES)[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("options", [{}, {"compiled": False}, {"gated": True}], ids=str)
+def test_inference_mode_around_calls_leaves_no_trace(options):
+    with torch.inference_mode():
+        scorer = small_scorer(**options)
+        expected = scorer.score(NAMES)
+    for _ in range(2):
+        assert torch.equal(scorer.score(NAMES), expected)
+        with torch.inference_mode():
+            assert torch.equal(scorer.score(NAMES), expected)
+
+
 def test_a_stream_draws_the_same_names_under_autocast():
     conv = random_conv(dtype=torch.float32)
     expected = sample(conv, ABC, 50)

@@ -29,7 +29,7 @@ Array = np.ndarray
 Each = Callable[[Callable[[int], None]], Any]  # calls a function with the number of every part
 
 MANY = 2**14  # outputs from which more than one thread works
-KEPT = 2**25  # numbers that a table leaves to the next chunk: 128 MiB of float32
+KEPT = 2**26  # numbers that all tables leave to the next chunk: 256 MiB of float32
 SPARSE = 16  # a table with more slots for each node is not worth clearing
 
 
@@ -48,11 +48,14 @@ class Table:
         self.counts = [0] * len(self.counts)
 
     def make_room(self) -> None:
-        """Lets `values` hold all nodes, and the rest of the last block of each part."""
-        rows = (max(self.counts) + ROWS) * len(self.counts)
+        """Lets `values` hold all nodes, and the rest of the last block of each part.
+
+        The second time it gets all the room that may be kept: rows that are not written take no memory.
+        """
+        rows, columns = (max(self.counts) + ROWS) * len(self.counts), self.values.shape[1]
         if len(self.values) < rows:
-            # Memory that is not written takes no room.
-            old, self.values = self.values, np.empty((rows + rows // 2, self.values.shape[1]), self.values.dtype)
+            old, spare = self.values, KEPT // columns if len(self.values) else 0
+            self.values = np.empty((rows + spare, columns), old.dtype)
             self.values[: len(old)] = old
 
 
@@ -76,7 +79,7 @@ class CompiledCache:
         if parts > self.parts or not self.tables:
             self.parts, self.tables = parts, {}
         for table in self.tables.values():
-            if sum(table.counts) * table.values.shape[1] > KEPT:
+            if sum(table.counts) * table.values.shape[1] > KEPT // len(self.tables):
                 table.clear()
 
 

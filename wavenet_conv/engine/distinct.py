@@ -65,6 +65,7 @@ def number(keys, kinds, part, parts, slots, count, first, children, rows):
 def hash_of(key):
     """The low 16 bits say to which part a key belongs (`part_of`), the others where to look for it (`first_slot`)."""
     hashed = key * GOLDEN
+    hashed = (hashed ^ (hashed >> np.uint64(32))) * GOLDEN
     return hashed ^ (hashed >> np.uint64(32))
 
 
@@ -157,12 +158,15 @@ def log_softmax(logits, vocab_size):
             largest = max(largest, row[token])
         for token in range(len(row)):
             row[token] -= largest
-            terms[i, token] = max(row[token], number(LOWEST))
+            terms[i, token] = max(row[token], number(LOWEST)) * number(1 / 8)
     expm1(terms.reshape(-1))
     for i in range(len(logits)):
-        total = number(vocab_size)
+        total = number(0)
         for token in range(vocab_size):
-            total += terms[i, token]
+            term = terms[i, token] + number(1)  # then to the power of 8, so that small ones have all their digits
+            term *= term
+            term *= term
+            total += term * term
         normalizer = np.log(total)
         for token in range(logits.shape[1]):
             logits[i, token] -= normalizer

@@ -5,10 +5,15 @@ Nothing in these loops checks its arguments.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 from numba import njit
+from numba.core.compiler_lock import global_compiler_lock as lock
+
+if hasattr(os, "register_at_fork"):  # a child must not inherit the lock of a thread that is compiling
+    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 
 
 def compiled(function: Callable[..., Any]) -> Any:

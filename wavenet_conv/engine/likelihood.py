@@ -25,7 +25,7 @@ class Likelihood:
     """What a `Scorer` computes with; arguments and attributes as there. Several threads may use it at once."""
 
     def __init__(self, weights: Weights, compiled: bool | None, remember: bool):
-        with exact_float32():
+        with torch.inference_mode(False), exact_float32():
             self.nodes = SharedNodes(weights)
         why_not = why_not_compiled(weights) if compiled is not False else "compiled is False"
         if compiled and why_not:
@@ -62,14 +62,16 @@ class Likelihood:
         cache, complete = self._caches.pop() if self._caches else self._engine.new_cache(), False
         try:
             for tokens, lengths, known in chunks:
-                with torch.no_grad(), nullcontext() if self.compiled else exact_float32():
+                # Tensors of inference mode could not be written to outside it, by the next call.
+                with torch.inference_mode(False), torch.no_grad(), nullcontext() if self.compiled else exact_float32():
                     found, totals = self._engine.log_probs(tokens.to(self.device), lengths.to(self.device), cache)
                 yield found.cpu(), totals.cpu(), lengths, known
             complete = True
         finally:
-            if not (complete and self.remember):
-                cache.clear()
-            self._caches = [cache]
+            if complete:  # after an interrupt, threads may still write to the cache
+                if not self.remember:
+                    cache.clear()
+                self._caches = [cache]
 
     @torch.no_grad()
     def logits(self, chunks: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
