@@ -171,6 +171,16 @@ def test_the_limit_is_where_reading_stops(score, monkeypatch, listed):
         assert code == 0 and named(out) == ["emma", "ava", "mia"] and score(listed, "--limit", 4)[0] == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("--above", "nan"), "nan is not a number to compare with"), (("--output", "-"), "--output -: give the name of")],
+    ids=str,
+)
+def test_values_of_options_that_mean_nothing_are_rejected(score, listed, options, message):
+    code, out, err = score(listed, *options)
+    assert (code, out) == (2, b"") and message in err
+
+
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 

@@ -197,5 +197,7 @@ def test_wrong_usage(train, tmp_path, listed, arguments, message):
     code, out, err = train(*arguments)
     assert (code, out) == (2, "") and message in err and files(tmp_path) == {"names.txt"}
     assert "this file is being read; give another one" in train(output=listed)[2]
+    assert "--output -: give the name of a file" in train(output="-")[2]
+    assert "reads text with one name per line" in train(file=tmp_path / "names.csv")[2]
     listed.write_text("emma\n")
     assert "1 names are too few to split 80/10/10; give at least 10" in train()[2]

@@ -109,6 +109,14 @@ def add_recipe(command: argparse.ArgumentParser, *names: str) -> None:
         command.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=RECIPE_HELP[name])
 
 
+def number(text: str) -> float:
+    """Parse a number that is not NaN, as the `type` of an option."""
+    value = float(text)
+    if value != value:
+        raise argparse.ArgumentTypeError("nan is not a number to compare with")
+    return value
+
+
 def positive(text: str) -> int:
     """Parse an integer of at least 1, as the `type` of an option."""
     if not text.isdecimal() or int(text) < 1:
@@ -194,6 +202,8 @@ def training_list(path: str, end: str | None = None, vocab: Vocabulary | None = 
     from ..vocabulary import Vocabulary
 
     end = end or ("." if vocab is None else vocab.padding)
+    if path.lower().endswith((".csv", ".tsv", ".gz", ".parquet")):
+        raise UsageError(f"{path}: this command reads text with one name per line; write the names to such a file")
     try:
         names = read_names(path, end)
     except NamesError as error:
@@ -210,6 +220,8 @@ def training_list(path: str, end: str | None = None, vocab: Vocabulary | None = 
 
 def check_output(output: str, *inputs: str, option: str = "--output") -> None:
     """Raise `UsageError` if an option's file cannot be a regular file, or is one of the files that are read."""
+    if output == "-":
+        raise UsageError(f"{option} -: give the name of a file")
     path = Path(output)
     try:
         mode = path.stat().st_mode

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import NamesError, UsageError
 from .cleaning import Cleaner
-from .options import add_command, add_model, check_output, device_of, load_model, positive
+from .options import add_command, add_model, check_output, device_of, load_model, number, positive
 from .progress import Progress
 from .reading import Name, Source, open_source
 from .rows import FORMATS, Column, bits_per_character, format_of, open_rows
@@ -61,7 +61,7 @@ def add_parser(commands: Any) -> None:
     add("--normalize", choices=("NFC", "NFKC"), help="score names in this Unicode normal form")
     add("--lower", action="store_true", help="score names in lower case")
     add("--strip", action="store_true", help="score names without the white space around them")
-    add("--above", type=float, metavar="BITS", help="only rows with more bits per character than this, or with NaN")
+    add("--above", type=number, metavar="BITS", help="only rows with more bits per character than this, or with NaN")
     add("--sort", action="store_true", help="NaN first, then the most bits per character")
     add("--limit", type=positive, default=sys.maxsize, metavar="N", help="stop after N names (--sort: after N rows)")
 
