@@ -67,7 +67,7 @@ class CompiledCache:
         self.tables: dict[tuple[int, int], Table] = {}
 
     def clear(self) -> None:
-        """Forgets all nodes. The memory is kept, unless clearing it would take longer than making it anew."""
+        """Forgets all nodes. The memory is kept, unless clearing it would take longer than new memory."""
         if any(SPARSE * max(table.counts) < len(table.slots[0]) for table in self.tables.values()):
             self.tables = {}
         for table in self.tables.values():

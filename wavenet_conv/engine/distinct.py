@@ -71,11 +71,13 @@ def hash_of(key):
 
 @compiled
 def part_of(hashed, parts):
+    """The part that a key belongs to, from 0 to `parts - 1`."""
     return np.int64((hashed & np.uint64(0xFFFF)) * np.uint64(parts) >> np.uint64(16))
 
 
 @compiled
 def first_slot(slots, hashed):
+    """The slot from which a key is looked for."""
     return (hashed >> np.uint64(16)) & np.uint64(len(slots) - 1)
 
 
