@@ -52,6 +52,7 @@ for command in (
     "find-lr list.txt --steps 2 --batch-size 4",
     "sweep space.toml list.txt --trials 1 --output best.safetensors",
     "page --output page.html",
+    "export --onnx model.onnx",
     "lecture-names",
 ):
     print(command.split()[0], main(command.split()), file=sys.stderr)
