@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
@@ -95,6 +96,7 @@ def score(
         if options["percentile"] and quantiles is None:
             raise UsageError(f"--percentile: --model {model} has no quantiles of its training list; omit --percentile")
         scorer = Scorer(checkpoint.model, vocab, device=place, quantiles=quantiles, remember=True)
+        gc.freeze()  # the garbage collector need not read all that the imports made, again and again
         chosen = [f"--normalize {normalize}", "--lower" * lower, "--strip" * strip]
         table = Table(source, scorer, Cleaner(vocab, chosen), **options)
         header = table.columns([], zeros(0, dtype=scorer.dtype))
