@@ -1,0 +1,30 @@
+"""Runs a module on a pretend CUDA device, having said what this project's Triton kernels compute.
+
+    python -m pretend .ci/pretended.py -m benchmarks.slide --device cuda
+    python -m pretend .ci/pretended.py -m pytest -k cuda
+"""
+
+import os
+import runpy
+import sys
+
+import pretend
+import torch
+
+
+@pretend.kernel("last_layer_kernel", "out")
+def last_layer(contributions, children, targets, head, head_bias, out, n, kinds, KERNEL_SIZE, CHANNELS, VOCAB, **_):
+    """The definition in float64, once the arguments are what the kernel expects."""
+    from wavenet_conv.engine.kernel import last_layer_ref
+
+    assert children.shape == (n, KERNEL_SIZE) and 0 <= int(children.min()) and int(children.max()) < kinds
+    assert targets.shape == out.shape == (n,) and 0 <= int(targets.min()) and int(targets.max()) < VOCAB
+    assert contributions.shape == (KERNEL_SIZE, kinds, CHANNELS) and head.shape == (CHANNELS, VOCAB)
+    out.copy_(last_layer_ref(contributions.double(), children, targets, head.double(), head_bias.double()))
+
+
+if __name__ == "__main__":
+    assert torch.cuda.is_available(), "start this with python -m pretend"
+    sys.path[0] = os.getcwd()
+    sys.argv = sys.argv[2:] if sys.argv[1:2] == ["-m"] else sys.exit(__doc__)
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
