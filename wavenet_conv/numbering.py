@@ -36,6 +36,11 @@ class CharacterTable:
         self._numbers[codes] = np.arange(1, len(characters) + 1)
         self._bytes = bytes(self._numbers[:256]).ljust(256, b"\0") if self.dtype == torch.uint8 else None
 
+    @property
+    def latin1(self) -> Tensor | None:
+        """The number of each character of Latin-1, int32 `(256,)`; None for 256 characters and more."""
+        return None if self._bytes is None else torch.tensor([*self._bytes], dtype=torch.int32)
+
     def __call__(self, text: str) -> Tensor:
         """The number of each character: `(characters,)`."""
         if self._bytes:

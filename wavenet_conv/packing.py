@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .chunks import CHUNK_TOKENS, Chunk, Codes, Limits, Packed, Text
 from .errors import ConfigError, NamesError, ShapeError, UsageError
 from .numbering import to_engine
 from .vocabulary import Vocabulary, check_tokens, checked_names, lengths_of, run_sums
@@ -20,30 +22,27 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 Names = Iterable[str] | tuple[Tensor, Tensor]
-Packed = tuple[Tensor, Tensor, Tensor]
 
-# Tokens that get their ids together, which takes some hundred bytes each. Below 2**22, so that an int64 for each is
-# less than the 32 MiB from which glibc gives fresh pages at every allocation.
-CHUNK_TOKENS = 4_000_000
 CHUNK_NAMES = 2**17
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 ARROW_STRINGS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
 
 
-class Text(NamedTuple):
-    """Names end to end, with `context` characters of padding before each and after the last."""
+def packed(
+    names: Names,
+    vocab: Vocabulary,
+    context: int,
+    chunk: int,
+    unknown: str,
+    *,
+    as_codes: bool = False,
+    tokens: int | None = None,
+) -> Iterator[Chunk]:
+    """Names in chunks of at most `chunk`, as tokens or where that is possible as codes.
 
-    text: str
-    lengths: Tensor  # characters per name, int64
-    missing: Tensor | None = None  # bool; a missing name is empty in the text. None: all are there
-
-
-def packed(names: Names, vocab: Vocabulary, context: int, chunk: int, unknown: str) -> Iterator[Packed]:
-    """Per chunk of at most `chunk` names: `(tokens, lengths, known)`, as `Vocabulary.pack` returns them.
-
-    A chunk of long names also ends at CHUNK_TOKENS tokens. `names` are what `Scorer.score` takes; a missing value is an
-    unknown name.
+    A chunk of long names also ends at CHUNK_TOKENS tokens, or fewer `tokens`. `names` are what `Scorer.score` takes; a missing
+    value is an unknown name.
 
     Raises:
         ConfigError: `chunk` or `unknown` is wrong. This, and a table in place of a column, is raised at the call.
@@ -53,31 +52,63 @@ def packed(names: Names, vocab: Vocabulary, context: int, chunk: int, unknown: s
         raise ConfigError(f"unknown is {unknown!r}; it is 'error' or 'nan'")
     if not isinstance(chunk, Integral) or chunk < 1:
         raise ConfigError(f"chunk is {chunk!r}; it must be an integer of at least 1")
+    limits = Limits(int(chunk), CHUNK_TOKENS if tokens is None else min(tokens, CHUNK_TOKENS), context)
     if _encoded(names):
-        return _repacked(*names, vocab, context, int(chunk))
-    return _tokens(_texts(names, vocab.padding * context, chunk), vocab, context, unknown)
+        return _repacked(*names, vocab, limits)
+    texts = _texts(names, vocab.padding * (1 if as_codes else context), limits)
+    return _codes(texts, vocab, context, unknown) if as_codes else _tokens(texts, vocab, context, unknown)
 
 
-def _tokens(texts: Iterator[Text], vocab: Vocabulary, context: int, unknown: str) -> Iterator[Packed]:
-    first = 0  # index of the chunk's first name
+def _tokens(texts: Iterable[Text], vocab: Vocabulary, context: int, unknown: str, first: int = 0) -> Iterator[Packed]:
+    """first: The index of the first name."""
     for text, lengths, missing in texts:
-        if unknown == "error" and missing is not None and missing.any():
-            index = first + int(missing.byte().argmax())
-            raise NamesError(f"name {index} is missing; leave it out, or get NaN with unknown='nan'", index=index)
+        _check_missing(missing, unknown, first)
         tokens, characters, known = vocab.pack_text(text, lengths, context)
         if unknown == "error" and not known.all():
             row = int(known.byte().argmin())
             start = int(lengths[:row].sum()) + context * (row + 1)
             raise vocab.unknown_character_error([text[start : start + int(lengths[row])]], first=first + row)
-        yield tokens, characters, known if missing is None else known & ~missing
+        yield Packed(tokens, characters, known if missing is None else known & ~missing)
         first += len(lengths)
 
 
-def _texts(names: Any, padding: str, chunk: int) -> Iterator[Text]:
+def _codes(texts: Iterable[Text], vocab: Vocabulary, context: int, unknown: str) -> Iterator[Chunk]:
+    """Chunks whose texts, with one padding, are Latin-1 as `Codes`, others as tokens."""
+    first = 0
+    for part in texts:
+        _check_missing(part.missing, unknown, first)
+        pack = partial(_pack, part, vocab, context, unknown, first)
+        try:
+            codes = torch.frombuffer(bytearray(part.text, "latin-1"), dtype=torch.uint8)
+        except UnicodeEncodeError:
+            yield pack()
+        else:
+            known = torch.ones(len(part.lengths), dtype=torch.bool) if part.missing is None else ~part.missing
+            yield Codes(codes, part.lengths, known, pack)
+        first += len(part.lengths)
+
+
+def _pack(part: Text, vocab: Vocabulary, context: int, unknown: str, first: int) -> Packed:
+    """The names of a text with one padding as tokens."""
+    padding, names, start = vocab.padding * context, [""], 1
+    for length in part.lengths.tolist():
+        names.append(part.text[start : start + length])
+        start += length + 1
+    text = part._replace(text=padding.join([*names, ""]))
+    return next(_tokens([text], vocab, context, unknown, first))
+
+
+def _check_missing(missing: Tensor | None, unknown: str, first: int) -> None:
+    if unknown == "error" and missing is not None and missing.any():
+        index = first + int(missing.byte().argmax())
+        raise NamesError(f"name {index} is missing; leave it out, or get NaN with unknown='nan'", index=index)
+
+
+def _texts(names: Any, padding: str, limits: Limits) -> Iterator[Text]:
     """The names as text, by the reader for their type."""
     kind = type(names)
     if kind is list:
-        return _texts_of_strings(names, padding, chunk)
+        return _texts_of_strings(names, padding, limits)
     if isinstance(names, Mapping) or hasattr(kind, "columns"):
         raise NamesError(f"names is a table ({kind.__name__}); pass one of its columns, such as table['name']")
     if kind.__module__.partition(".")[0] == "pandas":
@@ -86,7 +117,7 @@ def _texts(names: Any, padding: str, chunk: int) -> Iterator[Text]:
         names = getattr(names, "array", names).__arrow_array__() if in_arrow else np.asarray(names)
         kind = type(names)
     if hasattr(kind, "__arrow_c_stream__") or hasattr(kind, "__arrow_c_array__"):
-        return _texts_of_arrow(_arrow_column(names), padding, chunk)
+        return _texts_of_arrow(_arrow_column(names), padding, limits)
     if isinstance(names, np.ndarray):
         if isinstance(names, np.ma.MaskedArray):
             names = np.where(names.mask, np.array(None), names.data)
@@ -94,15 +125,15 @@ def _texts(names: Any, padding: str, chunk: int) -> Iterator[Text]:
             found = f"an array of shape {names.shape} and dtype {names.dtype}"
             raise NamesError(f"names is {found}; pass strings in one dimension")
         if names.dtype.kind in "US":
-            return _texts_of_array(names, padding, chunk)
+            return _texts_of_array(names, padding, limits)
     elif isinstance(names, str) or not isinstance(names, Iterable):
         checked_names(names)  # raises
-    return _texts_of_strings(names, padding, chunk)
+    return _texts_of_strings(names, padding, limits)
 
 
-def _texts_of_strings(names: Iterable[Any], padding: str, chunk: int) -> Iterator[Text]:
+def _texts_of_strings(names: Iterable[Any], padding: str, limits: Limits) -> Iterator[Text]:
     names, first = iter(names), 0
-    while part := list(islice(names, chunk)):
+    while part := list(islice(names, limits.names)):
         missing = None
         try:
             lengths = lengths_of(part)
@@ -110,7 +141,7 @@ def _texts_of_strings(names: Iterable[Any], padding: str, chunk: int) -> Iterato
             missing = torch.tensor([_is_missing(name) for name in part])
             part = checked_names(["" if _is_missing(name) else name for name in part], first)
             lengths = lengths_of(part)
-        for cut in _cuts(lengths.numpy(), len(padding)):
+        for cut in limits.cuts(lengths.numpy()):
             try:  # checking each name's type first would take longer than joining them
                 text = f"{padding}{padding.join(part[cut])}{padding}"
             except TypeError:
@@ -126,11 +157,11 @@ def _is_missing(value: Any) -> bool:
     return value is None or is_nan or type(value).__name__ in ("NAType", "NaTType")
 
 
-def _texts_of_array(names: np.ndarray, padding: str, chunk: int) -> Iterator[Text]:
+def _texts_of_array(names: np.ndarray, padding: str, limits: Limits) -> Iterator[Text]:
     """Of a NumPy array of strings of one width: UTF-32 (`U`), or UTF-8 (`S`)."""
     unit = np.dtype(np.uint32 if names.dtype.kind == "U" else np.uint8)
     width = names.dtype.itemsize // unit.itemsize
-    size = max(1, min(chunk, CHUNK_TOKENS // (width + len(padding))))
+    size = limits.rows(width)
     for first in range(0, len(names), size):
         part = np.ascontiguousarray(names[first : first + size]).astype(names.dtype.newbyteorder("="), copy=False)
         sizes, codes = np.char.str_len(part), part.view(unit).reshape(len(part), width)
@@ -169,17 +200,17 @@ def _arrow_column(names: Any) -> Any:
     return column
 
 
-def _texts_of_arrow(column: Any, padding: str, chunk: int) -> Iterator[Text]:
+def _texts_of_arrow(column: Any, padding: str, limits: Limits) -> Iterator[Text]:
     import pyarrow
     from pyarrow import compute
 
     gap = padding.encode()
-    for start in range(0, len(column), chunk):
-        names = column.slice(start, chunk).cast(pyarrow.large_binary()).combine_chunks()
+    for start in range(0, len(column), limits.names):
+        names = column.slice(start, limits.names).cast(pyarrow.large_binary()).combine_chunks()
         missing = torch.from_numpy(np.array(names.is_null())) if names.null_count else None
         names = names.fill_null(b"")
         sizes = np.array(compute.binary_length(names))
-        for cut in _cuts(sizes, len(padding)):
+        for cut in limits.cuts(sizes):
             part = names[cut].cast(pyarrow.binary())
             whole = pyarrow.ListArray.from_arrays(pyarrow.array([0, len(part)], pyarrow.int32()), part)
             data = b"".join([compute.binary_join(whole, gap)[0].as_buffer(), gap])
@@ -200,21 +231,13 @@ def _decoded(data: bytes, sizes: np.ndarray, padding: str, first: int) -> Text:
     return Text(padding + text, torch.from_numpy(sizes))
 
 
-def _cuts(lengths: np.ndarray, context: int) -> Iterator[slice]:
-    """Slices of the names: at most CHUNK_TOKENS tokens, or one name."""
-    ends, start, before = (lengths + context).cumsum(), 0, 0
-    while start < len(ends):
-        stop = max(start + 1, int(ends.searchsorted(before + CHUNK_TOKENS, "right")))
-        yield slice(start, stop)
-        start, before = stop, int(ends[stop - 1])
-
-
 def _encoded(names: Names) -> TypeIs[tuple[Tensor, Tensor]]:
     return isinstance(names, tuple) and len(names) == 2 and all(isinstance(part, Tensor) for part in names)
 
 
-def _repacked(tokens: Tensor, lengths: Tensor, vocab: Vocabulary, context: int, chunk: int) -> Iterator[Packed]:
+def _repacked(tokens: Tensor, lengths: Tensor, vocab: Vocabulary, limits: Limits) -> Iterator[Packed]:
     """Of names that `Vocabulary.encode` has padded."""
+    context = limits.context
     tokens, lengths = tokens.cpu(), lengths.cpu()
     fits = tokens.dtype in INTEGERS and lengths.dtype in INTEGERS and tokens.ndim == 2
     fits = fits and tokens.shape[:1] == lengths.shape
@@ -229,6 +252,7 @@ def _repacked(tokens: Tensor, lengths: Tensor, vocab: Vocabulary, context: int, 
             f"tokens {tuple(tokens.shape)} of {tokens.dtype} and lengths {tuple(lengths.shape)} of {lengths.dtype} are "
             f"not what vocab.encode(names, context={context}) returns"
         )
-    for part, within, characters in zip(*(whole.split(chunk) for whole in (tokens, inside, lengths))):
+    rows = limits.rows(tokens.shape[1] - context)
+    for part, within, characters in zip(*(whole.split(rows) for whole in (tokens, inside, lengths))):
         flat = torch.cat([to_engine(part[within].long(), vocab.end), torch.zeros(context, dtype=torch.int64)])
-        yield flat.to(vocab.token_dtype), characters, torch.ones(len(characters), dtype=torch.bool)
+        yield Packed(flat.to(vocab.token_dtype), characters, torch.ones(len(characters), dtype=torch.bool))

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from .checkpoint import load_checkpoint
+from .chunks import Chunk
 from .continuing import complete, next_characters
 from .engine.likelihood import Likelihood
 from .engine.weights import fold
 from .errors import ConfigError, NamesError
 from .model import ConvWaveNet, check_pair
 from .numbering import to_engine
-from .packing import CHUNK_NAMES, Names, Packed, packed
+from .packing import CHUNK_NAMES, Names, packed
 from .vocabulary import Vocabulary
 
+AHEAD = 2  # chunks that are given to a GPU before it has answered
 QUANTILES = 1001  # of a training list's bits per character
 
 
@@ -71,7 +73,7 @@ class Scorer:
         with torch.inference_mode(False):
             weights = fold(model, device, dtype).end_first(vocab.end)
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
-        self._likelihood = Likelihood(weights, compiled, remember)
+        self._likelihood = Likelihood(weights, compiled, remember, vocab.latin1)
         self.nodes, self.compiled = self._likelihood.nodes, self._likelihood.compiled
 
     @property
@@ -110,7 +112,8 @@ class Scorer:
             ShapeError: Tokens and lengths do not fit each other.
             UsageError: Names are read with PyArrow, which is not installed.
         """
-        return torch.cat([torch.zeros(0, dtype=self.dtype), *self.stream(names, unknown=unknown)])
+        parts = [scores for scores, _ in self._scores(self._chunks(names, unknown), AHEAD)]
+        return torch.cat([torch.zeros(0, dtype=self.dtype), *parts])
 
     def stream(self, names: Names, *, chunk: int = CHUNK_NAMES, unknown: str = "error") -> Iterator[Tensor]:
         """Yields the scores of `names`, an iterable of any length, in order, at most `chunk` at a time.
@@ -118,7 +121,7 @@ class Scorer:
         Memory is bounded: a chunk ends early if its names are long, and not all nodes are kept for later chunks. Raises
         `ConfigError` at the call if `chunk` is not an integer of at least 1.
         """
-        return (scores for scores, _ in self._scores(packed(names, self.vocab, self.context, chunk, unknown)))
+        return (scores for scores, _ in self._scores(self._chunks(names, unknown, chunk)))
 
     def position_log_probs(self, names: Names, *, unknown: str = "error") -> tuple[Tensor, Tensor]:
         """The log-probability, in nats, of every character of each name and of its end.
@@ -127,11 +130,13 @@ class Scorer:
             Values `(positions,)`, name after name, in the scorer's dtype, and offsets int64 `(names + 1,)`: name i has
             `values[offsets[i] : offsets[i + 1]]`, one more than it has characters. An unknown name has one NaN.
         """
-        parts = list(self._likelihood.log_probs(packed(names, self.vocab, self.context, CHUNK_NAMES, unknown)))
-        for log_probs, _, lengths, known in parts:
+        values, all_lengths = [torch.zeros(0, dtype=self.dtype)], []
+        for found, _, lengths, known in self._likelihood.log_probs(self._chunks(names, unknown)):
+            log_probs = found.cpu()
             log_probs[(torch.cumsum(lengths + 1, 0) - 1)[~known]] = torch.nan
-        values = torch.cat([torch.zeros(0, dtype=self.dtype), *[log_probs for log_probs, *_ in parts]])
-        return values, _offsets([lengths for _, _, lengths, _ in parts])
+            values.append(log_probs)
+            all_lengths.append(lengths)
+        return torch.cat(values), _offsets(all_lengths)
 
     def logits(self, names: Names) -> tuple[Tensor, Tensor]:
         """All logits `(positions, vocab)` on the CPU, and offsets as `position_log_probs`. Column t is of token t."""
@@ -143,7 +148,7 @@ class Scorer:
 
     def bits_per_character(self, names: Names, *, unknown: str = "error") -> Tensor:
         """Bits that the model needs per character of each name, its end counted as one: `(names,)`."""
-        parts = self._scores(packed(names, self.vocab, self.context, CHUNK_NAMES, unknown))
+        parts = self._scores(self._chunks(names, unknown), AHEAD)
         bits = [scores / (-log(2) * (lengths + 1)) for scores, lengths in parts]
         return torch.cat([torch.zeros(0, dtype=self.dtype), *bits])
 
@@ -166,9 +171,14 @@ class Scorer:
         """The likeliest whole names that begin with each prefix; see `continuing.complete`."""
         return complete(self, prefixes, top_k, **options)
 
-    def _scores(self, chunks: Iterator[Packed]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _chunks(self, names: Names, unknown: str, chunk: int = CHUNK_NAMES) -> Iterator[Chunk]:
+        engine = self._likelihood
+        as_codes, tokens = engine.reads_codes, engine.chunk_tokens
+        return packed(names, self.vocab, self.context, chunk, unknown, as_codes=as_codes, tokens=tokens)
+
+    def _scores(self, chunks: Iterator[Chunk], ahead: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Per chunk: scores and lengths, `(names,)` each."""
-        for _, totals, lengths, known in self._likelihood.log_probs(chunks):
+        for _, totals, lengths, known in self._likelihood.log_probs(chunks, ahead):
             yield totals.masked_fill_(~known, torch.nan).to(self.dtype), lengths
 
 

@@ -51,6 +51,14 @@ def test_a_row_has_the_same_bits_wherever_it_is():
     assert hit.any() and torch.equal(out.isnan(), hit) and (out - whole)[~hit].abs().max() <= ALIKE
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_children_and_targets_may_be_of_any_integers(dtype):
+    contributions, children, targets, *head = last_layer_problem(70, kernel_size=3, device=DEVICE)
+    expected = last_layer(contributions, children, targets, *head)
+    found = last_layer(contributions, children.to(dtype), targets.to(dtype), *head)
+    assert (found - expected).abs().max() <= ALIKE
+
+
 def test_another_dtype_or_a_larger_vocabulary_is_rejected():
     contributions, *others = last_layer_problem(10, device=DEVICE)
     with pytest.raises(KernelError, match=r"float32, not torch\.float64"):

@@ -37,16 +37,16 @@ def last_layer_ref(contributions: Tensor, children: Tensor, targets: Tensor, hea
 
     Args:
         contributions: `(kernel_size, kinds, channels)`, what each node below contributes at each tap.
-        children: int64 `(n, kernel_size)`, below `kinds`.
-        targets: int64 `(n,)`, below `vocab`.
+        children: Integers `(n, kernel_size)`, below `kinds`.
+        targets: Integers `(n,)`, below `vocab`.
         head: `(channels, vocab)`.
         head_bias: `(vocab,)`.
 
     Returns:
         `(n,)`, in nats.
     """
-    nodes = torch.tanh(sum(tap[child] for tap, child in zip(contributions, children.unbind(1))))
-    return (nodes @ head + head_bias).log_softmax(1).gather(1, targets[:, None])[:, 0]
+    nodes = torch.tanh(sum(tap[child] for tap, child in zip(contributions, children.long().unbind(1))))
+    return (nodes @ head + head_bias).log_softmax(1).gather(1, targets.long()[:, None])[:, 0]
 
 
 def last_layer(contributions: Tensor, children: Tensor, targets: Tensor, head: Tensor, head_bias: Tensor) -> Tensor:

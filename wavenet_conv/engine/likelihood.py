@@ -1,4 +1,4 @@
-"""Log-likelihoods chunk by chunk: by compiled loops or PyTorch, with what one call leaves to the next."""
+"""Log-likelihoods chunk by chunk: by compiled loops, by PyTorch or on a GPU, with what one call leaves to the next."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chunks import Chunk
 from ..errors import ConfigError
 from ..precision import exact_float32
+from .device import DeviceLikelihood, Scores
 from .shared import SharedNodes
+from .tabulated import TabulatedNodes
 from .weights import Weights, why_not_compiled
 
 # OpenMP's threads do not survive a fork: a forked child that asks for them waits forever. PyTorch's DataLoader sets one
@@ -22,26 +25,35 @@ if hasattr(os, "register_at_fork"):
 
 
 class Likelihood:
-    """What a `Scorer` computes with; arguments and attributes as there. Several threads may use it at once."""
+    """What a `Scorer` computes with; arguments and attributes as there. Several threads may use it at once.
 
-    def __init__(self, weights: Weights, compiled: bool | None, remember: bool):
+    numbers: The token of each code of Latin-1, int32 `(256,)`, or None if there are tokens without a code.
+    """
+
+    def __init__(self, weights: Weights, compiled: bool | None, remember: bool, numbers: Tensor | None = None):
         with torch.inference_mode(False), exact_float32():
             self.nodes = SharedNodes(weights)
         why_not = why_not_compiled(weights) if compiled is not False else "compiled is False"
         if compiled and why_not:
             raise ConfigError(f"{why_not}; leave out compiled=True")
         self.compiled, self.remember = not why_not, remember
-        self.device = weights.embedding.device
+        self.device, self.numbers = weights.embedding.device, numbers
+        self.reads_codes = self.device.type == "cuda" and numbers is not None
         self._prepare()
 
     def _prepare(self) -> None:
         """Makes what is not pickled: views of the weights, and the place for what calls leave to the next."""
         self._caches: list[Any] = []
+        self.chunk_tokens: int | None = None  # the most per chunk, if the device sets a limit
         self._engine: Any = self.nodes
         if self.compiled:
             from .compiled import CompiledNodes  # Numba takes 0.3 s to import
 
             self._engine = CompiledNodes(self.nodes)
+        elif self.device.type == "cuda":
+            with torch.inference_mode(False), exact_float32():
+                tables = TabulatedNodes(self.nodes)
+            self._engine, self.chunk_tokens = DeviceLikelihood(tables, self.numbers), tables.chunk_tokens
 
     @property
     def tile(self) -> int:
@@ -55,17 +67,24 @@ class Likelihood:
         vars(self).update(state)
         self._prepare()
 
-    def log_probs(
-        self, chunks: Iterable[tuple[Tensor, Tensor, Tensor]]
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Per chunk of `packing.packed`, on the CPU: log-probabilities, their sums per name, lengths, known names."""
+    def log_probs(self, chunks: Iterable[Chunk], ahead: int = 0) -> Iterator[Scores]:
+        """Per chunk of `packing.packed`: log-probabilities, their sums per name, lengths, known names.
+
+        On the CPU, except that log-probabilities stay on the scorer's device. There, `ahead` chunks are started before
+        the results of one are waited for.
+        """
+        if self.device.type == "cuda":
+            return self._engine.log_probs(chunks, ahead)
+        return self._on_cpu(chunks)
+
+    def _on_cpu(self, chunks: Iterable[Chunk]) -> Iterator[Scores]:
         cache, complete = self._caches.pop() if self._caches else self._engine.new_cache(), False
         try:
-            for tokens, lengths, known in chunks:
+            for tokens, lengths, known, *_ in chunks:
                 # Tensors of inference mode could not be written to outside it, by the next call.
                 with torch.inference_mode(False), torch.no_grad(), nullcontext() if self.compiled else exact_float32():
-                    found, totals = self._engine.log_probs(tokens.to(self.device), lengths.to(self.device), cache)
-                yield found.cpu(), totals.cpu(), lengths, known
+                    found, totals = self._engine.log_probs(tokens, lengths, cache)
+                yield found, totals, lengths, known
             complete = True
         finally:
             if complete:  # after an interrupt, threads may still write to the cache
@@ -74,9 +93,9 @@ class Likelihood:
                 self._caches = [cache]
 
     @torch.no_grad()
-    def logits(self, chunks: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def logits(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Tensor, Tensor]]:
         """Per chunk, on the CPU: logits of all outputs `(outputs, vocab)`, and lengths."""
-        for tokens, lengths, _ in chunks:
+        for tokens, lengths, *_ in chunks:
             with exact_float32():
                 distinct, rows, _ = self.nodes.logits(tokens.to(self.device), lengths.to(self.device))
             yield distinct[rows].cpu(), lengths

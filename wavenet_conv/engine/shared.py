@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from . import kernel
 from .ids import IdCache, IdTable, ids_of_names, node_ids, pack_keys, unpack_keys
 from .nodes import NodeWeights
 from .weights import Weights
 
 TILE = 1024  # rows of a matrix product; only the last one of a layer may have fewer, see `smallest_tile`
+CUDA_TILE = 65_536  # of one on a GPU, where the last one has as many too
 TABULATED = 4096  # a layer with at most this many possible nodes is evaluated once, all of them
 CACHED = 2**26  # numbers that a chunk leaves to the next, in contributions and in log-probabilities: 256 MiB of float32
 
@@ -107,19 +107,17 @@ class SharedNodes:
         self.nodes = nodes = NodeWeights.prepare(weights)
         self.context, self.kernel_sizes = weights.config.context, weights.kernel_sizes
         self.vocab_size = nodes.vocab_size
-        self.kernel_knows = nodes.hidden is None and (nodes.activations[-1], nodes.norms[-1]) == ("tanh", None)
-        kinds, self.tabulated = self.vocab_size, 0
-        self.table = contribute(self.nodes, 0, _padded(nodes.embedding, TILE).split(TILE), kinds, NodeCache())
+        kinds, self.tabulated, rows = self.vocab_size, 0, whole_tile(nodes)
+        self.table = contribute(nodes, 0, _padded(nodes.embedding, rows, rows).split(rows), kinds, NodeCache())
         while self.tabulated < len(self.kernel_sizes) - 1 and kinds ** self.kernel_sizes[self.tabulated] <= TABULATED:
             size, self.tabulated = self.kernel_sizes[self.tabulated], self.tabulated + 1
-            children = unpack_keys(torch.arange(kinds**size, device=nodes.embedding.device), kinds, size)
-            kinds, tiles = len(children), evaluate(self.nodes, self.tabulated - 1, self.table, children, TILE)
-            self.table = contribute(self.nodes, self.tabulated, tiles, kinds, NodeCache())
+            self.table = tabulate(nodes, self.tabulated, self.table, kinds, size)
+            kinds **= size
 
     @cached_property
     def tile(self) -> int:
         """The fewest rows of a matrix product."""
-        return TILE if self.nodes.embedding.is_cuda else smallest_tile(self.nodes)
+        return CUDA_TILE if self.nodes.embedding.is_cuda else smallest_tile(self.nodes)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,38 +153,23 @@ class SharedNodes:
     def log_probs(self, tokens: Tensor, lengths: Tensor, cache: NodeCache | None = None) -> tuple[Tensor, Tensor]:
         """The log-probability, in nats, of the token that follows each output, and their sum for each name.
 
-        Arguments as in `logits`; `cache` has nodes of earlier chunks and is extended. The Triton kernel evaluates the
-        last layer if it can run and that layer is a linear map and tanh.
+        Arguments as in `logits`; `cache` has nodes of earlier chunks and is extended.
 
         Returns:
             `(sum(lengths + 1),)`, name after name, and float64 `(names,)`.
         """
         head, cache = self.nodes.head, NodeCache() if cache is None else cache
-        if head.weight.is_cuda and self.kernel_knows:
-            kernel.warn_once_without_triton()
-        by_kernel = self.kernel_knows and not kernel.why_not(head.weight.device, head.weight.dtype, self.vocab_size)
         cache.trim()
-        used = cache.ids.windows.count
-        readable, children, rows, targets = self._below_last(tokens, lengths, cache, cache_windows=not by_kernel)
-        if by_kernel:
-            found = self._log_probs_by_kernel(readable[0], children, rows, targets)
-        else:
-            columns = len(head.bias)
-            out = cache.room_for_log_probs(used, head.weight, used + len(children) + TILE, columns)  # tiles are whole
-            for nodes in evaluate(self.nodes, -1, readable, children, self.tile):
-                logits = torch.addmm(head.bias, nodes, head.weight)
-                torch.log_softmax(logits, 1, out=out[used : (used := used + len(nodes))])
-            found = out.flatten().index_select(0, rows * columns + targets)
+        used, columns = cache.ids.windows.count, len(head.bias)
+        readable, children, rows, targets = self._below_last(tokens, lengths, cache, cache_windows=True)
+        whole_tiles = used + len(children) + whole_tile(self.nodes)
+        out = cache.room_for_log_probs(used, head.weight, whole_tiles, columns)
+        for nodes in evaluate(self.nodes, -1, readable, children, self.tile):
+            logits = torch.addmm(head.bias, nodes, head.weight)
+            torch.log_softmax(logits, 1, out=out[used : (used := used + len(nodes))])
+        found = out.flatten().index_select(0, rows * columns + targets)
         # Adds one after the other, which `sum` does not.
         return found, torch.segment_reduce(found.double(), "sum", lengths=lengths + 1, unsafe=True)
-
-    def _log_probs_by_kernel(self, contributions: Tensor, children: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-        """Every distinct pair of a window and what follows it, evaluated by the Triton kernel."""
-        pairs, ids = node_ids([rows, targets], max(len(children), self.vocab_size))
-        weight, bias = self.nodes.head.weight[:, : self.vocab_size].contiguous(), self.nodes.head.bias
-        following = pairs[:, 1].contiguous()
-        found = kernel.last_layer(contributions, children[pairs[:, 0]], following, weight, bias[: self.vocab_size])
-        return found[ids]
 
     def _below_last(
         self, tokens: Tensor, lengths: Tensor, cache: NodeCache, cache_windows: bool = False
@@ -231,16 +214,32 @@ def smallest_tile(nodes: NodeWeights) -> int:
     return rows
 
 
+def whole_tile(nodes: NodeWeights) -> int:
+    """The most rows of a matrix product of this model."""
+    return CUDA_TILE if nodes.embedding.is_cuda else TILE
+
+
+def tabulate(nodes: NodeWeights, layer: int, below: Readable, kinds: int, kernel_size: int) -> Readable:
+    """What parents in `layer` read of all nodes that are possible below it.
+
+    Those have `kernel_size` children out of `kinds`, of which parents read `below`.
+    """
+    children = unpack_keys(torch.arange(kinds**kernel_size, device=nodes.embedding.device), kinds, kernel_size)
+    tiles = evaluate(nodes, layer - 1, below, children, whole_tile(nodes))
+    return contribute(nodes, layer, tiles, len(children), NodeCache())
+
+
 def evaluate(nodes: NodeWeights, layer: int, readable: Readable, children: Tensor, tile: int) -> Iterator[Tensor]:
-    """Yields tiles `(TILE, channels)` of the nodes with these children; the last one may have fewer rows.
+    """Yields tiles `(whole_tile, channels)` of the nodes with these children; the last one may have fewer rows.
 
     The last one is filled up with node 0's, to a power of 2 that is at least `tile`.
     """
     contributions, values = readable
     size, room, _ = contributions.shape
-    rows = _padded(children, tile) + torch.arange(size, device=children.device) * room
-    starts = torch.arange(0, TILE * size, size, device=children.device)
-    for part in rows.flatten().split(TILE * size) if len(rows) else ():
+    whole = whole_tile(nodes)
+    rows = _padded(children, tile, whole) + torch.arange(size, device=children.device) * room
+    starts = torch.arange(0, whole * size, size, device=children.device)
+    for part in rows.flatten().split(whole * size) if len(rows) else ():
         # A gather and a sum, tap after tap, in one pass over the rows.
         summed = F.embedding_bag(part, contributions.flatten(0, 1), starts[: len(part) // size], mode="sum")
         rightmost = None if values is None else values.index_select(0, part[size - 1 :: size] - (size - 1) * room)
@@ -257,7 +256,7 @@ def contribute(
     taps, bias = nodes.taps[layer], nodes.biases[layer]
     size, c_in, c_out = taps.shape
     # Tiles are written whole: the next one, or the next chunk, overwrites what the last one was filled up with.
-    shape = (size, used + count + TILE, c_out)
+    shape = (size, used + count + whole_tile(nodes), c_out)
     out, values = cache.room_for_contributions(used, taps, shape, 0 if nodes.hidden is None else 2 * c_in)
     for tile in tiles:
         rows = slice(used, used := used + len(tile))
@@ -288,7 +287,7 @@ def _room(buffer: Tensor | None, used: int, like: Tensor, *shape: int) -> Tensor
     return room
 
 
-def _padded(rows: Tensor, tile: int) -> Tensor:
+def _padded(rows: Tensor, tile: int, whole: int) -> Tensor:
     """Rows of zeros behind `rows`, up to a whole number of tiles; the last one has a power of 2, at least `tile`."""
-    left = len(rows) % TILE
+    left = len(rows) % whole
     return F.pad(rows, (0, 0, 0, max(tile, 1 << (left - 1).bit_length()) - left if left else 0))
