@@ -24,7 +24,7 @@ class Packed(NamedTuple):
 class Codes(NamedTuple):
     """Names as text, which a device numbers by itself."""
 
-    codes: Tensor  # uint8 (characters + names + 1,): one separator before each name and after the last
+    codes: Tensor  # uint8 (characters,), Latin-1, names end to end
     lengths: Tensor  # characters per name, int64
     known: Tensor  # bool; false for a missing name
     pack: Callable[[], Packed]  # the same names as tokens; raises `NamesError` if that is what unknown ones do

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from .chunks import CHUNK_TOKENS, Chunk, Codes, Limits, Packed, Text
 from .errors import ConfigError, NamesError, ShapeError, UsageError
 from .numbering import to_engine
-from .vocabulary import Vocabulary, check_tokens, checked_names, lengths_of, run_sums
+from .vocabulary import Vocabulary, check_tokens, checked_names, lengths_of
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -41,8 +41,8 @@ def packed(
 ) -> Iterator[Chunk]:
     """Names in chunks of at most `chunk`, as tokens or where that is possible as codes.
 
-    A chunk of long names also ends at CHUNK_TOKENS tokens, or fewer `tokens`. `names` are what `Scorer.score` takes; a missing
-    value is an unknown name.
+    A chunk of long names also ends at CHUNK_TOKENS tokens, or fewer `tokens`. `names` are what `Scorer.score` takes; a
+    missing value is an unknown name.
 
     Raises:
         ConfigError: `chunk` or `unknown` is wrong. This, and a table in place of a column, is raised at the call.
@@ -55,7 +55,7 @@ def packed(
     limits = Limits(int(chunk), CHUNK_TOKENS if tokens is None else min(tokens, CHUNK_TOKENS), context)
     if _encoded(names):
         return _repacked(*names, vocab, limits)
-    texts = _texts(names, vocab.padding * (1 if as_codes else context), limits)
+    texts = _texts(names, "" if as_codes else vocab.padding * context, limits)
     return _codes(texts, vocab, context, unknown) if as_codes else _tokens(texts, vocab, context, unknown)
 
 
@@ -73,27 +73,25 @@ def _tokens(texts: Iterable[Text], vocab: Vocabulary, context: int, unknown: str
 
 
 def _codes(texts: Iterable[Text], vocab: Vocabulary, context: int, unknown: str) -> Iterator[Chunk]:
-    """Chunks whose texts, with one padding, are Latin-1 as `Codes`, others as tokens."""
+    """Chunks whose texts, without padding, are Latin-1 as `Codes`, others as tokens."""
     first = 0
     for part in texts:
         _check_missing(part.missing, unknown, first)
         pack = partial(_pack, part, vocab, context, unknown, first)
         try:
-            codes = torch.frombuffer(bytearray(part.text, "latin-1"), dtype=torch.uint8)
+            text = np.frombuffer(bytearray(part.text, "latin-1"), np.uint8)
         except UnicodeEncodeError:
             yield pack()
         else:
             known = torch.ones(len(part.lengths), dtype=torch.bool) if part.missing is None else ~part.missing
-            yield Codes(codes, part.lengths, known, pack)
+            yield Codes(torch.from_numpy(text), part.lengths, known, pack)
         first += len(part.lengths)
 
 
 def _pack(part: Text, vocab: Vocabulary, context: int, unknown: str, first: int) -> Packed:
-    """The names of a text with one padding as tokens."""
-    padding, names, start = vocab.padding * context, [""], 1
-    for length in part.lengths.tolist():
-        names.append(part.text[start : start + length])
-        start += length + 1
+    """The names of a text without padding as tokens."""
+    padding, ends = vocab.padding * context, [0, *part.lengths.cumsum(0).tolist()]
+    names = ["", *[part.text[start:end] for start, end in pairwise(ends)]]
     text = part._replace(text=padding.join([*names, ""]))
     return next(_tokens([text], vocab, context, unknown, first))
 
@@ -211,23 +209,37 @@ def _texts_of_arrow(column: Any, padding: str, limits: Limits) -> Iterator[Text]
         names = names.fill_null(b"")
         sizes = np.array(compute.binary_length(names))
         for cut in limits.cuts(sizes):
-            part = names[cut].cast(pyarrow.binary())
-            whole = pyarrow.ListArray.from_arrays(pyarrow.array([0, len(part)], pyarrow.int32()), part)
-            data = b"".join([compute.binary_join(whole, gap)[0].as_buffer(), gap])
+            data = _bytes_of_arrow(names[cut], gap)
             text = _decoded(data, sizes[cut], padding, start + cut.start)
             yield text._replace(missing=None if missing is None else missing[cut])
 
 
+def _bytes_of_arrow(names: Any, gap: bytes) -> bytes:
+    """The values of an array of type large_binary end to end, with this behind each."""
+    import pyarrow
+    from pyarrow import compute
+
+    if not gap:
+        _, offsets, values = names.buffers()
+        first, last = np.frombuffer(offsets, np.int64)[[names.offset, names.offset + len(names)]]
+        return memoryview(values or b"")[first:last].tobytes()
+    part = names.cast(pyarrow.binary())
+    whole = pyarrow.ListArray.from_arrays(pyarrow.array([0, len(part)], pyarrow.int32()), part)
+    return b"".join([compute.binary_join(whole, gap)[0].as_buffer(), gap])
+
+
 def _decoded(data: bytes, sizes: np.ndarray, padding: str, first: int) -> Text:
     """From names in UTF-8 with padding after each; name `first + i` has `sizes[i]` bytes."""
+    ends = np.cumsum(sizes + len(padding.encode()))
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        index = first + int(np.cumsum(sizes + len(padding.encode())).searchsorted(error.start, "right"))
+        index = first + int(ends.searchsorted(error.start, "right"))
         raise NamesError(f"name {index} has bytes that are not UTF-8; decode or drop it first", index=index) from error
     if len(text) < len(data):
         begins = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80  # a character
-        sizes = run_sums(begins, sizes + len(padding.encode())) - len(padding)
+        before = np.cumsum(np.append(0, begins))[np.append(0, ends)]
+        sizes = np.diff(before) - len(padding)
     return Text(padding + text, torch.from_numpy(sizes))
 
 

@@ -151,11 +151,11 @@ class Vocabulary:
 
     @property
     def latin1(self) -> Tensor | None:
-        """The engines' number of each code of Latin-1, int32 `(256,)`; None if a text in Latin-1 cannot have `padding`.
+        """The engines' number of each code of Latin-1, int32 `(256,)`, 0 for one that is unknown.
 
-        0 for padding and for unknown characters. None too for a vocabulary of 256 characters and more.
+        None for 256 characters and more.
         """
-        return self._tokens.latin1 if self.padding < "\u0100" else None
+        return self._tokens.latin1
 
     def check_size(self, vocab_size: int) -> None:
         """Raises `ConfigError` unless this vocabulary has as many tokens as a model."""

@@ -9,6 +9,7 @@ import torch
 from engine.cases import ABC, random_conv, rejects
 
 from wavenet_conv import Scorer, Vocabulary, packing
+from wavenet_conv.chunks import Codes
 from wavenet_conv.packing import packed
 
 NAMES = ["emma", "", "zoé", "a", "ßé", "maximiliano", "", "o" * 30]
@@ -56,11 +57,24 @@ def arrays(names):
     return found
 
 
-def joined(names, vocab, chunk=2**17, unknown="nan", context=CONTEXT):
-    """The names as `packed` gives them, end to end, and the sizes of its chunks."""
-    parts = list(packed(names, vocab, context, chunk, unknown))
+def joined(names, vocab, chunk=2**17, unknown="nan", context=CONTEXT, as_codes=False):
+    """The names as `packed` gives them, end to end, and its chunks."""
+    parts = [tokens_of(part, vocab) for part in packed(names, vocab, context, chunk, unknown, as_codes=as_codes)]
     tokens = torch.cat([part[0][:-context] for part in parts])
     return tokens, torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts]), parts
+
+
+def tokens_of(chunk, vocab):
+    """A chunk as tokens. Of codes, those have the codes' numbers, unless one is unknown."""
+    if not isinstance(chunk, Codes):
+        return chunk
+    packed_names = chunk.pack()
+    assert len(chunk.codes) == chunk.lengths.sum() and not (packed_names.known & ~chunk.known).any()
+    numbers = vocab.latin1[chunk.codes.long()]
+    if numbers.all():
+        assert torch.equal(packed_names.tokens[packed_names.tokens != 0].int(), numbers)
+        assert torch.equal(packed_names.known, chunk.known)
+    return packed_names
 
 
 def assert_packed_the_same(kinds, names, vocab):
@@ -68,10 +82,11 @@ def assert_packed_the_same(kinds, names, vocab):
     assert expected[0].dtype == (torch.uint8 if len(vocab) <= 256 else torch.int64) and expected[1].dtype == torch.int64
     for kind, column in kinds.items():
         chunk = random.Random(kind).choice([1, 3, 2**17])
-        *found, parts = joined(column, vocab, chunk)
-        for part, same in zip(found, expected):
-            assert part.dtype == same.dtype and torch.equal(part, same), kind
-        assert all(len(known) <= chunk and not tokens[-CONTEXT:].any() for tokens, _, known in parts), kind
+        for as_codes in (False, True) if kind != "generator" and vocab.latin1 is not None else (False,):
+            *found, parts = joined(column, vocab, chunk, as_codes=as_codes)
+            for part, same in zip(found, expected):
+                assert part.dtype == same.dtype and torch.equal(part, same), kind
+            assert all(len(known) <= chunk and not tokens[-CONTEXT:].any() for tokens, _, known in parts), kind
 
 
 @pytest.mark.parametrize("vocab", VOCABS.values(), ids=VOCABS)

@@ -26,9 +26,8 @@ def packed_on(device, names=NAMES, context=8):
     return tokens.to(device), lengths.to(device)
 
 
-def codes_of(names, separator="."):
-    text = separator.join(["", *names, ""]).encode("latin-1")
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8), torch.tensor([len(name) for name in names])
+def codes_of(names):
+    return torch.tensor([*"".join(names).encode("latin-1")], dtype=torch.uint8), torch.tensor([*map(len, names)])
 
 
 @pytest.mark.parametrize("kernel_sizes, kind", CASES, ids=str)
@@ -76,7 +75,7 @@ def test_codes_are_numbered_on_the_device(device):
 
 
 @pytest.mark.parametrize("names", [["emma", "o!a"], ["a.b", "c"], ["...", "x"], ["é", "."], ["\x00" * 5]], ids=str)
-def test_unknown_codes_are_counted_and_read_nothing_out_of_range(device, names):
+def test_unknown_codes_are_counted(device, names):
     nodes = TabulatedNodes(SharedNodes(fold(random_conv(device=device))), room=0)
     codes, lengths = codes_of(names)
     *_, known = nodes.log_probs_of_codes(codes.to(device), lengths.to(device), ABC.latin1.to(device))

@@ -79,7 +79,7 @@ class DeviceLikelihood:
         chunk, sums = started.chunk, started.results
         if isinstance(chunk, Codes):
             names = len(chunk.lengths)
-            if int(sums[names]) != len(chunk.codes) - 1 - names:
+            if int(sums[names]) < len(chunk.codes):
                 packed = chunk.pack()  # raises, or marks the names with unknown characters
                 return self._finish(self._start(packed, copies), copies)
             sums = sums[:names]

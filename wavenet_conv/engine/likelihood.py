@@ -27,7 +27,7 @@ if hasattr(os, "register_at_fork"):
 class Likelihood:
     """What a `Scorer` computes with; arguments and attributes as there. Several threads may use it at once.
 
-    numbers: The token of each code of Latin-1, int32 `(256,)`, or None if there are tokens without a code.
+    numbers: The token of each code of Latin-1, int32 `(256,)`, if names may be given as codes.
     """
 
     def __init__(self, weights: Weights, compiled: bool | None, remember: bool, numbers: Tensor | None = None):

@@ -80,47 +80,44 @@ class TabulatedNodes:
             `(outputs,)`, name after name, L + 1 for a name of L characters; and float64 `(names,)`. Nothing waits for
             the device.
         """
-        outputs = len(tokens) - self.context * (len(lengths) + 1) + len(lengths)
-        names = torch.repeat_interleave(lengths + 1, output_size=outputs)
-        starts = torch.arange(outputs, device=tokens.device).add_(names, alpha=self.context - 1)
-        return self._log_probs(tokens, starts, tokens.index_select(0, starts + self.context), lengths)
+        outputs, positions = lengths + 1, len(tokens) - self.context * (len(lengths) + 1) + len(lengths)
+        names = torch.repeat_interleave(outputs, output_size=positions)
+        # Names lie `context` tokens apart, and outputs one.
+        starts = torch.arange(positions, device=tokens.device).add_(names, alpha=self.context - 1)
+        targets = tokens.index_select(0, starts + self.context)
+        found = self._last_layer(*self._below_last(tokens, starts), targets)
+        return found, torch.segment_reduce(found.double(), "sum", lengths=outputs, unsafe=True)
 
     @torch.no_grad()
     def log_probs_of_codes(self, codes: Tensor, lengths: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`log_probs` from a text, and how many of its characters are known.
 
         Args:
-            codes: uint8 `(outputs + 1,)`, names with one separator before each and after the last.
+            codes: uint8 `(characters,)`, names end to end.
             lengths: As above.
-            numbers: int32 `(256,)`, the token of each code; 0 for the separator, and for codes that are not known.
+            numbers: int32 `(256,)`, the token of each code; 0 for codes that are not known.
 
         Returns:
-            As above, and the characters that are known, int64 `()`. If these are not all characters, the other results
-            are of no use: a name has an unknown character, or the separator.
+            As above, and the characters that are known, int64 `()`. An unknown one is read as token 0.
         """
-        outputs, names, context = len(codes) - 1, len(lengths), self.context
-        # Counts the separators: 1 for the first name.
-        number = torch.cumsum(codes[:-1] == codes[:1], 0).clamp_(max=names)
-        starts = torch.arange(1 - context, outputs + 1 - context, device=codes.device).add_(number, alpha=context - 1)
-        targets = numbers.index_select(0, codes[1:].int())
-        tokens = targets.new_zeros(outputs + names * (context - 1) + context)
-        tokens.index_copy_(0, starts + context, targets)
-        return *self._log_probs(tokens, starts, targets, lengths), torch.count_nonzero(targets)
+        names = torch.repeat_interleave(lengths, output_size=len(codes))
+        places = torch.arange(self.context, self.context + len(codes), device=codes.device)
+        tokens = numbers.new_zeros(len(codes) + self.context * (len(lengths) + 1))
+        tokens.index_copy_(0, places.add_(names, alpha=self.context), numbers.index_select(0, codes.int()))
+        return *self.log_probs(tokens, lengths), torch.count_nonzero(tokens)
 
-    def _log_probs(self, tokens: Tensor, starts: Tensor, targets: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Of windows that start at these positions and have these targets."""
-        readable, children = self._below_last(tokens, starts)
+    def _last_layer(self, readable: Readable, children: Tensor, targets: Tensor) -> Tensor:
+        """The log-probabilities of the targets of windows with these children, `(windows,)`."""
         if not self.why_not:
-            found = kernel.last_layer(readable[0], children, targets, self.head, self.head_bias)
-        else:
-            head, first = self.nodes.head, 0
-            found = head.weight.new_empty(len(targets))
-            for nodes in evaluate(self.nodes, -1, readable, children.long(), self.tile):
-                wanted = targets[first : first + len(nodes)].long()[:, None]
-                log_probs = torch.log_softmax(torch.addmm(head.bias, nodes, head.weight), 1)
-                found[first : first + len(wanted)] = log_probs[: len(wanted)].gather(1, wanted)[:, 0]
-                first += len(nodes)
-        return found, torch.segment_reduce(found.double(), "sum", lengths=lengths + 1, unsafe=True)
+            return kernel.last_layer(readable[0], children, targets, self.head, self.head_bias)
+        head, first = self.nodes.head, 0
+        found = head.weight.new_empty(len(targets))
+        for nodes in evaluate(self.nodes, -1, readable, children.long(), self.tile):
+            wanted = targets[first : first + len(nodes)].long()[:, None]
+            log_probs = torch.log_softmax(torch.addmm(head.bias, nodes, head.weight), 1)
+            found[first : first + len(wanted)] = log_probs[: len(wanted)].gather(1, wanted)[:, 0]
+            first += len(nodes)
+        return found
 
     def _below_last(self, tokens: Tensor, starts: Tensor) -> tuple[Readable, Tensor]:
         """What the last layer reads, and the children of the windows that start there, `(windows, kernel_size)`.
