@@ -33,9 +33,9 @@ class Scorer:
         scorer.score(["emma", "xqzvkj"])
 
     Scores are batch-invariant: a name has the same bits alone, in any batch, order and chunk size, on the same device
-    with the same number of threads. Positions are added in order, in float64, and rounded once. On the CPU, loops that
-    Numba compiles compute them if the extra "fast" is installed and every layer is a linear map and tanh. They are
-    compiled at the first score, in about five seconds, and kept beside the package.
+    with the same number of threads. On the CPU, loops that Numba compiles compute them if the extra "fast" is installed
+    and every layer is a linear map and tanh: at the first score, in about five seconds, and kept beside the package. On
+    CUDA, tables of lower layers take up to 4 GiB.
 
     Args:
         model: A `ConvWaveNet` in any mode; it is copied, and batch norm is folded.
@@ -132,9 +132,8 @@ class Scorer:
         """
         values, all_lengths = [torch.zeros(0, dtype=self.dtype)], []
         for found, _, lengths, known in self._likelihood.log_probs(self._chunks(names, unknown)):
-            log_probs = found.cpu()
-            log_probs[(torch.cumsum(lengths + 1, 0) - 1)[~known]] = torch.nan
-            values.append(log_probs)
+            values.append(found.cpu())
+            values[-1][(torch.cumsum(lengths + 1, 0) - 1)[~known]] = torch.nan
             all_lengths.append(lengths)
         return torch.cat(values), _offsets(all_lengths)
 
@@ -172,9 +171,7 @@ class Scorer:
         return complete(self, prefixes, top_k, **options)
 
     def _chunks(self, names: Names, unknown: str, chunk: int = CHUNK_NAMES) -> Iterator[Chunk]:
-        engine = self._likelihood
-        as_codes, tokens = engine.reads_codes, engine.chunk_tokens
-        return packed(names, self.vocab, self.context, chunk, unknown, as_codes=as_codes, tokens=tokens)
+        return packed(names, self.vocab, self.context, chunk, unknown, **self._likelihood.reads)
 
     def _scores(self, chunks: Iterator[Chunk], ahead: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Per chunk: scores and lengths, `(names,)` each."""

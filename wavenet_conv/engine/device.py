@@ -50,12 +50,15 @@ class DeviceLikelihood:
                 started.append(self._start(chunk, copies))
                 if len(started) > ahead:
                     yield self._finish(started.popleft(), copies)
+            while started:
+                yield self._finish(started.popleft(), copies)
         except Exception:
-            for earlier in started:  # an unknown character there comes first
-                self._finish(earlier, copies)
+            while started:  # an unknown character there comes first
+                self._finish(started.popleft(), copies)
             raise
-        for earlier in started:
-            yield self._finish(earlier, copies)
+        finally:
+            for unfinished in started:  # before what the device reads is freed
+                unfinished.done.synchronize()
 
     @torch.no_grad()
     def _start(self, chunk: Chunk, copies: torch.cuda.Stream) -> Started:

@@ -38,13 +38,12 @@ class Likelihood:
             raise ConfigError(f"{why_not}; leave out compiled=True")
         self.compiled, self.remember = not why_not, remember
         self.device, self.numbers = weights.embedding.device, numbers
-        self.reads_codes = self.device.type == "cuda" and numbers is not None
         self._prepare()
 
     def _prepare(self) -> None:
         """Makes what is not pickled: views of the weights, and the place for what calls leave to the next."""
         self._caches: list[Any] = []
-        self.chunk_tokens: int | None = None  # the most per chunk, if the device sets a limit
+        self.reads: dict[str, Any] = {}  # options of `packing.packed`
         self._engine: Any = self.nodes
         if self.compiled:
             from .compiled import CompiledNodes  # Numba takes 0.3 s to import
@@ -53,7 +52,8 @@ class Likelihood:
         elif self.device.type == "cuda":
             with torch.inference_mode(False), exact_float32():
                 tables = TabulatedNodes(self.nodes)
-            self._engine, self.chunk_tokens = DeviceLikelihood(tables, self.numbers), tables.chunk_tokens
+            self._engine = DeviceLikelihood(tables, self.numbers)
+            self.reads = {"as_codes": self.numbers is not None, "tokens": tables.chunk_tokens}
 
     @property
     def tile(self) -> int:
