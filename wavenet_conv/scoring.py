@@ -34,8 +34,8 @@ class Scorer:
 
     Scores are batch-invariant: a name has the same bits alone, in any batch, order and chunk size, on the same device
     with the same number of threads. On the CPU, loops that Numba compiles compute them if the extra "fast" is installed
-    and every layer is a linear map and tanh: at the first score, in about five seconds, and kept beside the package. On
-    CUDA, tables of lower layers take up to 4 GiB.
+    and every layer is a linear map and tanh. They are compiled at the first score, in about five seconds, and kept
+    beside the package. On CUDA, tables of lower layers take up to 4 GiB.
 
     Args:
         model: A `ConvWaveNet` in any mode; it is copied, and batch norm is folded.
@@ -44,8 +44,7 @@ class Scorer:
         dtype: In what to compute. Default: as the model. float32 is IEEE, also on CUDA.
         quantiles: float32 `(q,)`, ascending bits per character of the training list, for `percentile`.
         compiled: Whether these loops are used, or PyTorch. Default: loops where they can run.
-        remember: Whether nodes that one call has evaluated serve the next calls too. This takes some hundred MiB at
-            most, and changes no score.
+        remember: Whether evaluated nodes serve later calls too: some hundred MiB at most, and the same scores.
 
     Attributes:
         compiled: Whether the loops are used.
