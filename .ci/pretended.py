@@ -1,7 +1,7 @@
 """Runs a module on a pretend CUDA device, having said what this project's Triton kernels compute.
 
-    python -m pretend .ci/pretended.py -m benchmarks.slide --device cuda
-    python -m pretend .ci/pretended.py -m pytest -k cuda
+python -m pretend .ci/pretended.py -m benchmarks.slide --device cuda
+python -m pretend .ci/pretended.py -m pytest -k cuda
 """
 
 import os
@@ -17,8 +17,8 @@ def last_layer(contributions, children, targets, head, head_bias, out, n, kinds,
     """The definition in float64, once the arguments are what the kernel expects."""
     from wavenet_conv.engine.kernel import last_layer_ref
 
-    assert children.shape == (n, KERNEL_SIZE) and 0 <= int(children.min()) and int(children.max()) < kinds
-    assert targets.shape == out.shape == (n,) and 0 <= int(targets.min()) and int(targets.max()) < VOCAB
+    assert children.shape == (n, KERNEL_SIZE) and int(children.min()) >= 0 and int(children.max()) < kinds
+    assert targets.shape == out.shape == (n,) and int(targets.min()) >= 0 and int(targets.max()) < VOCAB
     assert contributions.shape == (KERNEL_SIZE, kinds, CHANNELS) and head.shape == (CHANNELS, VOCAB)
     out.copy_(last_layer_ref(contributions.double(), children, targets, head.double(), head_bias.double()))
 

@@ -115,6 +115,27 @@ def test_push_gives_the_logits_after_each_prefix(sizes, device):
                 assert (logits - expected).abs().max() < 1e-12
 
 
+def test_a_prefix_is_checked_once_and_not_at_each_step(device, monkeypatch):
+    checked = []
+    monkeypatch.setattr("wavenet_conv.engine.stream.check_tokens", lambda *arguments: checked.append(arguments))
+    rows = FEW_ROWS + 1
+    Stream(random_conv(device=device), rows).push(*ABC.encode(["emma"] * rows, context=8))
+    assert len(checked) == 1
+
+
+@pytest.mark.parametrize("end", [0, 5])
+@pytest.mark.parametrize("sizes", [WIDE, GATED, DEEP], ids=["wide", "gated", "deep"])
+def test_a_step_does_not_wait_for_the_device(cuda, sizes, end):
+    """A CUDA graph refuses what waits. Tokens of the host and of the device give the same logits."""
+    conv, tokens = from_tree(random_tree(**sizes, device=cuda)), torch.tensor([1, 2, 3])
+    streams = [Stream(conv, 3, end=end) for _ in range(2)]
+    for _ in range(5):
+        assert torch.equal(streams[0].step(tokens), streams[1].step(tokens.to(cuda)))
+    on_device = tokens.to(cuda)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        streams[1].step(on_device)
+
+
 @pytest.mark.parametrize("batch_size, compiled", BACKENDS[1:])
 @pytest.mark.parametrize("sizes", [WIDE, GATED, DEEP], ids=["wide", "gated", "deep"])
 def test_a_state_continues_in_another_stream(batch_size, compiled, sizes, device):

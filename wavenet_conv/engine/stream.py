@@ -70,7 +70,8 @@ class Stream:
             raise ConfigError(f"end is {end!r}; it must be a token of the model, 0 to {self.vocab_size - 1}")
         self.end, weights = end, weights.end_first(end)
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
-        self._engine_tokens = to_engine(torch.arange(self.vocab_size, device=self.device), end)
+        self._vocab_tokens = torch.arange(self.vocab_size, device=self.device)
+        self._engine_tokens = to_engine(self._vocab_tokens, end)
         self._digest = torch.frombuffer(bytearray(_digest(weights)), dtype=torch.uint8)
         loops_can_run = weights.only_tanh and batch_size <= FEW_ROWS and _loops_can_run(self.device, self.dtype)
         if compiled and not weights.only_tanh:
@@ -96,7 +97,9 @@ class Stream:
     def step(self, tokens: Tensor) -> Tensor:
         """Reads one token per row.
 
-        Tokens int64 `(batch_size,)` to the logits of the next ones, `(batch_size, vocab)`.
+        Tokens int64 `(batch_size,)` to the logits of the next ones, `(batch_size, vocab)`. On CUDA this does not wait
+        for the device: tokens on the host are checked and copied, and a token on the device that is outside the
+        vocabulary makes a kernel fail (a device-side assert).
 
         Raises:
             ShapeError, TokenError: Another shape, dtype or device; a token outside the vocabulary. No row reads then.
@@ -104,11 +107,13 @@ class Stream:
         if not isinstance(tokens, Tensor) or tokens.shape != (self.batch_size,) or tokens.dtype != torch.int64:
             found = f"{tokens.dtype} of shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
             raise ShapeError(f"step takes tokens int64 ({self.batch_size},), one per row, not {found}")
-        if tokens.device != self.device:
+        if tokens.device != self.device and not (tokens.device.type == "cpu" and self.device.type == "cuda"):
             raise ShapeError(f"tokens are on {tokens.device} and the stream on {self.device}; move them with .to(...)")
-        if self.batch_size > FEW_ROWS or not all(0 <= token < self.vocab_size for token in tokens.tolist()):
+        if tokens.is_cuda:  # of a wrong token the steps would make a wrong key; this lookup fails
+            tokens = self._vocab_tokens.index_select(0, tokens)
+        elif self.batch_size > FEW_ROWS or not all(0 <= token < self.vocab_size for token in tokens.tolist()):
             check_tokens(tokens, self.vocab_size)
-        return self.advance(tokens).clone()
+        return self.advance(tokens.to(self.device, non_blocking=True)).clone()
 
     def advance(self, tokens: Tensor) -> Tensor:
         """`step` without its checks; the next step overwrites the logits."""
@@ -134,9 +139,9 @@ class Stream:
         columns = _columns_of(tokens, lengths, self.batch_size, self.end)
         check_tokens(columns, self.vocab_size)
         self.reset()
-        for column in columns.to(self.device):
-            logits = self.step(column)
-        return logits
+        for column in columns.to(self.device, non_blocking=True):
+            logits = self.advance(column)
+        return logits.clone()
 
     def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
         """Makes these rows, or all of them, new ones; the others continue.
