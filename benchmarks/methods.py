@@ -100,8 +100,12 @@ METHODS = {
     "slid": Method("names", lambda models: models.folded),
     "shared": Method("strings", lambda models: Scorer(models.conv, models.vocab, dtype=torch.float32)),
     "stream": Method("characters", lambda models: None, lambda models, batch: Stream(models.conv, batch).step),
+    "stream_graph": Method(
+        "characters", lambda models: None, lambda models, batch: Stream(models.conv, batch, graph=True).step
+    ),
     PEER: Method("names", lambda models: models.peer, peer_step),
 }
+GRAPHS = ("slid_graph", "stream_graph")  # on CUDA; captured and timed after all else, and never profiled
 PEERS = (PEER,) if TCN is not None else ()
 
 

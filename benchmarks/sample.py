@@ -27,7 +27,7 @@ import reference.sampling as lecture
 from benchmarks import harness
 from benchmarks.counting import nodes_of
 from benchmarks.harness import Benchmark, Call, Results, Session, Sized, call_rows, rows_at_best
-from benchmarks.methods import METHODS, PEER, PEERS, WINDOW_BATCHES, Models, parameters
+from benchmarks.methods import GRAPHS, METHODS, PEER, PEERS, WINDOW_BATCHES, Models, parameters
 from benchmarks.tables import Row, Table, with_shares
 from wavenet_conv import sample
 from wavenet_conv.checkpoint import load_checkpoint
@@ -56,9 +56,15 @@ def run(session: Session) -> Iterator[Results]:
         return
     methods = method_rows(models, session)
     yield {"methods": methods, "limits": {"matmul_multiply_adds_per_second": session.matmul_rate}}
-    timed = ("windows", "windows_folded", "slid", "stream", *PEERS)
-    yield {"latency": step_rows(timed, models, session, session.pick(400, 4000))}
+    timed, calls = ("windows", "windows_folded", "slid", "stream", *PEERS), session.pick(400, 4000)
+    yield {"latency": step_rows(timed, models, session, calls)}
     yield {"growth": [growth_row(larger, session) for larger in growth]}
+    if session.device.type == "cuda":
+        worst = torch.tensor([step_difference("stream_graph", models, batch) for batch in COMPARED_BATCHES]).max()
+        found["graph_max_abs_diff"], found["equal"] = float(worst), bool(worst <= found["tolerance"])
+        yield {"equality": found}
+        if found["equal"]:
+            yield {"latency": step_rows((*timed, "stream_graph"), models, session, calls)}
 
 
 def equality(models: Models, growth: Sequence[Models], session: Session) -> Results:
@@ -155,7 +161,7 @@ def step_rows(methods: Sequence[str], models: Models, session: Session, calls: i
     """Launches and microseconds of one character's logits at batch 1."""
     token = torch.ones(1, dtype=torch.int64, device=session.device)
     steps: dict[str, Call] = {name: partial(METHODS[name].step(models, 1), token) for name in methods}
-    return call_rows(steps, calls, f"context {models.context}", session, key=key)
+    return call_rows(steps, calls, f"context {models.context}", session, key=key, unprofiled=GRAPHS)
 
 
 def growth_row(models: Models, session: Session) -> Row:

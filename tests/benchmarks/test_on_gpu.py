@@ -71,15 +71,15 @@ def test_every_step_runs_and_the_summary_has_the_headlines(call):
 
 def test_a_step_that_fails_or_hangs_does_not_stop_the_others(call):
     unreal = {"device": "Pretend", "finished": False, "equality": {"equal": True}}
-    plan = {"tests": {"code": 1}, "slide": {"code": 3}, "sample": {"sleep": 60, "results": unreal}}
+    plan = {"tests": {"code": 1}, "slide": {"code": 3, "results": unreal}, "sample": {"sleep": 60}}
     plan["score"] = {"code": 1, "results": RESULTS["score"] | {"finished": False, "sizes": []}}
     done, files = call(plan, OPTIONS="", LIMIT_SAMPLE="1", TRAIN_OPTIONS="--seed 3")
     assert done.returncode == 1 and len(files) <= 8
     assert exit_codes(files["summary.txt"]) == dict(zip(STEPS, (1, 0, 3, 1, 124, 0)))
     summary = files["summary.txt"]
-    assert "slide: no results" in summary and "score: NOT FINISHED, equal" in summary
+    assert "sample: no results" in summary and "score: NOT FINISHED, equal" in summary
     assert "million positions per second" in summary and "- Scoring of the longest list: not measured" in summary
-    assert "sample: NOT FINISHED, equal, Triton kernels that ran: none; NO MEASUREMENTS" in summary
+    assert "slide: NOT FINISHED, equal, Triton kernels that ran: none; NO MEASUREMENTS" in summary
     assert "--device cuda --json" in files["log.txt"] and "--device cuda --seed 3 --json" in files["log.txt"]
 
 
