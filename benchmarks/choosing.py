@@ -11,7 +11,6 @@ The published run reads the lecture's list, uses the extra `bench`, and takes tw
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness, rivals, transformer
+from benchmarks import harness, output, rivals, transformer
 from benchmarks.counting import outputs
 from benchmarks.harness import Benchmark, Results, Session, Sized, call_rows, rows_at_best
 from benchmarks.rivals import Names, Rival, make_rivals
@@ -47,7 +46,7 @@ def lecture_list() -> str:
     return str(lecture_names() or ROOT / "names.txt")
 
 
-def run(session: Session) -> Results:
+def run(session: Session) -> Iterator[Results]:
     """All results; where scores differ, nothing after the equality."""
     names, path, steps = session.names, Path(session.args.names), session.pick(QUICK_STEPS, STEPS)
     if len(names) < 10:
@@ -61,14 +60,13 @@ def run(session: Session) -> Results:
     differences = {name: largest_difference(rival, some) for name, rival in methods.items()}
     equal = all(difference <= TOLERANCE for difference in differences.values())  # a NaN is not
     equality = {"equal": equal, "tolerance": TOLERANCE, "max_abs_diffs": differences}
-    results: Results = {"model": model, "names": used, "equality": equality}
+    yield {"model": model, "names": used, "equality": equality}
     if not equal:
-        return results
+        return
     in_lecture = hashlib.sha256(path.read_bytes()).hexdigest() == LECTURE_SHA256
-    results["notes"] = [NOTE] * (not in_lecture) + [NO_KENLM] * (rivals.kenlm is None)
-    results["methods"] = timed_rows(methods, some, valid, session) + ladder_rows() * in_lecture
-    results["methods"] += mixture_rows(methods, valid)
-    return results
+    notes = [NOTE] * (not in_lecture) + [NO_KENLM] * (rivals.kenlm is None)
+    rows = timed_rows(methods, some, valid, session) + ladder_rows() * in_lecture
+    yield {"notes": notes, "methods": rows + mixture_rows(methods, valid)}
 
 
 def largest_difference(rival: Rival, names: Names) -> float:
@@ -90,7 +88,7 @@ def timed_rows(methods: dict[str, Rival], names: Names, valid: Names, session: S
         lists[name, threads] = Sized(partial(score_list, rival, threads, names, positions), rival.sizes)
         calls[name, threads] = partial(score_next, rival, threads, cycle(names))
     whole = rows_at_best(lists, "position", config, session.pick(3, 9), "whole list", session)
-    one = call_rows(calls, session.pick(200, 2000), "one name", session)
+    one = call_rows(calls, session.pick(200, 2000), "one name", session, unprofiled=pairs)
     torch.set_num_threads(before)
     rows = []
     for (name, threads), on_list, on_one in zip(pairs, whole, one):
@@ -129,7 +127,7 @@ def loss_of(scores: Any, names: Names) -> float:
 
 def ladder_rows() -> list[Row]:
     """The loss of the preset "gated", which takes long to train, from the committed run of the ladder."""
-    rungs = json.loads((ROOT / "benchmarks" / "results" / "ladder-cpu.json").read_text())["rungs"]
+    rungs = output.published(output.RESULTS / "ladder-cpu.json")["rungs"]
     keys = ("parameters", "context", "validation_loss")
     return [{"method": row["rung"]} | {key: row[key] for key in keys} for row in rungs if row["rung"] == "ours-gated"]
 

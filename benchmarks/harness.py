@@ -1,17 +1,13 @@
-"""What every benchmark shares: one command line, fair timing, launches, rates of the machine, whole JSON files."""
+"""What every benchmark shares: one command line, fair timing, launches, rates of the machine, JSON by section."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +18,12 @@ from rich.progress import Progress
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import output
 from benchmarks.counting import counting
+from benchmarks.machine import facts, gpu, triton_kernels
 from benchmarks.tables import Row, Table, print_page
 from wavenet_conv import Vocabulary, WaveNetConfig, WaveNetConvError, exact_float32
 from wavenet_conv.errors import NamesError, UsageError
-from wavenet_conv.files import write_whole
 from wavenet_conv.names import read_names
 
 # Seconds before each method's turn on the CPU: OpenMP's threads spin for some milliseconds after their work, and would
@@ -39,15 +36,16 @@ Results = dict[str, Any]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A question, how it is answered (`run` returns what goes into the JSON), and how the answer is printed.
+    """A question, how it is answered, and how the answer is printed.
 
+    `run` yields sections of the results; each is in the JSON before the next one begins, and may replace another.
     If `["equality"]["equal"]` is false the exit code is 1 and no tables are printed, unless `["caveat"]` says why that
     proves nothing.
     """
 
     name: str
     question: str
-    run: Callable[[Session], Results]
+    run: Callable[[Session], Iterable[Results]]
     tables: Callable[[Results], Iterable[Table]]
     add_options: Callable[[argparse.ArgumentParser], Any] = lambda parser: None
     devices: Sequence[str] = ("auto", "cuda", "cpu")
@@ -64,6 +62,8 @@ class Session:
     vocab: Vocabulary
     progress: Progress
     matmul_rate: float = 0.0  # the most multiply-adds per second that `rows_at_best` has seen: the ceiling
+    # A row, the key of a count of launches, what it counts, and whether that needs gradients.
+    to_profile: list[tuple[Row, str, Call, bool]] = field(default_factory=list)
 
     def pick(self, short: Any, full: Any) -> Any:
         """The first, or with `--full` the second."""
@@ -81,24 +81,40 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--device cuda: this PyTorch sees no CUDA device; run it with --device cpu")
         device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
-        if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).absolute().parent, os.W_OK)):
-            raise UsageError(f"--json {args.json}: cannot write there; name a file in a folder that exists")
+        first = facts(device)
+        file = output.target(args.json, first["device"]) if args.json else None
         args.names = args.names or benchmark.default_names()
         names = read_names(args.names)
         session = Session(args, device, names, Vocabulary.from_names(names), Progress(console=Console(stderr=True)))
-        results: Results = {"device": machine(device), "torch": torch.__version__, "dtype": "float32"}
         with session.progress, exact_float32(), torch.no_grad():
-            results |= benchmark.run(session)
+            for results in growing(benchmark, session, first):
+                if file:
+                    output.write(file, results)
         equal = results["equality"]["equal"]
         print_page(results, benchmark.tables(results) if equal or "caveat" in results else ())
-        if args.json:
-            write_whole(args.json, (json.dumps(results, indent=1) + "\n").encode())
     except (WaveNetConvError, OSError) as error:
         print(f"benchmarks.{benchmark.name}: {error}", file=sys.stderr)
         return 2 if isinstance(error, (UsageError, NamesError, OSError)) else 1
     except KeyboardInterrupt:
         return 130
     return 0 if equal or results.get("caveat") else 1
+
+
+def growing(benchmark: Benchmark, session: Session, first: Results) -> Iterator[Results]:
+    """The results after each section. Launches come last: profiling must not change what is timed after it."""
+    on_cuda, results = session.device.type == "cuda", first | {"finished": False}
+    with triton_kernels() as ran:
+        for section in benchmark.run(session):
+            if on_cuda:
+                results |= {"triton_kernels": sorted(ran), "gpu_after": gpu(session.device)}
+            results |= section
+            yield results
+    tick = session.ticks("launches", len(session.to_profile))
+    for row, key, call, gradients in session.to_profile:
+        with torch.set_grad_enabled(gradients):
+            row[key] = count_launches(call, session.device)
+        tick()
+    yield results | {"finished": True}
 
 
 def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -121,41 +137,46 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def machine(device: torch.device) -> str:
-    """The device in words, such as "AMD EPYC, 2 threads"."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
-
-
 def time_calls(
-    methods: dict[Any, Call], calls: int, device: torch.device, *, block: int = 20, tick: Call = lambda: None
+    methods: dict[Any, Call],
+    calls: int,
+    device: torch.device,
+    *,
+    block: int = 20,
+    by_host: bool = False,
+    tick: Call = lambda: None,
 ) -> dict[Any, list[float]]:
     """Times methods fairly, in microseconds of each of at least `calls` calls: they take turns in blocks.
 
     A slow moment of the machine falls on all of them, and in a block a method finds its own weights in the cache. The
-    caller has warmed them up. CUDA is timed by events on the device, the CPU by the clock.
+    caller has warmed them up. CUDA is timed by events on the device, the CPU by the clock. `by_host`: CUDA too, until
+    the device has done its work: for methods that start from strings or end on the host.
     """
+    on_cuda = device.type == "cuda"
+    time_block = _time_on_cuda if on_cuda and not by_host else partial(_time_by_clock, device)
     samples: dict[Any, list[float]] = {method: [] for method in methods}
     for _ in range(-(-calls // block)):
         for method, call in methods.items():
-            if device.type == "cuda":
-                samples[method] += _time_on_cuda(call, block)
-            else:
+            if not on_cuda:
                 time.sleep(SETTLE)
-                samples[method] += _time_on_cpu(call, block)
+            samples[method] += time_block(call, block)
         tick()
     return samples
 
 
-def _time_on_cpu(call: Call, calls: int) -> list[float]:
+def now(device: torch.device) -> float:
+    """Seconds on the clock, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _time_by_clock(device: torch.device, call: Call, calls: int) -> list[float]:
     samples = []
     for _ in range(calls):
-        start = time.perf_counter()
+        start = now(device)
         call()
-        samples.append((time.perf_counter() - start) * 1e6)
+        samples.append((now(device) - start) * 1e6)
     return samples
 
 
@@ -171,15 +192,27 @@ def _time_on_cuda(call: Call, calls: int) -> list[float]:
 
 
 def call_rows(
-    methods: dict[str, Call], calls: int, title: str, session: Session, key: str = "us", block: int = 20
+    methods: dict[str, Call],
+    calls: int,
+    title: str,
+    session: Session,
+    key: str = "us",
+    block: int = 20,
+    unprofiled: Sequence[Any] = (),
 ) -> list[Row]:
-    """Times each method as it is called, all in turn: its launches, and its microseconds under `key`."""
-    launches = {name: count_launches(call, session.device) for name, call in methods.items()}
+    """Times each method as it is called, all in turn: its microseconds under `key`.
+
+    Its launches are None until everything has been timed, and those of `unprofiled` methods stay so.
+    """
     time_calls(methods, block, session.device, block=block)  # to warm up
     tick = session.ticks(title, -(-calls // block))
     samples = time_calls(methods, calls, session.device, block=block, tick=tick)
-    rows: list[Row] = [{"method": name, "launches": launches[name], "calls": len(samples[name])} for name in methods]
-    return [row | spread(key, samples[row["method"]]) for row in rows]
+    rows: list[Row] = [{"method": name, "launches": None, "calls": len(samples[name])} for name in methods]
+    for row in rows:
+        row |= spread(key, samples[name := row["method"]])
+        if name not in unprofiled:
+            session.to_profile.append((row, "launches", methods[name], torch.is_grad_enabled()))
+    return rows
 
 
 class Sized(NamedTuple):
@@ -190,7 +223,13 @@ class Sized(NamedTuple):
 
 
 def rows_at_best(
-    methods: dict[Any, Sized], unit: str, config: WaveNetConfig, rounds: int, title: str, session: Session
+    methods: dict[Any, Sized],
+    unit: str,
+    config: WaveNetConfig,
+    rounds: int,
+    title: str,
+    session: Session,
+    by_host: bool = False,
 ) -> list[Row]:
     """Times each method at the best of its batch sizes, all in turn, and counts what it computes there.
 
@@ -211,7 +250,7 @@ def rows_at_best(
             done[name, size] = methods[name].call(size)
 
         turns: dict[Any, Call] = {(name, size): partial(call, name, size) for name, size in wanted}
-        return time_calls(turns, calls, session.device, block=1, tick=round_done)
+        return time_calls(turns, calls, session.device, block=1, by_host=by_host, tick=round_done)
 
     timed([(name, tried[0]) for name, tried in sizes.items()], 1)  # to warm up
     costs = timed([(name, size) for name, tried in sizes.items() for size in tried], 1)
@@ -246,7 +285,7 @@ def count_launches(call: Call, device: torch.device) -> int | None:
     if on_cuda:
         kernels = [event.name for event in events if event.device_type == DeviceType.CUDA]
         return sum(not name.startswith(("Memcpy", "Memset")) for name in kernels) or None
-    return sum(event.cpu_parent is None and event.name.startswith("aten::") for event in events)
+    return sum(event.cpu_parent is None and event.name.startswith("aten::") for event in events) or None
 
 
 def matmul(device: torch.device) -> tuple[Call, int]:

@@ -90,23 +90,13 @@ def lecture_list() -> str:
 
 
 @torch.enable_grad()
-def run(session: Session) -> Results:
+def run(session: Session) -> Iterator[Results]:
     """All results; each rung also goes to stderr as it ends."""
     args, rows, names = session.args, [], session.names
     if len(names) < 10:
         raise UsageError(f"--names {args.names}: {len(names)} names leave nothing to validate on; give at least 10")
     train, validation, _ = reference.split_names(names, args.seed)
     parts = Parts(train, validation, session.vocab, args.steps or session.pick(QUICK_STEPS, STEPS), args.seed, {})
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a minibatch of 32 is too little work to share
-    for name in session.progress.track(args.rungs, description="rungs"):
-        row = row_of(RUNGS[name], parts)
-        losses = f"train {row['train_loss']:.4f}, validation {row['validation_loss']:.4f}"
-        session.progress.console.print(f"{name}: {losses}, {row['seconds']:.0f} s", soft_wrap=True)
-        rows.append(row)
-    torch.set_num_threads(threads)
-    differences = [abs(row["difference"]) for row in rows if row["difference"] is not None]
-    equal, worst = all(difference <= TOLERANCE for difference in differences), max(differences, default=None)
     digest, caveat = hashlib.sha256(Path(args.names).read_bytes()).hexdigest(), None
     if parts.steps != STEPS:
         caveat = f"{parts.steps:,} steps per rung in place of {STEPS:,}: this shows that it runs and proves nothing."
@@ -114,9 +104,19 @@ def run(session: Session) -> Results:
         caveat = "Not the lecture's list: the published losses are of another, so these prove nothing about them."
     sizes = {"of": len(names), "train": len(train), "validation": len(validation)}
     recipe = {"steps": parts.steps, "batch": BATCH_SIZE, "lr": LR, "seed": args.seed}
-    equality = {"equal": equal, "max_abs_diff": worst, "tolerance": TOLERANCE}
-    used = {"file": Path(args.names).name, "sha256": digest, **sizes}
-    return {"names": used, "recipe": recipe, "caveat": caveat, "equality": equality, "rungs": rows}
+    yield {"names": {"file": Path(args.names).name, "sha256": digest, **sizes}, "recipe": recipe, "caveat": caveat}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a minibatch of 32 is too little work to share
+    for name in session.progress.track(args.rungs, description="rungs"):
+        row = row_of(RUNGS[name], parts)
+        losses = f"train {row['train_loss']:.4f}, validation {row['validation_loss']:.4f}"
+        session.progress.console.print(f"{name}: {losses}, {row['seconds']:.0f} s", soft_wrap=True)
+        rows.append(row)
+        yield {"rungs": rows}
+    torch.set_num_threads(threads)
+    differences = [abs(row["difference"]) for row in rows if row["difference"] is not None]
+    equal, worst = all(difference <= TOLERANCE for difference in differences), max(differences, default=None)
+    yield {"equality": {"equal": equal, "max_abs_diff": worst, "tolerance": TOLERANCE}}
 
 
 def row_of(rung: Rung, parts: Parts) -> Row:

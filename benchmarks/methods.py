@@ -100,8 +100,12 @@ METHODS = {
     "slid": Method("names", lambda models: models.folded),
     "shared": Method("strings", lambda models: Scorer(models.conv, models.vocab, dtype=torch.float32)),
     "stream": Method("characters", lambda models: None, lambda models, batch: Stream(models.conv, batch).step),
+    "stream_graph": Method(
+        "characters", lambda models: None, lambda models, batch: Stream(models.conv, batch, graph=True).step
+    ),
     PEER: Method("names", lambda models: models.peer, peer_step),
 }
+GRAPHS = ("slid_graph", "stream_graph")  # on CUDA; captured and timed after all else, and never profiled
 PEERS = (PEER,) if TCN is not None else ()
 
 
@@ -134,6 +138,31 @@ def random_models(names: Sequence[str], session: Session) -> tuple[Models, Row]:
     models = Models(tree.eval().to(session.device), session.vocab)
     sizes = {"context": models.context, "vocab_size": len(session.vocab), "parameters": parameters(tree)}
     return models, {**ARCHITECTURE, **sizes, "seed": session.args.seed}
+
+
+class Replayed:
+    """A model on tokens of one shape, captured once as a CUDA graph; a call copies tokens into it and replays it.
+
+    Every call writes its logits into the same tensor. The graph reads weights and tokens that this object keeps.
+    """
+
+    def __init__(self, model: Model, tokens: Tensor):
+        self.model, self.tokens = model, tokens.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries allocate their workspaces in the first calls
+            for _ in range(3):
+                model(self.tokens)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.logits = model(self.tokens)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits of tokens `(batch, time)` of that shape, as the model's, until the next call."""
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits
 
 
 def parameters(model: Any) -> int:
@@ -215,12 +244,16 @@ def exact_scores(models: Models, names: Sequence[str]) -> Tensor:
 
 
 def list_rows(lists: dict[Any, OnList], call: str, models: Models, session: Session) -> list[Row]:
-    """A row for each method at its best batch size, per position; call: "logits" or "scores"."""
+    """A row for each method at its best batch size, per position.
+
+    call: "logits", which stay on the device, or "scores", which end on the host and are timed until they are there.
+    """
 
     def positions(name: Any, size: int) -> int:
         getattr(lists[name], call)(size)
         return lists[name].positions
 
     methods: dict[Any, Sized] = {name: Sized(partial(positions, name), lists[name].sizes) for name in lists}
-    rows = rows_at_best(methods, "position", models.conv.config, session.pick(3, 9), "whole list", session)
+    options = (models.conv.config, session.pick(3, 9), "whole list", session, call == "scores")
+    rows = rows_at_best(methods, "position", *options)
     return [row | {"names": len(lists[row["method"]].names)} for row in rows]

@@ -27,7 +27,7 @@ import reference.sampling as lecture
 from benchmarks import harness
 from benchmarks.counting import nodes_of
 from benchmarks.harness import Benchmark, Call, Results, Session, Sized, call_rows, rows_at_best
-from benchmarks.methods import METHODS, PEER, PEERS, WINDOW_BATCHES, Models, parameters
+from benchmarks.methods import GRAPHS, METHODS, PEER, PEERS, WINDOW_BATCHES, Models, parameters
 from benchmarks.tables import Row, Table, with_shares
 from wavenet_conv import sample
 from wavenet_conv.checkpoint import load_checkpoint
@@ -35,13 +35,14 @@ from wavenet_conv.equivalence import TOLERANCE
 from wavenet_conv.sampling import uniform
 
 LONGEST = 100  # characters; a name is cut there
-OUR_BATCHES = {"cpu": (1024, 131072, 64, 16384, 65536), "cuda": (16384, 1048576, 1024, 131072, 524288)}
+# None is larger than `sample` draws together: CHARACTERS / (LONGEST + 1) names.
+OUR_BATCHES = {"cpu": (1024, 131072, 64, 16384, 65536), "cuda": (16384, 131072, 1024, 65536)}
 GROWTH_LAYERS = range(3, 13)  # contexts 8, 16, ... 4096
 COMPARED_NAMES = (40, 200)  # without and with --full
 COMPARED_BATCHES = (1, 9)  # rows of a stream that is compared with windows: compiled loops take the steps of few
 
 
-def run(session: Session) -> Results:
+def run(session: Session) -> Iterator[Results]:
     """All results; where names differ, nothing after the equality."""
     trained = load_checkpoint("default")
     models, seed = Models(reference.from_conv(trained.model.to(session.device)), trained.vocab), session.args.seed
@@ -49,14 +50,21 @@ def run(session: Session) -> Results:
     torch.manual_seed(seed)
     trees = [reference.build((2,) * layers).eval() for layers in GROWTH_LAYERS[:: session.pick(3, 1)]]
     growth = [Models(tree.to(session.device), session.vocab) for tree in trees]
-    results: Results = {"model": model | {"seed": seed}, "equality": equality(models, growth, session)}
-    if results["equality"]["equal"]:
-        results["methods"] = method_rows(models, session)
-        results["limits"] = {"matmul_multiply_adds_per_second": session.matmul_rate}
-        timed = ("windows", "windows_folded", "slid", "stream", *PEERS)
-        results["latency"] = step_rows(timed, models, session, session.pick(400, 4000))
-        results["growth"] = [growth_row(larger, session) for larger in growth]
-    return results
+    found = equality(models, growth, session)
+    yield {"model": model | {"seed": seed}, "equality": found}
+    if not found["equal"]:
+        return
+    methods = method_rows(models, session)
+    yield {"methods": methods, "limits": {"matmul_multiply_adds_per_second": session.matmul_rate}}
+    timed, calls = ("windows", "windows_folded", "slid", "stream", *PEERS), session.pick(400, 4000)
+    yield {"latency": step_rows(timed, models, session, calls)}
+    yield {"growth": [growth_row(larger, session) for larger in growth]}
+    if session.device.type == "cuda":
+        worst = torch.tensor([step_difference("stream_graph", models, batch) for batch in COMPARED_BATCHES]).max()
+        found["graph_max_abs_diff"], found["equal"] = float(worst), bool(worst <= found["tolerance"])
+        yield {"equality": found}
+        if found["equal"]:
+            yield {"latency": step_rows((*timed, "stream_graph"), models, session, calls)}
 
 
 def equality(models: Models, growth: Sequence[Models], session: Session) -> Results:
@@ -101,8 +109,11 @@ def step_difference(name: str, models: Models, batch: int) -> float:
     return float((torch.stack(found) - torch.stack(expected)).abs().max())
 
 
-def sample_windows(model: Any, models: Models, count: int, session: Session) -> list[list[int]]:
-    """`count` names side by side: per character one call of the tree on the windows of all that have not ended."""
+def sample_windows(model: Any, models: Models, count: int, session: Session) -> Tensor:
+    """`count` names side by side: per character one call of the tree on the windows of all that have not ended.
+
+    Returns their tokens on the CPU, int64 `(count, LONGEST)`, zeros after each name.
+    """
     windows, draw = torch.zeros(count, models.context, dtype=torch.int64, device=models.device), multinomial(session)
     tokens, names = torch.zeros(count, LONGEST).to(windows), torch.arange(count).to(windows)
     for place in range(LONGEST):
@@ -111,7 +122,7 @@ def sample_windows(model: Any, models: Models, count: int, session: Session) -> 
         windows, names = torch.cat([windows[:, 1:], drawn[:, None]], 1)[going], names[going]
         if not len(names):
             break
-    return [row[: row.index(0)] if 0 in row else row for row in tokens.tolist()]
+    return tokens.cpu()
 
 
 def multinomial(session: Session) -> Callable[[Tensor], Tensor]:
@@ -142,7 +153,7 @@ def method_rows(models: Models, session: Session) -> list[Row]:
 
     methods: dict[Any, Sized] = {"loop": Sized(loop), "sample": Sized(ours, OUR_BATCHES[device.type])}
     methods |= {name: Sized(partial(windows, name), batches) for name in ("windows", "windows_folded")}
-    rows = rows_at_best(methods, "name", config, session.pick(3, 7), "names", session)
+    rows = rows_at_best(methods, "name", config, session.pick(3, 7), "names", session, by_host=True)
     return [row | {"times_loop": row["names_per_second"] / rows[0]["names_per_second"]} for row in rows]
 
 
@@ -150,7 +161,7 @@ def step_rows(methods: Sequence[str], models: Models, session: Session, calls: i
     """Launches and microseconds of one character's logits at batch 1."""
     token = torch.ones(1, dtype=torch.int64, device=session.device)
     steps: dict[str, Call] = {name: partial(METHODS[name].step(models, 1), token) for name in methods}
-    return call_rows(steps, calls, f"context {models.context}", session, key=key)
+    return call_rows(steps, calls, f"context {models.context}", session, key=key, unprofiled=GRAPHS)
 
 
 def growth_row(models: Models, session: Session) -> Row:
@@ -178,8 +189,8 @@ def tables(results: Results) -> Iterator[Table]:
         "One character's logits, batch 1",
         "method; launches=launches ,; median us=us .1f; quartiles=~us .1f; x stream=us/stream .2f",
         results["latency"],
-        f"Launches: operators of PyTorch on the CPU, kernels on CUDA; a stream's compiled loops are none. Without the "
-        f"draw. Each of {PEER}'s blocks holds two convolutions, so it has more parameters and sees more tokens.",
+        "Launches: operators of PyTorch on the CPU, kernels on CUDA; compiled loops are not seen. Without the draw. "
+        f"Each of {PEER}'s blocks holds two convolutions, so it has more parameters and sees more tokens.",
     )
     columns = (
         "context=context ,; windows: nodes=nodes_per_character.windows ,; stream: nodes=nodes_per_character.stream ,"

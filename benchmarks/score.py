@@ -39,7 +39,7 @@ LONGEST_LIST = (2048, 1_000_000)  # names, without and with --full
 LONGEST = 20  # characters; a sampled name is cut there
 
 
-def run(session: Session) -> Results:
+def run(session: Session) -> Iterator[Results]:
     """All results; where log-likelihoods differ, nothing after the equality."""
     args, names = session.args, session.names[:: session.pick(10, 1)]
     models, model = random_models(names, session)
@@ -52,20 +52,20 @@ def run(session: Session) -> Results:
     differences["shared, default model"] = largest_difference(drawn, default)
     equal = all(difference <= TOLERANCE for difference in differences.values())  # a NaN is not
     equality = {"tolerance": TOLERANCE, "max_abs_diff": differences["shared"], "max_abs_diffs": differences}
-    results: Results = {"model": model, "names": used, "equality": {"equal": equal, **equality}}
+    yield {"model": model, "names": used, "equality": {"equal": equal, **equality}}
     if not equal:
-        return results
-    results["distinct_nodes"] = list(count_nodes(names, models.conv.config).distinct)
+        return
+    distinct = list(count_nodes(names, models.conv.config).distinct)
     rows = list_rows(lists, "scores", models, session)
-    results["methods"] = rows[: len(METHODS)]
-    results["limits"] = {"matmul_multiply_adds_per_second": session.matmul_rate}
+    peer = rows[-1] | {"nodes": None} if PEERS else MISSING  # its nodes are others
+    limits = {"matmul_multiply_adds_per_second": session.matmul_rate}
+    yield {"distinct_nodes": distinct, "methods": rows[: len(METHODS)], "limits": limits, "peer": peer}
     ways = sizes.make_methods(default, session)
-    results["sizes"] = sizes.size_rows(ways, distinct_names(session.pick(*LONGEST_LIST), session), session)
+    for found in sizes.size_rows(ways, distinct_names(session.pick(*LONGEST_LIST), session), session):
+        yield {"sizes": found}
     valid = split_names(session.names)[1]
     losses = {name: loss_of(ways[name](valid), valid) for name in ways if name in ("shared", rivals.NGRAMS)}
-    results["validation_losses"] = losses
-    results["peer"] = rows[-1] | {"nodes": None} if PEERS else MISSING  # its nodes are others
-    return results
+    yield {"validation_losses": losses}
 
 
 def largest_difference(method: OnList, models: Models) -> float:

@@ -8,6 +8,7 @@ models run; time for one name; time for the whole list; growth with the context.
   `fold_batch_norm` makes matrix products over shifted views.
 - The whole list: the pass has fewer multiply-adds than the windows, and it reads and writes activations less often. In
   large batches `nn.Conv1d` is as fast as the matrix products.
+- On CUDA, `slid_graph` is the pass on one name as a CUDA graph, captured once: a replay launches all kernels at once.
 - Growth: a longer context makes reuse worth more. Per prediction, the tree computes all nodes of a window, and the pass
   one node per layer, plus those at the ends of the sequence.
 
@@ -29,7 +30,7 @@ import reference
 from benchmarks import harness
 from benchmarks.counting import nodes_of
 from benchmarks.harness import Benchmark, Call, Results, Session, Sized, call_rows, rows_at_best
-from benchmarks.methods import METHODS, Models, OnList, list_rows, random_models
+from benchmarks.methods import GRAPHS, METHODS, Model, Models, OnList, Replayed, list_rows, random_models
 from benchmarks.tables import Row, Table, text, with_shares
 from wavenet_conv import verify
 from wavenet_conv.counts import count_nodes
@@ -42,25 +43,42 @@ GROWTH_LAYERS = range(3, 11)  # contexts 8, 16, ... 1024
 WINDOW_TOKENS = {"cpu": (2**14, 2**12, 2**16), "cuda": (2**18, 2**16, 2**20)}  # tokens in the windows of one call
 
 
-def run(session: Session) -> Results:
+def run(session: Session) -> Iterator[Results]:
     """All results; where the models differ, nothing after the equality."""
     args, names = session.args, session.names[:: session.pick(5, 1)]
     models, model = random_models(names, session)
     name = NAME if set(NAME) <= set(session.vocab.characters) else names[0]
     tokens = session.vocab.encode([name], context=models.context)[0].to(session.device)
     used = {"file": Path(args.names).name, "used": len(names), "of": len(session.names), "one_name": name}
-    results: Results = {"model": model, "names": used, "equality": equality(models, names, session)}
-    if not results["equality"]["equal"]:
-        return results
+    found = equality(models, names, session)
+    yield {"model": model, "names": used, "equality": found}
+    if not found["equal"]:
+        return
     lists = {"one_name": [name], "whole_list": names}
-    results["distinct_nodes"] = {key: [*count_nodes(part, models.conv.config).distinct] for key, part in lists.items()}
-    results["one_name"] = one_name_rows(models, tokens, session)
+    yield {"distinct_nodes": {key: [*count_nodes(part, models.conv.config).distinct] for key, part in lists.items()}}
+    methods: dict[str, Model] = {name: METHODS[name].on_names(models) for name in COMPARED}
+    yield {"one_name": one_name_rows(methods, models, tokens, session)}
     on_list = {name: OnList(name, models, names, session.pick(50, 300)) for name in COMPARED}
-    results["whole_list"] = list_rows(on_list, "logits", models, session)
-    results["matmul_multiply_adds_per_second"] = session.matmul_rate
-    results["growth"] = [growth_row(layers, session) for layers in GROWTH_LAYERS]
-    results["equality"]["equal"] = all(row["max_abs_diff"] <= TOLERANCE[torch.float32] for row in results["growth"])
-    return results
+    whole_list = list_rows(on_list, "logits", models, session)
+    yield {"whole_list": whole_list, "matmul_multiply_adds_per_second": session.matmul_rate}
+    growth = [growth_row(layers, session) for layers in GROWTH_LAYERS]
+    found["equal"] = all(row["max_abs_diff"] <= TOLERANCE[torch.float32] for row in growth)
+    yield {"growth": growth, "equality": found}
+    if session.device.type == "cuda" and found["equal"]:
+        yield from graph_sections(methods, models, tokens, found, session)
+
+
+def graph_sections(
+    methods: dict[str, Model], models: Models, tokens: Tensor, found: Results, session: Session
+) -> Iterator[Results]:
+    """The table of one name again, with the pass as a graph: after all else, which a failed capture then leaves."""
+    graph = Replayed(models.folded, tokens)
+    inputs = (tokens, tokens.flip(1), tokens)
+    worst = torch.stack([(graph(read) - methods["windows"](read)).abs().max() for read in inputs]).max()
+    found["graph_max_abs_diff"], found["equal"] = float(worst), bool(worst <= TOLERANCE[torch.float32])
+    yield {"equality": found}
+    if found["equal"]:
+        yield {"one_name": one_name_rows(methods | {"slid_graph": graph}, models, tokens, session)}
 
 
 def equality(models: Models, names: Sequence[str], session: Session) -> Results:
@@ -71,11 +89,21 @@ def equality(models: Models, names: Sequence[str], session: Session) -> Results:
     return {"equal": all(report.equal for report in reports), **found}
 
 
-def one_name_rows(models: Models, tokens: Tensor, session: Session) -> list[Row]:
-    """Every method on one name: nodes, launches and microseconds."""
-    methods: dict[str, Call] = {name: partial(METHODS[name].on_names(models), tokens) for name in COMPARED}
-    rows = call_rows(methods, session.pick(400, 2000), "one name", session)
-    return [row | {"nodes": nodes_of(methods[row["method"]], models.conv.config)} for row in rows]
+def one_name_rows(methods: dict[str, Model], models: Models, tokens: Tensor, session: Session) -> list[Row]:
+    """Every method on one name: nodes, launches and microseconds.
+
+    A graph is not profiled, since that crashes in some versions of CUDA: its kernels are those of the pass in it.
+    """
+    calls: dict[str, Call] = {name: partial(method, tokens) for name, method in methods.items()}
+    rows = call_rows(calls, session.pick(400, 2000), "one name", session, unprofiled=GRAPHS)
+    for row in rows:
+        is_graph = row["method"] in GRAPHS
+        captured = calls["slid" if is_graph else row["method"]]
+        row["nodes"] = nodes_of(captured, models.conv.config)
+        if is_graph:
+            row["launches"] = 1
+            session.to_profile.append((row, "kernels", captured, False))
+    return rows
 
 
 def growth_row(layers: int, session: Session) -> Row:
@@ -112,11 +140,11 @@ def tables(results: Results) -> Iterator[Table]:
     names, distinct = results["names"], results["distinct_nodes"]
     yield Table(
         f"One name, {names['one_name']!r}, {len(names['one_name']) + 1} positions",
-        "method; nodes per layer=nodes ,; launches; median us=us .1f; quartiles=~us .1f; "
+        "method; nodes per layer=nodes ,; launches; kernels in it=kernels; median us=us .1f; quartiles=~us .1f; "
         "x loop=us/loop .2f; x windows=us/windows .2f",
         results["one_name"],
-        f"Launches: operators, on CUDA kernels. Distinct nodes: {text(distinct['one_name'], ',')}. Batch norm "
-        "is folded in slid and in windows_folded, its strongest rival.",
+        f"Launches: operators, on CUDA kernels; a graph is one. Distinct nodes: {text(distinct['one_name'], ',')}. "
+        "Batch norm is folded in slid and in windows_folded, its strongest rival.",
     )
     rate, rows = results["matmul_multiply_adds_per_second"], results["whole_list"]
     yield Table(

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
-from time import perf_counter
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,7 @@ from torch import Tensor
 import reference
 import reference.training as lecture
 from benchmarks import harness
-from benchmarks.harness import Benchmark, Call, Results, Session, call_rows
+from benchmarks.harness import Benchmark, Call, Results, Session, call_rows, now
 from benchmarks.tables import Row, Table
 from wavenet_conv import from_tree
 from wavenet_conv.training import PRESETS, Corpus, Trainer, split_names, total_loss
@@ -44,23 +43,22 @@ class Reached(Exception):
 
 
 @torch.enable_grad()
-def run(session: Session) -> Results:
+def run(session: Session) -> Iterator[Results]:
     """All results; where a training step differs, nothing after the equality."""
     target, (train, valid, _) = session.pick(QUICK_TARGET, TARGET), split_names(session.names)
     used = {"train": len(train), "validation": len(valid), "windows": sum(len(name) + 1 for name in train)}
-    results: Results = {"target": target, "recipe": asdict(PRESETS["fast"][1]), "names": used}
-    results["equality"] = equality(train[:256], session)
-    if not results["equality"]["equal"]:
-        return results
-    results["throughput"] = [row for size in BATCHES for row in throughput_rows(train[:size], session)]
-    results["threads"] = THREADS
-    rows = results["trainings"] = []
+    found = equality(train[:256], session)
+    yield {"target": target, "recipe": asdict(PRESETS["fast"][1]), "names": used, "equality": found}
+    if not found["equal"]:
+        return
+    yield {"throughput": [row for size in BATCHES for row in throughput_rows(train[:size], session)]}
+    rows = list[Row]()
     for seed in session.progress.track(range(session.pick(1, 3)), description="trainings"):
         rows.append({"seed": seed} | {kind: training_row(kind, seed, target, session) for kind in KINDS})
+        yield {"threads": THREADS, "trainings": rows}
     lecture_s, ours_s = (statistics.median(row[kind]["seconds"] for row in rows) for kind in KINDS)
     reached = all(row["ours"]["reached"] for row in rows)
-    results["times_faster"] = lecture_s / ours_s if reached else None
-    return results
+    yield {"times_faster": lecture_s / ours_s if reached else None}
 
 
 def new_tree(seed: int, session: Session, dtype: torch.dtype = torch.float32) -> reference.Sequential:
@@ -178,13 +176,6 @@ def train_ours(seed: int, session: Session, validate: Validate) -> None:
 
 
 KINDS = {"lecture": train_lecture, "ours": train_ours}
-
-
-def now(device: torch.device) -> float:
-    """Seconds on the clock, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return perf_counter()
 
 
 def tables(results: Results) -> Iterator[Table]:

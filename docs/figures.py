@@ -6,7 +6,7 @@ of benchmarks/results.
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Sequence
 from html import escape
 from math import ceil, floor, log10, prod
@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are not installed
+
+from benchmarks.output import RESULTS, published
 from wavenet_conv import load_checkpoint
+from wavenet_conv.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 NAME, TREES = "olivia", (2, 6)  # outputs whose trees are drawn: windows 4 apart share pairs and quads
 
 STYLE = """
@@ -173,7 +176,7 @@ def tree_figure() -> str:
 
 def growth_figure() -> str:
     """Microseconds per position against the context, both axes logarithmic."""
-    results = json.loads((RESULTS / "slide-cpu.json").read_text())
+    results = published(RESULTS / "slide-cpu.json")
     rows: list[dict[str, Any]] = results["growth"]
     end, factor = rows[-1], rows[-1]["time_ratio"]
     title = (
@@ -199,7 +202,7 @@ def growth_figure() -> str:
 
 def sizes_figure() -> str:
     """Microseconds per name against the number of names in a call, both axes logarithmic, a curve per method."""
-    results = json.loads((RESULTS / "score-cpu.json").read_text())
+    results = published(RESULTS / "score-cpu.json")
     rows: list[dict[str, Any]] = results["sizes"]
     ways = {
         "loop": ("loop", "the lecture's loop"),
@@ -235,9 +238,13 @@ FIGURES = {"tree.svg": tree_figure, "growth.svg": growth_figure, "sizes.svg": si
 
 
 def main() -> None:
-    """Writes every figure."""
-    for name, figure in FIGURES.items():
-        (ROOT / "docs" / "figures" / name).write_text(figure())
+    """Writes every figure, and none if a file of results must not be shown."""
+    try:
+        drawn = {name: figure() for name, figure in FIGURES.items()}
+    except UsageError as error:
+        sys.exit(f"docs/figures.py: {error}")
+    for name, text in drawn.items():
+        (ROOT / "docs" / "figures" / name).write_text(text)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -25,13 +24,14 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the benchmarks are not installed
 
+from benchmarks.output import RESULTS, published
 from benchmarks.tables import summary, value_at
 from wavenet_conv.cli import new_parser
+from wavenet_conv.errors import UsageError
 from wavenet_conv.files import write_whole
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PART = re.compile(r"(?<=^<!-- generated: )([\w.-]+) -->\n.*?(?=^<!-- end -->$)", re.DOTALL | re.MULTILINE)
 USAGE = {"?": "[{}]", "*": "[{} ...]", "+": "{} ..."}  # how an argument's number is written
 ORDER = ("slide", "score", "sample", "train", "ladder")  # what is not in it comes after
@@ -111,7 +111,7 @@ class Task(NamedTuple):
 
     def __str__(self) -> str:
         benchmark, _, path = self.rows.partition(".")
-        rows = value_at(json.loads((RESULTS / f"{benchmark}-cpu.json").read_text()), path)
+        rows = value_at(published(RESULTS / f"{benchmark}-cpu.json"), path)
         found = {row["method"]: row[self.key] for row in rows if self.only.items() <= row.items()}
         rival, ours = (self._seconds(found[method]) for method in (self.rivals_method, self.our_method))
         link = f"[{rival / ours:.3g}](docs/benchmarks.md#{benchmark})"
@@ -158,12 +158,13 @@ def benchmarks() -> Iterator[str]:
     """Every file of results: the question, how to read the answer, what was run, and the tables."""
     place = {name: index for index, name in enumerate(ORDER)}
     for file in sorted(RESULTS.glob("*.json"), key=lambda file: (place.get(name_in(file), len(place)), file.name)):
+        found = published(file)
         question, _, text = cleandoc(import_module(f"benchmarks.{name_in(file)}").__doc__ or "").partition("\n\n")
         yield f"## {name_in(file).capitalize()}"
         yield f"**{question}**"
         yield text
         yield f"`{command_of(file)}` makes these tables. It ran:"
-        yield "\n".join(f"- {line}" for line in summary(json.loads(file.read_text())))
+        yield "\n".join(f"- {line}" for line in summary(found))
         yield FIGURES.get(name_in(file), "")
         yield from tables(file, "### ")
 
@@ -174,7 +175,7 @@ def tables(file: Path, heading: str = "") -> Iterator[str]:
     if not file.exists():
         yield f"There are no results yet. `{command_of(file)}` makes them."
         return
-    for table in benchmark.tables(json.loads(file.read_text())):
+    for table in benchmark.tables(published(file)):
         yield f"{heading}{table.title}"
         yield table.markdown()
         yield table.remark
@@ -214,11 +215,15 @@ def filled(page: str) -> str:
 
 
 def main() -> None:
-    """Rewrites each page whose generated parts are stale."""
-    for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))):
-        page = path.read_text()
-        if filled(page) != page:
-            write_whole(path, filled(page).encode())
+    """Rewrites each page whose generated parts are stale, and none if a file of results must not be shown."""
+    paths = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+    try:
+        pages = [filled(path.read_text()) for path in paths]
+    except UsageError as error:
+        sys.exit(f"docs/make.py: {error}")
+    for path, page in zip(paths, pages):
+        if page != path.read_text():
+            write_whole(path, page.encode())
             print(f"{path.relative_to(ROOT)}: written")
 
 

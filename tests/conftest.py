@@ -32,6 +32,15 @@ def device(request):
         yield torch.device(request.param)
 
 
+@pytest.fixture(params=["cuda"])
+def cuda(request):
+    """A CUDA device, for what is only there, with float32 in IEEE arithmetic."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    with exact_float32():
+        yield torch.device(request.param)
+
+
 @pytest.fixture(scope="session")
 def names() -> list[str]:
     """The 46,325 names of this repository."""

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from .config import ACTIVATIONS, WaveNetConfig
 from .errors import ConfigError, ModeError
-from .vocabulary import Vocabulary, check_sequences
+from .vocabulary import Vocabulary, checked_sequences
 
 
 class BatchNorm(nn.Module):
@@ -193,6 +193,9 @@ class ConvWaveNet(nn.Module):
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Computes the logits of the token after every window.
 
+        On CUDA this does not wait for the device: tokens on the host are checked and copied, and for a token on the
+        device that is outside the vocabulary the embedding's kernel fails (a device-side assert).
+
         Args:
             tokens: int64 `(batch, time)`, in each row `context` zeros and then a name (`Vocabulary.encode`).
             lengths: int64 `(batch,)`, characters per name: keeps the padding after names out of batch statistics.
@@ -203,7 +206,7 @@ class ConvWaveNet(nn.Module):
         Raises:
             ShapeError, TokenError: Another shape, dtype or device, a token outside the vocabulary.
         """
-        check_sequences(tokens, self.context, self.config.vocab_size, self.embedding.weight.device)
+        tokens = checked_sequences(tokens, self.context, self.config.vocab_size, self.embedding.weight.device)
         x = rearrange(self.embedding(tokens), "batch time channel -> batch channel time")
         if self.hidden is not None:
             s = torch.zeros_like(x)

@@ -203,12 +203,15 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
         )
 
 
-def check_sequences(
+def checked_sequences(
     tokens: Tensor, context: int, vocab_size: int, device: torch.device, *, values: bool = True
-) -> None:
-    """Raises `ShapeError` or `TokenError` unless tokens are int64 `(batch, time)` that a model can read.
+) -> Tensor:
+    """Tokens int64 `(batch, time)` on a model's device; raises `ShapeError` or `TokenError` if it cannot read them.
 
-    values: Whether to check the tokens themselves, which waits for the device.
+    On CUDA this never waits for the device: tokens on the host are checked there and then copied. Of tokens on the
+    device, the kernel that looks up their embedding checks the values.
+
+    values: Whether to check the tokens themselves. A caller whose lookup checks them on the CPU leaves that out.
     """
     if not isinstance(tokens, Tensor):
         raise ShapeError(f"tokens are a {type(tokens).__name__}; pass an int64 tensor, as Vocabulary.encode returns")
@@ -219,12 +222,12 @@ def check_sequences(
             f"a sequence of {tokens.shape[1]} tokens is shorter than the context of {context}; "
             f"put {context} tokens of padding before each name, as Vocabulary.encode does"
         )
-    if tokens.device != device:
+    if tokens.device != device and not (tokens.device.type == "cpu" and device.type == "cuda"):
         raise ShapeError(f"tokens are on {tokens.device} and the model on {device}; move them with .to(...)")
-    # A graph that is captured, compiled or exported cannot depend on values.
-    capturing = torch.compiler.is_compiling() or (tokens.is_cuda and torch.cuda.is_current_stream_capturing())
-    if values and not capturing:
+    # A graph that is compiled or exported cannot depend on values.
+    if values and not tokens.is_cuda and not torch.compiler.is_compiling():
         check_tokens(tokens, vocab_size)
+    return tokens.to(device, non_blocking=True)
 
 
 def checked_names(names: Iterable[str], first: int = 0) -> list[str]:

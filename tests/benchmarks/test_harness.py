@@ -25,7 +25,7 @@ def fake(results=RESULTS):
         if isinstance(results, BaseException):
             raise results
         session.ticks("measured", 1)()
-        return results
+        yield results
 
     return Benchmark("fake", "What?\n", run, lambda results: [Table("Times", "method; us=us .1f", results["rows"])])
 
@@ -90,13 +90,17 @@ def test_a_table_prints_what_the_rows_hold_and_a_dash_for_what_they_do_not(capsy
     assert cells[4] == ["peer", "-", "-", "-", "-", "-"]
 
 
+def quiet_session(device=CPU):
+    return harness.Session(Namespace(full=False), device, [], None, Progress(disable=True))
+
+
 def test_a_method_is_timed_at_its_best_batch():
     def call(size):
         calls.append(size)
         sum(range(10**5))
         return size
 
-    calls, session = [], harness.Session(Namespace(full=False), CPU, [], None, Progress(disable=True))
+    calls, session = [], quiet_session()
     config = WaveNetConfig(vocab_size=5, n_embd=4, n_hidden=6, kernel_sizes=(2,))
     (row,) = harness.rows_at_best({"one": harness.Sized(call, (1, 50, 99))}, "name", config, 3, "title", session)
     assert calls == [1, 1, 50, 50, 50, 50, 50] and row["batch"] == row["names"] == 50 and row["calls"] == 3
@@ -110,6 +114,44 @@ def test_methods_take_turns_in_blocks():
     assert "".join(order) == "aabb.aabb." and [len(times) for times in samples.values()] == [4, 4]
     assert harness.spread("us", [1, 2, 3, 4, 5]) == {"us": 3, "q1_us": 2, "q3_us": 4}
     assert harness.spread("us", [7]) == {"us": 7, "q1_us": 7, "q3_us": 7}
+
+
+def test_everything_is_timed_before_anything_is_profiled(monkeypatch):
+    """Also what is called later, with gradients if it has been timed with them; what nobody sees is None."""
+    events, grads = [], []
+
+    def counted(call, device):
+        grads.append(torch.is_grad_enabled())
+        events.append("profile")
+        return call()
+
+    def run(session):
+        for index in range(2):
+            with torch.set_grad_enabled(index == 1):
+                rows = harness.call_rows(methods, 1, "title", session, block=1, unprofiled=["hidden"])
+            assert [row["launches"] for row in rows] == [None, None]
+            yield {f"rows{index}": rows}
+
+    methods = {"seen": lambda: events.append("seen") or 3, "hidden": lambda: events.append("hidden")}
+    monkeypatch.setattr(harness, "count_launches", counted)
+    *_, results = harness.growing(Benchmark("fake", "What?", run, list), quiet_session(), {})
+    assert events == ["seen", "hidden"] * 4 + ["profile", "seen"] * 2 and grads == [False, True]
+    assert [[row["launches"] for row in results[f"rows{index}"]] for index in range(2)] == [[3, None]] * 2
+
+
+def test_launches_that_the_profiler_cannot_see_are_none(device):
+    assert harness.count_launches(lambda: None, device) is None
+    if device.type == "cpu":  # on CUDA what is seen depends on the driver
+        assert harness.count_launches(lambda: torch.ones(2) + 1, device) == 2
+
+
+def test_what_ends_on_the_host_is_timed_by_the_hosts_clock(device, monkeypatch):
+    """On CUDA each call waits for the device on both sides; events would leave out what the host does after it."""
+    waits, clock = [], iter(range(100))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    found = harness.time_calls({"a": lambda: None}, 4, device, block=2, by_host=True)
+    assert found == {"a": [1e6] * 4} and len(waits) == (8 if device.type == "cuda" else 0)
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import reference
-from benchmarks import ladder, methods, sample, score, sizes, slide, train
-from benchmarks.methods import Models
+from benchmarks import ladder, methods, sample, score, slide, train
 from benchmarks.tables import print_page
-from wavenet_conv import Scorer, Vocabulary, from_tree, load_checkpoint, training
+from wavenet_conv import Vocabulary, from_tree, training
 from wavenet_conv.names import read_names
 
 BENCHMARKS = {"slide": slide, "score": score, "sample": sample, "train": train, "ladder": ladder}
@@ -117,14 +115,6 @@ def test_score_counts_distinct_nodes_and_their_multiply_adds(results):
     for row in found["sizes"]:
         for way in set(row) - {"names"}:
             assert_spread(row[way], "us")
-
-
-def test_every_way_to_score_a_list_gives_the_same_scores():
-    trained = load_checkpoint("default")
-    models, some = Models(reference.from_conv(trained.model), trained.vocab), [*NAMES[:20], "a"]
-    expected = Scorer(trained.model, trained.vocab, dtype=torch.float64).score(some).float()
-    for way in (sizes.by_loop, sizes.by_windows, sizes.by_pass):
-        assert torch.allclose(way(models, some), expected, rtol=0, atol=1e-4)
 
 
 def test_sample_measures_what_it_draws(results):

@@ -65,7 +65,7 @@ def test_token_outside_the_vocabulary_is_named(device, token):
     tokens = TOKENS.clone()
     tokens[1, 4] = token
     with pytest.raises(IndexError, match=rf"token {token} at \[1, 4\] is outside .* 27 tokens.*encode"):
-        small().to(device)(tokens.to(device))
+        small().to(device)(tokens)
 
 
 @pytest.mark.parametrize(

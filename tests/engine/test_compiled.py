@@ -5,13 +5,15 @@ import random
 import pytest
 import torch
 from engine.cases import ABC, DTYPES, outputs_of, random_conv, rejects
+from helpers import HAS_NUMBA
 from hypothesis import given
 from hypothesis import strategies as st
 
 from wavenet_conv import Scorer, Vocabulary
 
 np = pytest.importorskip("numpy")
-pytest.importorskip("numba")
+if not HAS_NUMBA:
+    pytest.skip("needs Numba: pip install 'wavenet-conv[fast]'", allow_module_level=True)
 
 from wavenet_conv.engine import compiled, distinct, jit, tile  # noqa: E402
 

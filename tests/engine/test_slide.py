@@ -3,7 +3,7 @@
 import pytest
 import torch
 from engine.cases import ABC, DTYPES, outputs_of, random_conv, rejects
-from helpers import EXACT, KINDS, random_tree, to_exact
+from helpers import EXACT, KINDS, random_tree, run_python, to_exact
 
 import reference
 from wavenet_conv import ConvWaveNet, FoldedWaveNet, WaveNetConfig, WaveNetConvError, fold_batch_norm, from_tree
@@ -66,6 +66,46 @@ def test_folded_model_is_a_copy_of_a_model_in_any_mode(device, kind):
     assert torch.equal(folded(TOKENS), expected) and not again(TOKENS).any()
 
 
+@pytest.mark.parametrize("make", [lambda conv: conv, fold_batch_norm], ids=["convolutions", "folded"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_pass_does_not_wait_for_the_device(cuda, kind, make):
+    """So a CUDA graph can hold it. Replayed with other tokens, it gives their logits."""
+    model, tokens = make(random_conv(**kind, device=cuda)), TOKENS.to(cuda)
+    with torch.no_grad():
+        first = model(tokens)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(tokens)
+        for other in (TOKENS.flip(0, 1), TOKENS):
+            tokens.copy_(other)
+            graph.replay()
+            assert torch.equal(logits, model(other))  # which are still on the host
+    assert torch.equal(logits, first)
+
+
+WRONG_ON_CUDA = """
+import sys, torch
+from wavenet_conv import ConvWaveNet, Stream, WaveNetConfig, fold_batch_norm
+conv = ConvWaveNet(WaveNetConfig(), device="cuda").eval()
+kind, token = sys.argv[1], int(sys.argv[2])
+shape, call = {
+    "conv": ((2, 9), conv),
+    "folded": ((2, 9), fold_batch_norm(conv)),
+    "step": ((1,), Stream(conv).step),
+    "numbered": ((1,), Stream(conv, end=5).step),
+}[kind]
+call(torch.full(shape, token, device="cuda")).cpu()
+"""
+
+
+@pytest.mark.parametrize("call", ["conv", "folded", "step", "numbered"])
+@pytest.mark.parametrize("token", [27, -1])
+def test_a_wrong_token_on_the_device_fails_there(cuda, call, token):
+    """In another process, since nothing runs on the device afterwards."""
+    process = run_python(WRONG_ON_CUDA, call, token, check=False)
+    assert process.returncode and "device-side assert" in process.stderr
+
+
 def test_wrong_arguments_are_rejected(device):
     folded = fold_batch_norm(random_conv(device=device))
     for tokens, message in (
@@ -82,5 +122,5 @@ def test_wrong_arguments_are_rejected(device):
         tokens = TOKENS.clone()
         tokens[row, time] = token
         with pytest.raises(IndexError, match=rf"token {token} at \[{row}, {time}\] is outside the vocabulary") as error:
-            folded(tokens.to(device))
+            folded(tokens)
         assert isinstance(error.value, WaveNetConvError)

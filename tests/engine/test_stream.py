@@ -73,6 +73,29 @@ def test_compiled_tanh_is_accurate_relative_to_its_size(dtype, tolerance):
     assert (np.abs(y - expected) <= tolerance * np.abs(expected))[:-1].all() and np.isnan(y[-1])
 
 
+@pytest.mark.parametrize("sizes, end", [(WIDE, 0), (WIDE, 5), (GATED, 0), (DEEP, 0), (OTHERS[1], 3)], ids=str)
+def test_a_step_as_one_graph_has_the_same_bits(cuda, sizes, end):
+    """Also after rows were reset, a state was loaded and prefixes were pushed."""
+    conv = from_tree(random_tree(**sizes, device=cuda))
+    streams = [Stream(conv, 3, graph=graph, end=end) for graph in (True, False)]
+    tokens = torch.randint(27, (3, 40), generator=torch.Generator().manual_seed(0))
+
+    def assert_same(read):
+        one, other = (read(stream) for stream in streams)
+        assert torch.equal(one, other)
+
+    assert_same(lambda stream: streamed(stream, tokens[:, :23]))
+    first, other = (stream.step(tokens[:, 0]) for stream in streams)
+    state = streams[1].state()
+    assert_same(lambda stream: stream.reset([1]) or streamed(stream, tokens[:, 23:]))
+    assert_same(lambda stream: stream.load_state(state) or streamed(stream, tokens[:, :7]))
+    prefixes = torch.full((3, 9), end).masked_scatter(torch.arange(9) > 0, tokens)
+    assert_same(lambda stream: stream.push(prefixes, torch.tensor([8, 8, 8])))
+    assert torch.equal(first, other)  # no later step has overwritten what was returned
+    for one, other in zip(*(stream.state().values() for stream in streams)):
+        assert torch.equal(one, other)
+
+
 @settings(max_examples=25)
 @given(st.data())
 def test_reset_rows_do_not_change_the_others(data):
@@ -113,6 +136,27 @@ def test_push_gives_the_logits_after_each_prefix(sizes, device):
                 with torch.no_grad():
                     expected = tree(window[:, -stream.context :].to(device))[0]
                 assert (logits - expected).abs().max() < 1e-12
+
+
+def test_a_prefix_is_checked_once_and_not_at_each_step(device, monkeypatch):
+    checked = []
+    monkeypatch.setattr("wavenet_conv.engine.stream.check_tokens", lambda *arguments: checked.append(arguments))
+    rows = FEW_ROWS + 1
+    Stream(random_conv(device=device), rows).push(*ABC.encode(["emma"] * rows, context=8))
+    assert len(checked) == 1
+
+
+@pytest.mark.parametrize("end", [0, 5])
+@pytest.mark.parametrize("sizes", [WIDE, GATED, DEEP], ids=["wide", "gated", "deep"])
+def test_a_step_does_not_wait_for_the_device(cuda, sizes, end):
+    """A CUDA graph refuses what waits. Tokens of the host and of the device give the same logits."""
+    conv, tokens = from_tree(random_tree(**sizes, device=cuda)), torch.tensor([1, 2, 3])
+    streams = [Stream(conv, 3, end=end) for _ in range(2)]
+    for _ in range(5):
+        assert torch.equal(streams[0].step(tokens), streams[1].step(tokens.to(cuda)))
+    on_device = tokens.to(cuda)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        streams[1].step(on_device)
 
 
 @pytest.mark.parametrize("batch_size, compiled", BACKENDS[1:])
@@ -162,6 +206,7 @@ def test_states_that_do_not_fit_are_rejected():
 
 
 def test_compiled_steps_that_cannot_run_are_rejected(monkeypatch):
+    assert rejects("a step can be a graph on CUDA, not on cpu; leave out graph=True", Stream, random_conv(), graph=True)
     conv, message = random_conv(), r"up to 8 rows on the CPU, in float32 .* pip install 'wavenet-conv.fast.'"
     assert rejects(message, Stream, conv, FEW_ROWS + 1, compiled=True)
     assert rejects(message, Stream, random_conv(dtype=torch.bfloat16), compiled=True)

@@ -32,11 +32,20 @@ class Ring:
         children = []
         for back in self.backs:
             old = self.nodes[(clock - back) % len(self.nodes)]
-            if back > settled:
-                young = (ages < back).view(-1, *[1] * self.padding.ndim)
-                old = torch.where(young, self.padding, old)
-            children.append(old)
+            children.append(self._grown(old, back, ages) if back > settled else old)
         return children
+
+    def push_at(self, child: Tensor, clock: Tensor, ages: Tensor) -> list[Tensor]:
+        """`push` with the clock on the device, int64 `(1,)`."""
+        self.nodes.index_copy_(0, clock % len(self.nodes), child[None])
+        places = [(clock - back) % len(self.nodes) for back in self.backs]
+        olds = [self.nodes.index_select(0, place)[0] for place in places]
+        return [self._grown(old, back, ages) if back else child for old, back in zip(olds, self.backs)]
+
+    def _grown(self, old: Tensor, back: int, ages: Tensor) -> Tensor:
+        """The children of `back` steps ago, with padding in rows that are younger."""
+        young = (ages < back).view(-1, *[1] * self.padding.ndim)
+        return torch.where(young, self.padding, old)
 
 
 class TorchSteps:
@@ -92,15 +101,23 @@ class TorchSteps:
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Reads one token per row, int64 `(rows,)`; returns logits `(rows, vocab)`."""
+        logits = self._read(tokens)
+        self.clock, self.settled = self.clock + 1, self.settled + 1
+        return logits
+
+    def _push(self, ring: Ring, child: Tensor) -> list[Tensor]:
+        return ring.push(child, self.clock, self.ages, self.settled)
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        """What a step does on the device."""
         child = self.keys.mul_(self.nodes.vocab_size).remainder_(self.kinds).add_(tokens)
         value = None if self.values is None else self.values.index_select(0, child)
         for layer, ring in enumerate(self.rings, start=self.first):
-            value = self._tiled(layer, ring.push(child, self.clock, self.ages, self.settled), value)
+            value = self._tiled(layer, self._push(ring, child), value)
             child = value[:, : self.nodes.n_embd] if self.values is not None else value
             if self.values is None:
                 value = None
         self.ages += 1
-        self.clock, self.settled = self.clock + 1, self.settled + 1
         head = self.nodes.head
         logits = [torch.addmm(head.bias, tile, head.weight) for tile in child.split(self.tile)]
         return (logits[0] if len(logits) == 1 else torch.cat(logits))[:, : self.nodes.vocab_size]
@@ -121,3 +138,40 @@ class TorchSteps:
         for name, part in self.state().items():
             part.copy_(state[name])
         self.clock, self.settled = int(state["clock"]), 0
+
+
+class GraphSteps(TorchSteps):
+    """A backend for CUDA whose step is one launch: a CUDA graph, which reads the clock on the device.
+
+    The first step runs without a graph, which prepares the libraries that it calls; the second one is captured.
+    """
+
+    def __init__(self, shared: SharedNodes, rows: int):
+        super().__init__(shared, rows)
+        self._now = self.keys.new_zeros(1)  # the clock
+        self._tokens, self._logits = torch.zeros_like(self.keys), torch.empty(0)  # what the graph reads and writes
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._prepared = False
+
+    def _push(self, ring: Ring, child: Tensor) -> list[Tensor]:
+        return ring.push_at(child, self._now, self.ages)
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        self._tokens.copy_(tokens)
+        if not self._prepared:
+            self._prepared, logits = True, super()._read(self._tokens)
+            self._now += 1
+            return logits
+        if self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._logits = super()._read(self._tokens)
+                self._now += 1
+            self._graph = graph
+        self._graph.replay()
+        return self._logits
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continues from a `state()` of the same shapes."""
+        super().load_state(state)
+        self._now.fill_(self.clock)

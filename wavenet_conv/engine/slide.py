@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model import ConvWaveNet
-from ..vocabulary import check_sequences, check_tokens
+from ..vocabulary import check_tokens, checked_sequences
 from .weights import Weights, fold
 
 
@@ -40,10 +40,10 @@ class FoldedWaveNet:
         """Computes the logits of the token after every window, without gradients.
 
         Tokens int64 `(batch, time)` to logits `(batch, time - context + 1, vocab)`, with the errors of
-        `ConvWaveNet.forward`.
+        `ConvWaveNet.forward`. As there, nothing waits for a CUDA device, which takes tokens of the host too.
         """
         weights, vocab_size = self.weights, self.config.vocab_size
-        check_sequences(tokens, self.context, vocab_size, self.device, values=self.device.type != "cpu")
+        tokens = checked_sequences(tokens, self.context, vocab_size, self.device, values=self.device.type != "cpu")
         batch, outputs = len(tokens), tokens.shape[1] - self.context + 1
         try:
             x = F.embedding(tokens.t(), weights.embedding).flatten(0, 1)

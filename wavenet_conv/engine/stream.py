@@ -17,7 +17,7 @@ from ..model import ConvWaveNet
 from ..numbering import to_engine
 from ..precision import exact_float32_on
 from ..vocabulary import check_tokens
-from .rings import TorchSteps
+from .rings import GraphSteps, TorchSteps
 from .shared import SharedNodes
 from .weights import Weights, fold
 
@@ -43,11 +43,12 @@ class Stream:
         compiled: Whether Numba's loops take the steps, or PyTorch. Default: loops where they can run, which is on the
             CPU in float32 or float64 with at most 8 rows and the extra "fast", for layers with tanh and no layer norm,
             or gated ones. They are compiled at the first step, in some seconds, and kept beside the package.
+        graph: Whether each step is one CUDA graph, captured at the second step, with the same results.
         end: The token that pads before a name and ends it, `vocab.end`.
 
     Raises:
         ShapeError: `batch_size` is below 1.
-        ConfigError: `compiled` is True and the loops cannot run; `end` is no token of the model.
+        ConfigError: `compiled` or `graph` is True and cannot be; `end` is no token of the model.
     """
 
     @torch.inference_mode(False)  # a stream made in inference mode can be used outside
@@ -60,6 +61,7 @@ class Stream:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         compiled: bool | None = None,
+        graph: bool = False,
         end: int = 0,
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
@@ -70,33 +72,19 @@ class Stream:
             raise ConfigError(f"end is {end!r}; it must be a token of the model, 0 to {self.vocab_size - 1}")
         self.end, weights = end, weights.end_first(end)
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
-        self._engine_tokens = to_engine(torch.arange(self.vocab_size, device=self.device), end)
+        self._vocab_tokens = torch.arange(self.vocab_size, device=self.device)
+        self._engine_tokens = to_engine(self._vocab_tokens, end)
         self._digest = torch.frombuffer(bytearray(_digest(weights)), dtype=torch.uint8)
-        loops_can_run = weights.only_tanh and batch_size <= FEW_ROWS and _loops_can_run(self.device, self.dtype)
-        if compiled and not weights.only_tanh:
-            raise ConfigError(
-                "compiled steps know tanh and gated layers, but no other activation, no layer norm and no head that "
-                "merges nodes; leave out compiled=True"
-            )
-        if compiled and not loops_can_run:
-            raise ConfigError(
-                f"compiled steps are for up to {FEW_ROWS} rows on the CPU, in float32 or float64, and need Numba: "
-                f"pip install 'wavenet-conv[fast]', or leave out compiled=True"
-            )
-        self.compiled = loops_can_run and compiled is not False
         with exact_float32_on(self.device):
-            shared = SharedNodes(weights)
-            if self.compiled:
-                from .loops import CompiledSteps  # Numba takes 0.3 s to import
-
-                self.backend: TorchSteps = CompiledSteps(shared, batch_size)
-            else:
-                self.backend = TorchSteps(shared, batch_size)
+            self.backend = _backend(weights, batch_size, compiled, graph)
+        self.compiled = type(self.backend) not in (TorchSteps, GraphSteps)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Reads one token per row.
 
-        Tokens int64 `(batch_size,)` to the logits of the next ones, `(batch_size, vocab)`.
+        Tokens int64 `(batch_size,)` to the logits of the next ones, `(batch_size, vocab)`. On CUDA this does not wait
+        for the device: tokens on the host are checked and copied, and a token on the device that is outside the
+        vocabulary makes a kernel fail (a device-side assert).
 
         Raises:
             ShapeError, TokenError: Another shape, dtype or device; a token outside the vocabulary. No row reads then.
@@ -104,11 +92,13 @@ class Stream:
         if not isinstance(tokens, Tensor) or tokens.shape != (self.batch_size,) or tokens.dtype != torch.int64:
             found = f"{tokens.dtype} of shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else repr(tokens)
             raise ShapeError(f"step takes tokens int64 ({self.batch_size},), one per row, not {found}")
-        if tokens.device != self.device:
+        if tokens.device != self.device and not (tokens.device.type == "cpu" and self.device.type == "cuda"):
             raise ShapeError(f"tokens are on {tokens.device} and the stream on {self.device}; move them with .to(...)")
-        if self.batch_size > FEW_ROWS or not all(0 <= token < self.vocab_size for token in tokens.tolist()):
+        if tokens.is_cuda:  # of a wrong token the steps would make a wrong key; this lookup fails
+            tokens = self._vocab_tokens.index_select(0, tokens)
+        elif self.batch_size > FEW_ROWS or not all(0 <= token < self.vocab_size for token in tokens.tolist()):
             check_tokens(tokens, self.vocab_size)
-        return self.advance(tokens).clone()
+        return self.advance(tokens.to(self.device, non_blocking=True)).clone()
 
     def advance(self, tokens: Tensor) -> Tensor:
         """`step` without its checks; the next step overwrites the logits."""
@@ -134,9 +124,9 @@ class Stream:
         columns = _columns_of(tokens, lengths, self.batch_size, self.end)
         check_tokens(columns, self.vocab_size)
         self.reset()
-        for column in columns.to(self.device):
-            logits = self.step(column)
-        return logits
+        for column in columns.to(self.device, non_blocking=True):
+            logits = self.advance(column)
+        return logits.clone()
 
     def reset(self, rows: Sequence[int] | Tensor | None = None) -> None:
         """Makes these rows, or all of them, new ones; the others continue.
@@ -213,6 +203,30 @@ def _numbers_of(rows: Sequence[int] | Tensor | None, count: int) -> list[int]:
         if not 0 <= row < count:
             raise ShapeError(f"row {row} is not among the {count} rows, 0 to {count - 1}")
     return numbers
+
+
+def _backend(weights: Weights, rows: int, compiled: bool | None, graph: bool) -> TorchSteps:
+    """What takes the steps, by the arguments of `Stream`."""
+    device, dtype = weights.embedding.device, weights.embedding.dtype
+    loops_can_run = weights.only_tanh and rows <= FEW_ROWS and _loops_can_run(device, dtype)
+    if graph and device.type != "cuda":
+        raise ConfigError(f"a step can be a graph on CUDA, not on {device}; leave out graph=True")
+    if compiled and not weights.only_tanh:
+        raise ConfigError(
+            "compiled steps know tanh and gated layers, but no other activation, no layer norm and no head that "
+            "merges nodes; leave out compiled=True"
+        )
+    if compiled and not loops_can_run:
+        raise ConfigError(
+            f"compiled steps are for up to {FEW_ROWS} rows on the CPU, in float32 or float64, and need Numba: "
+            f"pip install 'wavenet-conv[fast]', or leave out compiled=True"
+        )
+    shared = SharedNodes(weights)
+    if loops_can_run and compiled is not False:
+        from .loops import CompiledSteps  # Numba takes 0.3 s to import
+
+        return CompiledSteps(shared, rows)
+    return GraphSteps(shared, rows) if graph else TorchSteps(shared, rows)
 
 
 def _loops_can_run(device: torch.device, dtype: torch.dtype) -> bool:
