@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wavenet_conv import WaveNetConfig
-from wavenet_conv.engine import shared
+from wavenet_conv.engine import kernel, shared, tabulated
 
 CompiledNodes: Any = None
 with suppress(ImportError):  # Numba is not installed
@@ -52,9 +52,11 @@ class Counting(TorchDispatchMode):
 def counting(config: WaveNetConfig) -> Iterator[Counting]:
     """As `Counting`; of a `Scorer`, whose tiles are padded, the nodes that get ids, and the multiply-adds of those.
 
-    Compiled loops evaluate a node once for each tap at which it is read.
+    Compiled loops evaluate a node once for each tap at which it is read. On a GPU no node gets an id, and tables are
+    made before.
     """
     counted, evaluated, find_ids = Counting(config), [0] * len(config.widths), shared.ids_of_names
+    in_tiles, in_kernel = tabulated.evaluate, kernel.last_layer
     by_tap = list[int]()  # evaluations in compiled loops
 
     def counting_ids(*args: Any, **options: Any) -> Any:
@@ -68,8 +70,18 @@ def counting(config: WaveNetConfig) -> Iterator[Counting]:
         evaluated[layer] += by_tap[-1]
         evaluate(model, layer, tap, table, children, *rest)
 
+    def counting_tiles(nodes: Any, layer: int, readable: Any, children: Tensor, tile: int) -> Iterator[Tensor]:
+        evaluated[layer] += len(children)
+        return in_tiles(nodes, layer, readable, children, tile)
+
+    def counting_kernel(contributions: Tensor, children: Tensor, *rest: Tensor) -> Tensor:
+        evaluated[-1] += len(children)
+        return in_kernel(contributions, children, *rest)
+
     with (
         counted,
+        patch.object(tabulated, "evaluate", counting_tiles),
+        patch.object(kernel, "last_layer", counting_kernel),
         patch.object(shared, "ids_of_names", counting_ids),
         patch.object(CompiledNodes, "evaluate", counting_evaluations) if CompiledNodes else nullcontext(),
     ):

@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 
 import reference
-from benchmarks import harness, rivals, sizes
+from benchmarks import device, harness, rivals, sizes
 from benchmarks.choosing import loss_of
 from benchmarks.counting import outputs
 from benchmarks.harness import Benchmark, Results, Session
@@ -60,9 +60,11 @@ def run(session: Session) -> Iterator[Results]:
     peer = rows[-1] | {"nodes": None} if PEERS else MISSING  # its nodes are others
     limits = {"matmul_multiply_adds_per_second": session.matmul_rate}
     yield {"distinct_nodes": distinct, "methods": rows[: len(METHODS)], "limits": limits, "peer": peer}
-    ways = sizes.make_methods(default, session)
-    for found in sizes.size_rows(ways, distinct_names(session.pick(*LONGEST_LIST), session), session):
+    ways, many = sizes.make_methods(default, session), distinct_names(session.pick(*LONGEST_LIST), session)
+    for found in sizes.size_rows(ways, many, session):
         yield {"sizes": found}
+    if session.device.type == "cuda":
+        yield {"on_device": device.device_part(default, many, session)}
     valid = split_names(session.names)[1]
     losses = {name: loss_of(ways[name](valid), valid) for name in ways if name in ("shared", rivals.NGRAMS)}
     yield {"validation_losses": losses}
@@ -114,6 +116,8 @@ def tables(results: Results) -> Iterator[Table]:
         "Medians; each call takes other names, sampled from the default model, without repeats. Losses in nats per "
         f"character on the list's validation part: {losses}.",
     )
+    if "on_device" in results:
+        yield device.device_table(results["on_device"])
 
 
 main = partial(harness.main, Benchmark("score", __doc__, run, tables))
