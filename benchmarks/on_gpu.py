@@ -126,6 +126,12 @@ def longest_list(results: Results) -> str:
     return f"{row['names']:,} names from strings: {us:.3f} us per name, {row['windows']['us'] / us:.1f} x windows"
 
 
+def on_device(results: Results) -> str:
+    """Scoring in the device, and from an Arrow column."""
+    rates = {row["method"]: row["positions_per_second"] / 1e6 for row in results["on_device"]["rows"]}
+    return f"million positions per second {', '.join(f'{name}: {rate:,.0f}' for name, rate in rates.items())}"
+
+
 def drawing(results: Results) -> str:
     """Names per second."""
     ours, windows = (row_of(results, "methods", name)["names_per_second"] for name in ("sample", "windows_folded"))
@@ -145,7 +151,7 @@ def training(results: Results) -> str:
 
 HEADLINES: dict[str, tuple[Callable[[Results], str], ...]] = {
     "slide": (one_name, growth),
-    "score": (scoring, longest_list),
+    "score": (scoring, longest_list, on_device),
     "sample": (drawing,),
     "train": (step, training),
 }

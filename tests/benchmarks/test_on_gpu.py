@@ -57,6 +57,7 @@ def test_every_step_runs_and_the_summary_has_the_headlines(call):
     slide = RESULTS["slide"] | {"finished": True, "triton_kernels": ["a_kernel"]}
     slide["one_name"] = [*slide["one_name"], {"method": "slid_graph", "us": slide["one_name"][0]["us"] / 50}]
     plan = {name: {"results": RESULTS[name] | {"finished": True}} for name in on_gpu.BENCHMARKS}
+    plan["score"]["results"]["on_device"] = {"rows": [{"method": "in the device", "positions_per_second": 1e9}]}
     done, files = call(plan | {"slide": {"results": slide}})
     assert done.returncode == 0 and not done.stderr
     assert set(files) == {"log.txt", "summary.txt", *(f"{name}.json" for name in on_gpu.BENCHMARKS)}
