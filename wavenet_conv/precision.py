@@ -22,7 +22,8 @@ def exact_float32() -> Iterator[None]:
 
     TF32 has 10 bits of mantissa, which moves logits by about 1e-3. The switches of CUDA and of the CPU's oneDNN are
     global, so other threads see them too: the first thread that enters sets them, and the last one that leaves restores
-    them.
+    them. From PyTorch 2.9 on these switches are called `fp32_precision`. Read them by that name inside: PyTorch may
+    raise where an older one is read (`allow_tf32`, `get_float32_matmul_precision`) after a newer one was set.
     """
     global _inside, _found
     switches = _switches()

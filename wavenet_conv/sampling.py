@@ -99,7 +99,8 @@ def sample_stream(
         raise ConfigError(f"{given}; give a max_length of at least {len(start)}")
     dtype = model.embedding.weight.dtype if dtype is None else dtype
     weights = fold(model, device, dtype if dtype.itemsize >= 4 else torch.float32)
-    shared = SharedNodes(weights.end_first(vocab.end))
+    with exact_float32_on(weights.embedding.device):
+        shared = SharedNodes(weights.end_first(vocab.end))
     count = UNBOUNDED if n is None else min(n, UNBOUNDED)
     sampler = Sampler(shared, vocab, draw, start, seed, count, min(max_length, UNBOUNDED))
     side_by_side = min(BATCH if batch_size is None else batch_size, max(1, sampler.count))
@@ -208,7 +209,9 @@ class Sampler:
         """Names side by side, one character of each per step; the row of a finished name begins the next one."""
         rows = min(batch_size, STREAM_ROWS, max(1, STREAM_TOKENS // self.shared.context))
         rows += -rows % TILE_ROWS
-        steps, first = TorchSteps(self.shared, rows, tile=TILE_ROWS), 0  # the first name that has not been yielded
+        with exact_float32_on(self.device):
+            steps = TorchSteps(self.shared, rows, tile=TILE_ROWS)
+        first = 0  # the first name that has not been yielded
         active, begun = torch.arange(rows, device=self.device), rows
         tokens = positions = torch.zeros_like(active)
         names, drawn = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)

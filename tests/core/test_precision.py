@@ -7,8 +7,10 @@ import types
 
 import pytest
 import torch
+from helpers import ALPHABET, random_tree
 
-from wavenet_conv import exact_float32, precision
+from wavenet_conv import Scorer, Stream, Vocabulary, exact_float32, from_tree, precision, sample, sampling, verify
+from wavenet_conv.continuing import complete
 
 NEW = hasattr(torch.backends, "fp32_precision")  # PyTorch 2.9 or later
 
@@ -65,3 +67,31 @@ def test_it_works_with_the_older_switch_alone(monkeypatch):
     with exact_float32():
         assert old.cudnn.allow_tf32 is False
     assert old.cudnn.allow_tf32 is True
+
+
+VOCAB = Vocabulary(ALPHABET)
+CALLS = {  # numbers that a user reads; all of them as tensors
+    "sample": lambda tree, conv, names: VOCAB.encode(sample(conv, VOCAB, 4000), context=1)[0],
+    "sample streamed": lambda tree, conv, names: VOCAB.encode(sample(conv, VOCAB, 4000), context=1)[0],
+    "stream": lambda tree, conv, names: Stream(conv, len(names)).push(*VOCAB.encode(names, context=8)),
+    "score": lambda tree, conv, names: Scorer(conv, VOCAB).score(names),
+    "complete": lambda tree, conv, names: torch.tensor([pair[1] for pair in complete(Scorer(conv, VOCAB), [""])[0]]),
+    "verify": lambda tree, conv, names: torch.tensor(verify(tree, conv, names, VOCAB).max_abs_diff),
+    "from_tree": lambda tree, conv, names: torch.nn.utils.parameters_to_vector(conv.parameters()),
+}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("call", CALLS)
+def test_tf32_that_the_program_asks_for_on_cuda_changes_nothing(names, call, monkeypatch):
+    """TF32 moves logits by 1e-3, and with them some names."""
+    monkeypatch.setattr(sampling, "LONG", 0 if "streamed" in call else sampling.LONG)
+    tree = random_tree(n_hidden=128, dtype=torch.float32, device="cuda")
+    before, found = torch.get_float32_matmul_precision(), []
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            found.append(CALLS[call](tree, from_tree(tree), names[:40]))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.allclose(*found, rtol=0, atol=1e-5)

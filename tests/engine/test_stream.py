@@ -196,6 +196,7 @@ def test_states_that_do_not_fit_are_rejected():
         (state | {"keys": state["keys"] + 10**6}, "out of range; it is damaged"),
         (state | {"layer 0": state["layer 0"] - 1}, "out of range"),
         (state | {"layer 1": state["layer 1"].double()}, "'layer 1' of this state .* is damaged"),
+        (state | {"layer 1": state["layer 1"][..., :0]}, "'layer 1' of this state .* is damaged"),
         ([state], "a state is a dict of tensors"),
     ):
         assert rejects(message, stream.load_state, stranger)

@@ -134,9 +134,13 @@ class TorchSteps:
         return {"clock": torch.tensor([self.clock]), "ages": self.ages, "keys": self.keys, **rings}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Continues from a `state()` of the same shapes."""
+        """Continues from a `state()` of the same shapes, but for the padding of columns."""
         for name, part in self.state().items():
-            part.copy_(state[name])
+            given = state[name]
+            if part.ndim == 3:  # a device has its own number of columns, and those behind the channels are padding
+                width = min(part.shape[2], given.shape[2])
+                part, given = part[..., :width], given[..., :width]
+            part.copy_(given)
         self.clock, self.settled = int(state["clock"]), 0
 
 

@@ -17,6 +17,7 @@ from ..model import ConvWaveNet
 from ..numbering import to_engine
 from ..precision import exact_float32_on
 from ..vocabulary import check_tokens
+from .nodes import CUDA_COLUMNS
 from .rings import GraphSteps, TorchSteps
 from .shared import SharedNodes
 from .weights import Weights, fold
@@ -154,7 +155,7 @@ class Stream:
         if not torch.equal(state.get("model", torch.zeros(0)).cpu(), self._digest):
             raise StateError("this state is of another model or dtype; load it into a stream of that one")
         for name, part in mine.items():
-            if name not in state or (state[name].shape, state[name].dtype) != (part.shape, part.dtype):
+            if name not in state or _kind_of(state[name]) != _kind_of(part):
                 raise StateError(f"{name!r} of this state is missing or has another shape; it is damaged, make another")
         keys = torch.cat([state["keys"], state["layer 0"].flatten()])
         if keys.min() < 0 or keys.max() >= self.backend.kinds or min(state["ages"].min(), state["clock"].min()) < 0:
@@ -163,6 +164,12 @@ class Stream:
 
     def __reduce_ex__(self, protocol: object) -> tuple:
         raise StateError("a Stream is not copied or pickled; make another of the same model and give it the state()")
+
+
+def _kind_of(part: Tensor) -> tuple[object, ...]:
+    """What a tensor of a state must have in common with the stream's: all but the padding of a ring's columns."""
+    *sizes, columns = part.shape or (0,)
+    return part.dtype, sizes, -(columns // -CUDA_COLUMNS) if part.ndim == 3 else columns
 
 
 def _columns_of(tokens: Tensor, lengths: Tensor, rows: int, end: int) -> Tensor:
