@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -28,7 +29,9 @@ if module == "pytest":
 doing = plan.get(name, {})
 if "results" in doing:
     open(arguments[arguments.index("--json") + 1], "w").write(json.dumps(doing["results"]))
-time.sleep(doing.get("sleep", 0))
+if "sleep" in doing:
+    open(os.environ["PLAN"] + ".pid", "w").write(str(os.getpid()))
+    time.sleep(doing["sleep"])
 sys.exit(doing.get("code", 0))
 """
 
@@ -82,6 +85,33 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_others(call):
     assert "million positions per second" in summary and "- Scoring of the longest list: not measured" in summary
     assert "slide: NOT FINISHED, equal, Triton kernels that ran: none; NO MEASUREMENTS" in summary
     assert "--device cuda --json" in files["log.txt"] and "--device cuda --seed 3 --json" in files["log.txt"]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_step_that_runs_and_those_after_it(call, tmp_path, number, code):
+    plan = {"kernel": {"sleep": 60}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    environment = {"PLAN": str(tmp_path / "plan.json"), "PYTHON": f"{sys.executable} {tmp_path / 'python.py'}"}
+    command = ["bash", str(ROOT / "benchmarks" / "on_gpu.sh"), str(tmp_path / "out")]
+    with subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True) as process:
+        next(line for line in process.stdout if line.startswith("kernel: "))
+        pid = tmp_path / "plan.json.pid"
+        while not (pid.exists() and pid.read_text()):
+            os.sched_yield()
+        process.send_signal(number)
+        rest = process.stdout.read()
+    assert process.returncode == code and "slide" not in rest
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+@pytest.mark.parametrize("out", ["-", "--help", "", "/dev/null", "a\0b"[:1] + "/dev/null"])
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path, out):
+    (tmp_path / "a").touch()
+    script = ["bash", str(ROOT / "benchmarks" / "on_gpu.sh"), out]
+    done = subprocess.run(script, cwd=tmp_path, env=os.environ | {"CDPATH": "/"}, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"a"}
 
 
 def test_nothing_runs_where_something_is_missing(call, tmp_path):
