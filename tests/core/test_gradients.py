@@ -31,9 +31,11 @@ def assert_same_loss_and_gradients(tree, conv, names):
 
 @pytest.mark.parametrize("kernel_sizes", [(2, 2, 2), (3, 1, 2)], ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_gradients_in_evaluation_mode_are_the_trees(device, kernel_sizes, kind):
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_gradients_are_the_trees(device, kernel_sizes, kind, training):
     tree = random_tree(kernel_sizes, n_embd=6, n_hidden=10, **kind, device=device)
-    assert_same_loss_and_gradients(tree, from_tree(tree), NAMES)
+    conv = from_tree(tree).train(training)
+    assert_same_loss_and_gradients(tree.train(training), conv, NAMES)
 
 
 @settings(max_examples=40)
