@@ -105,7 +105,7 @@ def test_a_signal_stops_the_step_that_runs_and_those_after_it(call, tmp_path, nu
         os.kill(int(pid.read_text()), 0)
 
 
-@pytest.mark.parametrize("out", ["-", "--help", "", "/dev/null", "a\0b"[:1] + "/dev/null"])
+@pytest.mark.parametrize("out", ["-", "--help", "", "/dev/null", "a/b"])
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path, out):
     (tmp_path / "a").touch()
     script = ["bash", str(ROOT / "benchmarks" / "on_gpu.sh"), out]
