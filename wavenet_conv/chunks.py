@@ -27,7 +27,8 @@ class Codes(NamedTuple):
     codes: Tensor  # uint8 (characters,), Latin-1, names end to end
     lengths: Tensor  # characters per name, int64
     known: Tensor  # bool; false for a missing name
-    pack: Callable[[], Packed]  # the same names as tokens; raises `NamesError` if that is what unknown ones do
+    unknown: str  # what an unknown name does, "error" or "nan"
+    pack: Callable[[], Packed]  # the same names as tokens, unknown ones as empty ones; or raises `NamesError`
 
 
 Chunk = Packed | Codes

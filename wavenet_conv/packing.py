@@ -84,7 +84,7 @@ def _codes(texts: Iterable[Text], vocab: Vocabulary, context: int, unknown: str)
             yield pack()
         else:
             known = torch.ones(len(part.lengths), dtype=torch.bool) if part.missing is None else ~part.missing
-            yield Codes(torch.from_numpy(text), part.lengths, known, pack)
+            yield Codes(torch.from_numpy(text), part.lengths, known, unknown, pack)
         first += len(part.lengths)
 
 

@@ -112,7 +112,7 @@ class Scorer:
             UsageError: Names are read with PyArrow, which is not installed.
         """
         parts = [scores for scores, _ in self._scores(self._chunks(names, unknown), AHEAD)]
-        return torch.cat([torch.zeros(0, dtype=self.dtype), *parts])
+        return torch.cat([torch.zeros(0, dtype=self.dtype, device="cpu"), *parts])
 
     def stream(self, names: Names, *, chunk: int = CHUNK_NAMES, unknown: str = "error") -> Iterator[Tensor]:
         """Yields the scores of `names`, an iterable of any length, in order, at most `chunk` at a time.
@@ -129,8 +129,8 @@ class Scorer:
             Values `(positions,)`, name after name, in the scorer's dtype, and offsets int64 `(names + 1,)`: name i has
             `values[offsets[i] : offsets[i + 1]]`, one more than it has characters. An unknown name has one NaN.
         """
-        values, all_lengths = [torch.zeros(0, dtype=self.dtype)], []
-        for found, _, lengths, known in self._likelihood.log_probs(self._chunks(names, unknown)):
+        values, all_lengths = [torch.zeros(0, dtype=self.dtype, device="cpu")], []
+        for found, _, lengths, known in self._likelihood.log_probs(self._chunks(names, unknown), positions=True):
             values.append(found.cpu())
             values[-1][(torch.cumsum(lengths + 1, 0) - 1)[~known]] = torch.nan
             all_lengths.append(lengths)
@@ -139,7 +139,9 @@ class Scorer:
     def logits(self, names: Names) -> tuple[Tensor, Tensor]:
         """All logits `(positions, vocab)` on the CPU, and offsets as `position_log_probs`. Column t is of token t."""
         parts = list(self._likelihood.logits(packed(names, self.vocab, self.context, CHUNK_NAMES, "error")))
-        logits = torch.cat([torch.zeros(0, len(self.vocab), dtype=self.dtype), *[logits for logits, _ in parts]])
+        logits = torch.cat(
+            [torch.zeros(0, len(self.vocab), dtype=self.dtype, device="cpu"), *[logits for logits, _ in parts]]
+        )
         if self.vocab.end:
             logits = logits.index_select(1, to_engine(torch.arange(len(self.vocab)), self.vocab.end))
         return logits, _offsets([lengths for _, lengths in parts])
@@ -148,7 +150,7 @@ class Scorer:
         """Bits that the model needs per character of each name, its end counted as one: `(names,)`."""
         parts = self._scores(self._chunks(names, unknown), AHEAD)
         bits = [scores / (-log(2) * (lengths + 1)) for scores, lengths in parts]
-        return torch.cat([torch.zeros(0, dtype=self.dtype), *bits])
+        return torch.cat([torch.zeros(0, dtype=self.dtype, device="cpu"), *bits])
 
     def percentile(self, names: Names, *, unknown: str = "error") -> Tensor:
         """Percent of the training list that need fewer bits per character than each name: `(names,)`.

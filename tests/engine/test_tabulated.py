@@ -48,8 +48,8 @@ def test_log_probs_are_the_trees(device, kernel_sizes, kind, room):
 def test_more_room_is_more_tables():
     shared = SharedNodes(fold(random_conv((2, 2, 2), dtype=torch.float32)))
     assert [TabulatedNodes(shared, room=room).tabulated for room in ROOMS] == [1, 1, 2]
-    nodes = TabulatedNodes(shared, room=2 * 27**4 * 16 * 4)
-    assert nodes.tabulated == 2 and TabulatedNodes(shared, room=2 * 27**4 * 16 * 4 - 1).tabulated == 1
+    least = 2 * (27**4 + shared.tile) * 16 * 4  # two taps of 16 float32 channels
+    assert [TabulatedNodes(shared, room=room).tabulated for room in (least, least - 1)] == [2, 1]
     assert TabulatedNodes(SharedNodes(fold(random_conv((2, 2, 2, 2)))), room=2**40).tabulated == 2  # 27^8 is too many
 
 
@@ -69,7 +69,7 @@ def test_codes_are_numbered_on_the_device(device):
     for names in (NAMES, [""], ["abc"], ["", "", "z"]):
         codes, lengths = codes_of(names)
         *found, known = nodes.log_probs_of_codes(codes.to(device), lengths.to(device), numbers)
-        assert int(known) == sum(map(len, names))
+        assert known.tolist() == [*map(len, names)]
         for part, expected in zip(found, nodes.log_probs(*packed_on(device, names))):
             assert torch.equal(part, expected)
 
@@ -79,7 +79,7 @@ def test_unknown_codes_are_counted(device, names):
     nodes = TabulatedNodes(SharedNodes(fold(random_conv(device=device))), room=0)
     codes, lengths = codes_of(names)
     *_, known = nodes.log_probs_of_codes(codes.to(device), lengths.to(device), ABC.latin1.to(device))
-    assert int(known) < sum(map(len, names))
+    assert known.tolist() == [sum(c in ABC.characters for c in name) for name in names]
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,20 @@ def test_the_kernel_is_used_where_it_runs_and_the_last_layer_is_a_tanh(monkeypat
     expected, _ = TabulatedNodes(shared, room=10**6).log_probs(*names)
     monkeypatch.setattr(kernel, "why_not", lambda *_: "")
     monkeypatch.setattr(kernel, "last_layer", lambda *args: [calls.append(1), kernel.last_layer_ref(*args)][1])
-    found, _ = TabulatedNodes(shared, room=10**6).log_probs(*names)
+    nodes = TabulatedNodes(shared, room=10**6)
+    calls.clear()
+    found, _ = nodes.log_probs(*names)
     assert (found - expected).abs().max() < 1e-5 and len(calls) == used
+
+
+def test_a_kernel_that_cannot_be_compiled_is_not_used(monkeypatch):
+    shared, names = SharedNodes(fold(random_conv(dtype=torch.float32))), packed_on("cpu")
+    expected, _ = TabulatedNodes(shared, room=0).log_probs(*names)
+    monkeypatch.setattr(kernel, "why_not", lambda *_: "")
+    monkeypatch.setattr(kernel, "last_layer", lambda *_: (_ for _ in ()).throw(RuntimeError("no C compiler")))
+    with pytest.warns(RuntimeWarning, match="Triton cannot run the kernel: no C compiler; .* plain PyTorch"):
+        nodes = TabulatedNodes(shared, room=0)
+    assert torch.equal(nodes.log_probs(*names)[0], expected)
 
 
 def test_the_whole_table_of_the_lectures_network_is_the_definition():
@@ -166,9 +178,40 @@ def test_the_first_name_that_is_wrong_is_named_on_any_device(device, monkeypatch
         assert rejects(message, scorer.score, names)
         names[place] = None
         assert rejects(f"name {place} is missing", scorer.score, names)
+        wrong = ["emma"] * place + ["o!a", "x?", "emma", "?", "emma"]
+        assert rejects(message, scorer.score, wrong)  # several of them in chunks that the device works on
     stream = scorer.stream(["emma"] * 2 + ["!"], chunk=1)
     assert len(next(stream)) == len(next(stream)) == 1
     assert rejects("name 2", next, stream)
+
+
+def test_an_error_while_a_chunk_starts_leaves_the_scorer_usable(device, monkeypatch):
+    scorer, names = Scorer(random_conv(), ABC, device=device, compiled=False), [*NAMES, *NAMES]
+    expected = scorer.score(names)
+    monkeypatch.setattr(packing, "CHUNK_TOKENS", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "segment_reduce", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            scorer.score(names)
+    chunks = scorer.stream(names, chunk=1)
+    next(chunks)
+    chunks.close()
+    assert torch.equal(scorer.score(names), expected)
+
+
+def test_scores_are_equal_on_another_stream_than_the_scorer_was_made_on(device):
+    if device.type == "cpu":
+        pytest.skip("needs a CUDA device")
+    conv = random_conv(vocab_size=300)
+    vocab = Vocabulary(map(chr, range(256, 555)))
+    names = ["".join(random.Random(i).choices(vocab.characters, k=i % 7)) for i in range(50)]
+    scorer = Scorer(conv, vocab, device=device)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        found = scorer.score(names)
+        made = Scorer(conv, vocab, device=device)
+    expected = Scorer(conv, vocab).score(names)
+    for scores in (found, made.score(names)):
+        assert (scores - expected).abs().max() < 1e-11
 
 
 def test_a_stream_on_any_device_reads_no_chunk_ahead(device):

@@ -67,14 +67,14 @@ class Likelihood:
         vars(self).update(state)
         self._prepare()
 
-    def log_probs(self, chunks: Iterable[Chunk], ahead: int = 0) -> Iterator[Scores]:
+    def log_probs(self, chunks: Iterable[Chunk], ahead: int = 0, positions: bool = False) -> Iterator[Scores]:
         """Per chunk of `packing.packed`: log-probabilities, their sums per name, lengths, known names.
 
-        On the CPU, except that log-probabilities stay on the scorer's device. There, `ahead` chunks are started before
-        the results of one are waited for.
+        On the CPU, except that log-probabilities stay on the scorer's device; `ahead` and `positions` as in
+        `DeviceLikelihood`.
         """
         if self.device.type == "cuda":
-            return self._engine.log_probs(chunks, ahead)
+            return self._engine.log_probs(chunks, ahead, positions)
         return self._on_cpu(chunks)
 
     def _on_cpu(self, chunks: Iterable[Chunk]) -> Iterator[Scores]:

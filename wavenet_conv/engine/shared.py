@@ -108,7 +108,8 @@ class SharedNodes:
         self.context, self.kernel_sizes = weights.config.context, weights.kernel_sizes
         self.vocab_size = nodes.vocab_size
         kinds, self.tabulated, rows = self.vocab_size, 0, whole_tile(nodes)
-        self.table = contribute(nodes, 0, _padded(nodes.embedding, rows, rows).split(rows), kinds, NodeCache())
+        tiles = _padded(nodes.embedding, rows, rows).split(rows)
+        self.table = _first(contribute(nodes, 0, tiles, kinds, NodeCache()), kinds)
         while self.tabulated < len(self.kernel_sizes) - 1 and kinds ** self.kernel_sizes[self.tabulated] <= TABULATED:
             size, self.tabulated = self.kernel_sizes[self.tabulated], self.tabulated + 1
             self.table = tabulate(nodes, self.tabulated, self.table, kinds, size)
@@ -226,7 +227,7 @@ def tabulate(nodes: NodeWeights, layer: int, below: Readable, kinds: int, kernel
     """
     children = unpack_keys(torch.arange(kinds**kernel_size, device=nodes.embedding.device), kinds, kernel_size)
     tiles = evaluate(nodes, layer - 1, below, children, whole_tile(nodes))
-    return contribute(nodes, layer, tiles, len(children), NodeCache())
+    return _first(contribute(nodes, layer, tiles, len(children), NodeCache()), len(children))
 
 
 def evaluate(nodes: NodeWeights, layer: int, readable: Readable, children: Tensor, tile: int) -> Iterator[Tensor]:
@@ -266,6 +267,12 @@ def contribute(
         for tap in range(1, size):
             torch.mm(tile, taps[tap], out=out[tap, rows])
     return out, values
+
+
+def _first(readable: Readable, count: int) -> Readable:
+    """A copy for the first nodes, without room for tiles."""
+    contributions, values = readable
+    return contributions[:, :count].clone(), None if values is None else values[:count].clone()
 
 
 def _too_many(buffer: Tensor | None, rows: int) -> bool:

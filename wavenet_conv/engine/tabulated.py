@@ -9,6 +9,8 @@ MB and 17 billion multiply-adds, once. A position is then two rows of that table
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ class TabulatedNodes:
         ]
         while self.tabulated < last:
             size = self.kernel_sizes[self.tabulated]
-            if kinds**size * node_bytes[self.tabulated + 1] > room:
+            if (kinds**size + self.tile) * node_bytes[self.tabulated + 1] > room:
                 break
             self.tabulated += 1
             self.table = tabulate(nodes, self.tabulated, self.table, kinds, size)
@@ -66,7 +68,16 @@ class TabulatedNodes:
             return "the last layer is not a linear map and tanh"
         if weight.is_cuda:
             kernel.warn_once_without_triton()
-        return kernel.why_not(weight.device, weight.dtype, self.vocab_size)
+        reason = kernel.why_not(weight.device, weight.dtype, self.vocab_size)
+        if not reason:
+            first = torch.zeros(1, self.kernel_sizes[-1], dtype=torch.int32, device=weight.device)
+            contributions = weight.new_zeros(self.kernel_sizes[-1], 1, len(weight))
+            try:  # Triton needs a C compiler, and a GPU that it knows
+                kernel.last_layer(contributions, first, first[0, :1], self.head, self.head_bias)
+            except Exception as error:
+                reason = f"Triton cannot run the kernel: {error}"
+                warnings.warn(f"{reason}; the last layer runs as plain PyTorch, which is slower", RuntimeWarning, 2)
+        return reason
 
     @torch.no_grad()
     def log_probs(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,17 +91,21 @@ class TabulatedNodes:
             `(outputs,)`, name after name, L + 1 for a name of L characters; and float64 `(names,)`. Nothing waits for
             the device.
         """
+        found, _, outputs = self._found(tokens.int(), lengths)
+        return found, _sum_per_name(found, outputs)
+
+    def _found(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of int32 tokens; the token that follows each output; and outputs per name."""
         outputs, positions = lengths + 1, len(tokens) - self.context * (len(lengths) + 1) + len(lengths)
         names = torch.repeat_interleave(outputs, output_size=positions)
         # Names lie `context` tokens apart, and outputs one.
         starts = torch.arange(positions, device=tokens.device).add_(names, alpha=self.context - 1)
         targets = tokens.index_select(0, starts + self.context)
-        found = self._last_layer(*self._below_last(tokens, starts), targets)
-        return found, torch.segment_reduce(found.double(), "sum", lengths=outputs, unsafe=True)
+        return self._last_layer(*self._below_last(tokens, starts), targets), targets, outputs
 
     @torch.no_grad()
     def log_probs_of_codes(self, codes: Tensor, lengths: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`log_probs` from a text, and how many of its characters are known.
+        """`log_probs` from a text, and how many characters of each name are known.
 
         Args:
             codes: uint8 `(characters,)`, names end to end.
@@ -98,13 +113,15 @@ class TabulatedNodes:
             numbers: int32 `(256,)`, the token of each code; 0 for codes that are not known.
 
         Returns:
-            As above, and the characters that are known, int64 `()`. An unknown one is read as token 0.
+            As above, and the characters of each name that are known, float64 `(names,)`. An unknown one is read as
+            token 0.
         """
         names = torch.repeat_interleave(lengths, output_size=len(codes))
         places = torch.arange(self.context, self.context + len(codes), device=codes.device)
         tokens = numbers.new_zeros(len(codes) + self.context * (len(lengths) + 1))
         tokens.index_copy_(0, places.add_(names, alpha=self.context), numbers.index_select(0, codes.int()))
-        return *self.log_probs(tokens, lengths), torch.count_nonzero(tokens)
+        found, targets, outputs = self._found(tokens, lengths)
+        return found, _sum_per_name(found, outputs), _sum_per_name(targets != 0, outputs)
 
     def _last_layer(self, readable: Readable, children: Tensor, targets: Tensor) -> Tensor:
         """The log-probabilities of the targets of windows with these children, `(windows,)`."""
@@ -138,3 +155,8 @@ class TabulatedNodes:
             ids = torch.arange(len(children), device=ids.device)
         taps = tap_views(ids, self.kernel_sizes[-1], span)
         return readable, torch.stack([tap.index_select(0, starts) for tap in taps], 1)
+
+
+def _sum_per_name(values: Tensor, outputs: Tensor) -> Tensor:
+    """Of values `(positions,)`, name after name, with so many outputs each: float64 `(names,)`."""
+    return torch.segment_reduce(values.double(), "sum", lengths=outputs, unsafe=True)
