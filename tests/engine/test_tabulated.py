@@ -240,3 +240,18 @@ def test_a_deep_model_on_any_device_takes_chunks_that_fit(device, monkeypatch):
 def test_copies_of_a_scorer_give_the_same_scores():
     scorer = Scorer(random_conv(dtype=torch.float32), ABC, compiled=False)
     assert torch.equal(pickle.loads(pickle.dumps(scorer)).score(NAMES), scorer.score(NAMES))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tables_on_cuda_are_made_in_ieee_arithmetic():
+    """Of few characters, so that there is a table beside those of `SharedNodes`."""
+    vocab = Vocabulary("abcdefgh")
+    conv, before = random_conv(n_hidden=128, vocab_size=9, dtype=torch.float32), torch.get_float32_matmul_precision()
+    found = []
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            found.append(Scorer(conv, vocab, device="cuda").score(["abba", "", "hagebhadecfa"]))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(*found)
