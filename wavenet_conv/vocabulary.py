@@ -208,8 +208,8 @@ def checked_sequences(
 ) -> Tensor:
     """Tokens int64 `(batch, time)` on a model's device; raises `ShapeError` or `TokenError` if it cannot read them.
 
-    On CUDA this never waits for the device: tokens on the host are checked there and then copied. Of tokens on the
-    device, the kernel that looks up their embedding checks the values.
+    On CUDA this does not wait for the device, except for tokens in pinned memory: tokens on the host are checked there
+    and then copied. Of tokens on the device, the kernel that looks up their embedding checks the values.
 
     values: Whether to check the tokens themselves. A caller whose lookup checks them on the CPU leaves that out.
     """
@@ -227,7 +227,15 @@ def checked_sequences(
     # A graph that is compiled or exported cannot depend on values.
     if values and not tokens.is_cuda and not torch.compiler.is_compiling():
         check_tokens(tokens, vocab_size)
-    return tokens.to(device, non_blocking=True)
+    return tokens_on(device, tokens)
+
+
+def tokens_on(device: torch.device, tokens: Tensor) -> Tensor:
+    """Tokens on a device, which may be changed after the call.
+
+    Does not wait for the device, unless they lie in pinned memory: that is read only later.
+    """
+    return tokens if tokens.device == device else tokens.to(device, non_blocking=not tokens.is_pinned())
 
 
 def checked_names(names: Iterable[str], first: int = 0) -> list[str]:

@@ -159,6 +159,23 @@ def test_a_step_does_not_wait_for_the_device(cuda, sizes, end):
         streams[1].step(on_device)
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_tokens_in_pinned_memory_may_change_after_a_call(cuda, pinned, monkeypatch):
+    """The device reads such memory later, if nobody waits; other memory is read at once."""
+    copies, to, conv = [], torch.Tensor.to, random_conv(device=cuda)
+    stream, (tokens, lengths) = Stream(conv, 2), ABC.encode(["emma", "anna"], context=8)
+
+    def recorded(self, *args, **options):
+        copies.extend([options["non_blocking"]] if "non_blocking" in options else [])
+        return to(self, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self, *_: pinned and not self.is_cuda)
+    monkeypatch.setattr(torch.Tensor, "to", recorded)
+    for call in (lambda: stream.step(tokens[:, 8]), lambda: stream.push(tokens, lengths), lambda: conv(tokens)):
+        call()
+        assert copies.pop() == (not pinned) and not copies
+
+
 @pytest.mark.parametrize("batch_size, compiled", BACKENDS[1:])
 @pytest.mark.parametrize("sizes", [WIDE, GATED, DEEP], ids=["wide", "gated", "deep"])
 def test_a_state_continues_in_another_stream(batch_size, compiled, sizes, device):

@@ -16,7 +16,7 @@ from ..errors import ConfigError, ShapeError, StateError
 from ..model import ConvWaveNet
 from ..numbering import to_engine
 from ..precision import exact_float32_on
-from ..vocabulary import check_tokens
+from ..vocabulary import check_tokens, tokens_on
 from .nodes import CUDA_COLUMNS
 from .rings import GraphSteps, TorchSteps
 from .shared import SharedNodes
@@ -84,8 +84,8 @@ class Stream:
         """Reads one token per row.
 
         Tokens int64 `(batch_size,)` to the logits of the next ones, `(batch_size, vocab)`. On CUDA this does not wait
-        for the device: tokens on the host are checked and copied, and a token on the device that is outside the
-        vocabulary makes a kernel fail (a device-side assert).
+        for the device, except for tokens in pinned memory: tokens on the host are checked and copied, and a token on
+        the device that is outside the vocabulary makes a kernel fail (a device-side assert).
 
         Raises:
             ShapeError, TokenError: Another shape, dtype or device; a token outside the vocabulary. No row reads then.
@@ -99,7 +99,7 @@ class Stream:
             tokens = self._vocab_tokens.index_select(0, tokens)
         elif self.batch_size > FEW_ROWS or not all(0 <= token < self.vocab_size for token in tokens.tolist()):
             check_tokens(tokens, self.vocab_size)
-        return self.advance(tokens.to(self.device, non_blocking=True)).clone()
+        return self.advance(tokens_on(self.device, tokens)).clone()
 
     def advance(self, tokens: Tensor) -> Tensor:
         """`step` without its checks; the next step overwrites the logits."""
@@ -125,7 +125,7 @@ class Stream:
         columns = _columns_of(tokens, lengths, self.batch_size, self.end)
         check_tokens(columns, self.vocab_size)
         self.reset()
-        for column in columns.to(self.device, non_blocking=True):
+        for column in tokens_on(self.device, columns):
             logits = self.advance(column)
         return logits.clone()
 
