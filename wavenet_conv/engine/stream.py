@@ -49,7 +49,7 @@ class Stream:
 
     Raises:
         ShapeError: `batch_size` is below 1.
-        ConfigError: `compiled` or `graph` is True and cannot be; `end` is no token of the model.
+        ConfigError: `compiled` or `graph` is True and cannot be; `end` is no token of the model; `device` is not there.
     """
 
     @torch.inference_mode(False)  # a stream made in inference mode can be used outside
