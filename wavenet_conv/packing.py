@@ -83,7 +83,7 @@ def _codes(texts: Iterable[Text], vocab: Vocabulary, context: int, unknown: str)
         except UnicodeEncodeError:
             yield pack()
         else:
-            known = torch.ones(len(part.lengths), dtype=torch.bool) if part.missing is None else ~part.missing
+            known = torch.ones_like(part.lengths, dtype=torch.bool) if part.missing is None else ~part.missing
             yield Codes(torch.from_numpy(text), part.lengths, known, pack)
         first += len(part.lengths)
 
@@ -136,7 +136,7 @@ def _texts_of_strings(names: Iterable[Any], padding: str, limits: Limits) -> Ite
         try:
             lengths = lengths_of(part)
         except TypeError:
-            missing = torch.tensor([_is_missing(name) for name in part])
+            missing = torch.tensor([_is_missing(name) for name in part], device="cpu")
             part = checked_names(["" if _is_missing(name) else name for name in part], first)
             lengths = lengths_of(part)
         for cut in limits.cuts(lengths.numpy()):
@@ -255,7 +255,7 @@ def _repacked(tokens: Tensor, lengths: Tensor, vocab: Vocabulary, limits: Limits
     fits = fits and tokens.shape[:1] == lengths.shape
     if fits:
         check_tokens(tokens, len(vocab))
-        lengths, place = lengths.long(), torch.arange(tokens.shape[1])
+        lengths, place = lengths.long(), torch.arange(tokens.shape[1], device="cpu")
         inside = place < context + lengths[:, None]
         fits = bool(((lengths >= 0) & (lengths <= tokens.shape[1] - context)).all())
         fits = fits and bool(((tokens == vocab.end) == (place < context))[inside].all())
@@ -266,5 +266,5 @@ def _repacked(tokens: Tensor, lengths: Tensor, vocab: Vocabulary, limits: Limits
         )
     rows = limits.rows(tokens.shape[1] - context)
     for part, within, characters in zip(*(whole.split(rows) for whole in (tokens, inside, lengths))):
-        flat = torch.cat([to_engine(part[within].long(), vocab.end), torch.zeros(context, dtype=torch.int64)])
-        yield Packed(flat.to(vocab.token_dtype), characters, torch.ones(len(characters), dtype=torch.bool))
+        flat = torch.cat([to_engine(part[within].long(), vocab.end), tokens.new_zeros(context, dtype=torch.int64)])
+        yield Packed(flat.to(vocab.token_dtype), characters, torch.ones_like(characters, dtype=torch.bool))

@@ -115,9 +115,9 @@ class Vocabulary:
             raise ShapeError(f"context is {context!r}; it must be an integer of at least 1, such as conv.context")
         lengths = lengths_of(names)
         longest = int(lengths.max()) if names else 0
-        tokens = torch.full((len(names), context + longest), self.end, dtype=torch.int64)
+        tokens = torch.full((len(names), context + longest), self.end, dtype=torch.int64, device="cpu")
         if longest:
-            inside = torch.arange(longest) < lengths[:, None]
+            inside = torch.arange(longest, device="cpu") < lengths[:, None]
             found = self._tokens("".join(names)).long()
             if not found.all():
                 raise self.unknown_character_error(names)
@@ -138,7 +138,7 @@ class Vocabulary:
     def pack_text(self, text: str, lengths: Tensor, context: int) -> tuple[Tensor, Tensor, Tensor]:
         """What `pack` returns, from the names' text: `padding` `context` times before each and after the last."""
         tokens = self._tokens(text)
-        known = torch.ones(len(lengths), dtype=torch.bool)
+        known = torch.ones_like(lengths, dtype=torch.bool)
         # The zeros between names are known, so every other zero is an unknown character.
         if len(tokens) - int(np.count_nonzero(tokens.numpy())) > context * (len(lengths) + 1):
             found = run_sums(tokens.numpy()[context:] != 0, lengths.numpy() + context)
@@ -178,7 +178,7 @@ class Vocabulary:
         Leading tokens `end` are padding; the first one after a character ends the name, and the rest is not read.
         Raises `TokenError` for a token outside the vocabulary, `ShapeError` for another shape or other than integers.
         """
-        tokens = torch.as_tensor(tokens)
+        tokens = tokens if isinstance(tokens, Tensor) else torch.as_tensor(tokens, device="cpu")
         tokens = tokens if tokens.numel() else tokens.long()
         if tokens.ndim not in (1, 2) or tokens.is_floating_point():
             found = f"{tokens.dtype} of shape {tuple(tokens.shape)}"

@@ -228,6 +228,18 @@ def test_encoded_pairs_keep_their_numbers_and_nonsense_is_rejected():
         assert rejects("not what vocab.encode", scorer.score, pair)
 
 
+@pytest.mark.parametrize("as_codes", [False, True])
+@pytest.mark.parametrize("names", [["emma", "b!", None], ["emma", "ava\u4e00"], ["emma", "", "ava"]], ids=str)
+def test_names_stay_on_the_host_where_another_device_is_the_default(names, as_codes):
+    expected = joined(names, ABC, as_codes=as_codes)[:3]
+    with torch.device("meta"):
+        vocab = Vocabulary.from_mapping(["a", ".", *ABC.characters[1:]])
+        assert all(map(torch.equal, joined(names, Vocabulary(ABC.characters), as_codes=as_codes)[:3], expected))
+        tokens, lengths = vocab.encode(["emma", ""], context=CONTEXT)
+        assert joined((tokens, lengths), vocab)[0].tolist() == [0, 0, 0, 5, 13, 13, 1, 0, 0, 0]
+        assert vocab.decode(tokens) == vocab.decode(tokens.tolist()) == ["emma", ""]
+
+
 @pytest.mark.parametrize("library", ["pandas", "polars", "pyarrow"])
 def test_lists_and_arrays_need_no_table_library(library, monkeypatch):
     for module in ("pandas", "polars", "pyarrow"):
