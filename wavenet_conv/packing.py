@@ -264,7 +264,10 @@ def _repacked(tokens: Tensor, lengths: Tensor, vocab: Vocabulary, limits: Limits
             f"tokens {tuple(tokens.shape)} of {tokens.dtype} and lengths {tuple(lengths.shape)} of {lengths.dtype} are "
             f"not what vocab.encode(names, context={context}) returns"
         )
-    rows = limits.rows(tokens.shape[1] - context)
-    for part, within, characters in zip(*(whole.split(rows) for whole in (tokens, inside, lengths))):
-        flat = torch.cat([to_engine(part[within].long(), vocab.end), tokens.new_zeros(context, dtype=torch.int64)])
-        yield Packed(flat.to(vocab.token_dtype), characters, torch.ones_like(characters, dtype=torch.bool))
+    gap = tokens.new_zeros(context, dtype=torch.int64)
+    for first in range(0, len(tokens), limits.names):
+        for cut in limits.cuts(lengths[first : first + limits.names].numpy()):
+            rows = slice(first + cut.start, first + cut.stop)
+            flat = torch.cat([to_engine(tokens[rows][inside[rows]].long(), vocab.end), gap])
+            known = torch.ones_like(lengths[rows], dtype=torch.bool)
+            yield Packed(flat.to(vocab.token_dtype), lengths[rows], known)

@@ -140,6 +140,24 @@ def test_chunks_end_early_where_names_are_long(monkeypatch):
         assert len(parts) <= 5 or kind in ("U", "S", "strided", "other byte order")  # there, the width counts
 
 
+def test_one_long_name_does_not_make_small_chunks_of_encoded_ones(monkeypatch):
+    monkeypatch.setattr(packing, "CHUNK_TOKENS", 40)
+    names = ["ab"] * 20 + ["o" * 37] + ["ab"] * 20
+    *found, parts = joined(ABC.encode(names, context=CONTEXT), ABC)
+    assert torch.equal(found[0], joined(names, ABC)[0]) and torch.equal(found[1], joined(names, ABC)[1])
+    assert [len(lengths) for _, lengths, _ in parts] == [8, 8, 4, 1, 8, 8, 4]
+    assert [len(part[1]) for part in joined(ABC.encode(names, context=CONTEXT), ABC, chunk=30)[3]] == [
+        8,
+        8,
+        4,
+        1,
+        8,
+        1,
+        8,
+        3,
+    ]
+
+
 def test_rows_of_later_chunks_are_counted_from_the_start(monkeypatch):
     monkeypatch.setattr(packing, "CHUNK_TOKENS", 10)
     names = ["a" * 9, "b", None, "c" * 9]
