@@ -62,13 +62,16 @@ def packed(
 def _tokens(texts: Iterable[Text], vocab: Vocabulary, context: int, unknown: str, first: int = 0) -> Iterator[Packed]:
     """first: The index of the first name."""
     for text, lengths, missing in texts:
-        _check_missing(missing, unknown, first)
         tokens, characters, known = vocab.pack_text(text, lengths, context)
+        known = known if missing is None else known & ~missing
         if unknown == "error" and not known.all():
             row = int(known.byte().argmin())
+            if missing is not None and missing[row]:
+                found = f"name {first + row} is missing; leave it out, or get NaN with unknown='nan'"
+                raise NamesError(found, index=first + row)
             start = int(lengths[:row].sum()) + context * (row + 1)
             raise vocab.unknown_character_error([text[start : start + int(lengths[row])]], first=first + row)
-        yield Packed(tokens, characters, known if missing is None else known & ~missing)
+        yield Packed(tokens, characters, known)
         first += len(lengths)
 
 
@@ -76,8 +79,9 @@ def _codes(texts: Iterable[Text], vocab: Vocabulary, context: int, unknown: str)
     """Chunks whose texts, without padding, are Latin-1 as `Codes`, others as tokens."""
     first = 0
     for part in texts:
-        _check_missing(part.missing, unknown, first)
         pack = partial(_pack, part, vocab, context, unknown, first)
+        if unknown == "error" and part.missing is not None and part.missing.any():
+            pack()  # raises for the first name that is wrong
         try:
             text = np.frombuffer(bytearray(part.text, "latin-1"), np.uint8)
         except UnicodeEncodeError:
@@ -94,12 +98,6 @@ def _pack(part: Text, vocab: Vocabulary, context: int, unknown: str, first: int)
     names = ["", *[part.text[start:end] for start, end in pairwise(ends)]]
     text = part._replace(text=padding.join([*names, ""]))
     return next(_tokens([text], vocab, context, unknown, first))
-
-
-def _check_missing(missing: Tensor | None, unknown: str, first: int) -> None:
-    if unknown == "error" and missing is not None and missing.any():
-        index = first + int(missing.byte().argmax())
-        raise NamesError(f"name {index} is missing; leave it out, or get NaN with unknown='nan'", index=index)
 
 
 def _texts(names: Any, padding: str, limits: Limits) -> Iterator[Text]:

@@ -126,6 +126,12 @@ def test_an_unknown_character_has_row_position_and_character(chunk):
         assert (raised.value.index, raised.value.position, raised.value.character) == (4, 1, "7"), kind
 
 
+@pytest.mark.parametrize("as_codes", [False, True])
+def test_the_first_name_that_is_wrong_is_named(as_codes):
+    for wrong, message in (("B", "character 'B'"), ("\u4e00", "character"), (None, "is missing")):
+        assert rejects(f"name 1 .*{message}", joined, ["a", wrong, None], ABC, unknown="error", as_codes=as_codes)
+
+
 def test_half_of_a_surrogate_pair_is_an_unknown_character():
     for names in (["a", "b\ud800"], np.array(["a", "b\ud800"])):
         assert joined(names, ABC)[2].tolist() == [True, False]
