@@ -1,4 +1,4 @@
-"""Runs a module on a pretend CUDA device, having said what this project's Triton kernels compute.
+"""Runs a module on a simulated CUDA device, having said what this project's Triton kernels compute.
 
 python -m pretend .ci/pretended.py -m benchmarks.slide --device cuda
 python -m pretend .ci/pretended.py -m pytest -k cuda
@@ -27,7 +27,7 @@ def last_layer(contributions, children, targets, head, head_bias, out, n, kinds,
 
 
 def convolution_backward(grad_output, x, weight, *options):
-    """A GPU's kernel for this; a build for CPUs has none that the pretend device finds."""
+    """A GPU's kernel for this; a build for CPUs has none that the simulated device finds."""
     found = torch.ops.aten.convolution_backward(*map(torch.ops.pretend.alias, (grad_output, x, weight)), *options)
     results = tuple(None if of is None else torch.empty_like(of, device="cuda") for of in found)
     written = [result for result in results if result is not None]

@@ -82,7 +82,7 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
             raise UsageError("--device cuda: this PyTorch sees no CUDA device; run it with --device cpu")
         device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
         first = facts(device)
-        file = output.target(args.json, first["device"]) if args.json else None
+        file = None if args.json is None else output.target(args.json, first["device"])
         args.names = args.names or benchmark.default_names()
         names = read_names(args.names)
         session = Session(args, device, names, Vocabulary.from_names(names), Progress(console=Console(stderr=True)))
@@ -124,7 +124,7 @@ def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Nam
     parser.add_argument("--device", choices=benchmark.devices, default=benchmark.devices[0])
     parser.add_argument("--names", metavar="FILE", help="the list of names, one per line")
     parser.add_argument("--seed", type=positive, default=42, help="of all random numbers (42)")
-    parser.add_argument("--json", metavar="FILE", help="write the results as JSON too")
+    parser.add_argument("--json", metavar="FILE", help="write the results as JSON too, into a file that ends in .json")
     parser.add_argument("--full", action="store_true", help="the run of the published tables: all names, more repeats")
     benchmark.add_options(parser)
     return parser.parse_args(arguments)

@@ -148,14 +148,15 @@ class Replayed:
 
     def __init__(self, model: Model, tokens: Tensor):
         self.model, self.tokens = model, tokens.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        self.graph, device = torch.cuda.CUDAGraph(), tokens.device
+        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):  # libraries allocate their workspaces in the first calls
             for _ in range(3):
                 model(self.tokens)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        current.wait_stream(stream)
+        # PyTorch's own stream for captures is on the first device that has captured.
+        with torch.cuda.device(device), torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.logits = model(self.tokens)
 
     def __call__(self, tokens: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ def target(path: str, device: str) -> Path:
     file = Path(os.path.realpath(path))
     if file.exists() and not (file.is_file() or file.is_dir()):
         raise UsageError(f"--json {path}: is no regular file, and would be replaced; name a file, or leave it out")
+    if file.suffix != ".json":  # it might be a source file, which would be replaced
+        raise UsageError(f"--json {path or repr(path)}: name a file that ends in .json, such as results.json")
     if file.is_dir() or not os.access(file.parent, os.W_OK):
         raise UsageError(f"--json {path}: cannot write there; name a file in a folder that exists")
     published = any(RESULTS.samefile(folder) for folder in file.parents if RESULTS.exists() and folder.exists())

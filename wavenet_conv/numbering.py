@@ -32,14 +32,16 @@ class CharacterTable:
     def __init__(self, characters: str):
         self.dtype = torch.uint8 if len(characters) < 256 else torch.int64
         codes = [ord(c) for c in characters]
-        self._numbers = torch.zeros(max(codes) + 2, dtype=self.dtype).numpy()  # the last: every later character
+        self._numbers = torch.zeros(
+            max(codes) + 2, dtype=self.dtype, device="cpu"
+        ).numpy()  # the last: every later character
         self._numbers[codes] = np.arange(1, len(characters) + 1)
         self._bytes = bytes(self._numbers[:256]).ljust(256, b"\0") if self.dtype == torch.uint8 else None
 
     @property
     def latin1(self) -> Tensor | None:
         """The number of each character of Latin-1, int32 `(256,)`; None for 256 characters and more."""
-        return None if self._bytes is None else torch.tensor([*self._bytes], dtype=torch.int32)
+        return None if self._bytes is None else torch.tensor([*self._bytes], dtype=torch.int32, device="cpu")
 
     def __call__(self, text: str) -> Tensor:
         """The number of each character: `(characters,)`."""

@@ -62,13 +62,16 @@ def packed(
 def _tokens(texts: Iterable[Text], vocab: Vocabulary, context: int, unknown: str, first: int = 0) -> Iterator[Packed]:
     """first: The index of the first name."""
     for text, lengths, missing in texts:
-        _check_missing(missing, unknown, first)
         tokens, characters, known = vocab.pack_text(text, lengths, context)
+        known = known if missing is None else known & ~missing
         if unknown == "error" and not known.all():
             row = int(known.byte().argmin())
+            if missing is not None and missing[row]:
+                found = f"name {first + row} is missing; leave it out, or get NaN with unknown='nan'"
+                raise NamesError(found, index=first + row)
             start = int(lengths[:row].sum()) + context * (row + 1)
             raise vocab.unknown_character_error([text[start : start + int(lengths[row])]], first=first + row)
-        yield Packed(tokens, characters, known if missing is None else known & ~missing)
+        yield Packed(tokens, characters, known)
         first += len(lengths)
 
 
@@ -76,14 +79,15 @@ def _codes(texts: Iterable[Text], vocab: Vocabulary, context: int, unknown: str)
     """Chunks whose texts, without padding, are Latin-1 as `Codes`, others as tokens."""
     first = 0
     for part in texts:
-        _check_missing(part.missing, unknown, first)
         pack = partial(_pack, part, vocab, context, unknown, first)
+        if unknown == "error" and part.missing is not None and part.missing.any():
+            pack()  # raises for the first name that is wrong
         try:
             text = np.frombuffer(bytearray(part.text, "latin-1"), np.uint8)
         except UnicodeEncodeError:
             yield pack()
         else:
-            known = torch.ones(len(part.lengths), dtype=torch.bool) if part.missing is None else ~part.missing
+            known = torch.ones_like(part.lengths, dtype=torch.bool) if part.missing is None else ~part.missing
             yield Codes(torch.from_numpy(text), part.lengths, known, unknown, pack)
         first += len(part.lengths)
 
@@ -94,12 +98,6 @@ def _pack(part: Text, vocab: Vocabulary, context: int, unknown: str, first: int)
     names = ["", *[part.text[start:end] for start, end in pairwise(ends)]]
     text = part._replace(text=padding.join([*names, ""]))
     return next(_tokens([text], vocab, context, unknown, first))
-
-
-def _check_missing(missing: Tensor | None, unknown: str, first: int) -> None:
-    if unknown == "error" and missing is not None and missing.any():
-        index = first + int(missing.byte().argmax())
-        raise NamesError(f"name {index} is missing; leave it out, or get NaN with unknown='nan'", index=index)
 
 
 def _texts(names: Any, padding: str, limits: Limits) -> Iterator[Text]:
@@ -136,7 +134,7 @@ def _texts_of_strings(names: Iterable[Any], padding: str, limits: Limits) -> Ite
         try:
             lengths = lengths_of(part)
         except TypeError:
-            missing = torch.tensor([_is_missing(name) for name in part])
+            missing = torch.tensor([_is_missing(name) for name in part], device="cpu")
             part = checked_names(["" if _is_missing(name) else name for name in part], first)
             lengths = lengths_of(part)
         for cut in limits.cuts(lengths.numpy()):
@@ -255,7 +253,7 @@ def _repacked(tokens: Tensor, lengths: Tensor, vocab: Vocabulary, limits: Limits
     fits = fits and tokens.shape[:1] == lengths.shape
     if fits:
         check_tokens(tokens, len(vocab))
-        lengths, place = lengths.long(), torch.arange(tokens.shape[1])
+        lengths, place = lengths.long(), torch.arange(tokens.shape[1], device="cpu")
         inside = place < context + lengths[:, None]
         fits = bool(((lengths >= 0) & (lengths <= tokens.shape[1] - context)).all())
         fits = fits and bool(((tokens == vocab.end) == (place < context))[inside].all())
@@ -264,7 +262,10 @@ def _repacked(tokens: Tensor, lengths: Tensor, vocab: Vocabulary, limits: Limits
             f"tokens {tuple(tokens.shape)} of {tokens.dtype} and lengths {tuple(lengths.shape)} of {lengths.dtype} are "
             f"not what vocab.encode(names, context={context}) returns"
         )
-    rows = limits.rows(tokens.shape[1] - context)
-    for part, within, characters in zip(*(whole.split(rows) for whole in (tokens, inside, lengths))):
-        flat = torch.cat([to_engine(part[within].long(), vocab.end), torch.zeros(context, dtype=torch.int64)])
-        yield Packed(flat.to(vocab.token_dtype), characters, torch.ones(len(characters), dtype=torch.bool))
+    gap = tokens.new_zeros(context, dtype=torch.int64)
+    for first in range(0, len(tokens), limits.names):
+        for cut in limits.cuts(lengths[first : first + limits.names].numpy()):
+            rows = slice(first + cut.start, first + cut.stop)
+            flat = torch.cat([to_engine(tokens[rows][inside[rows]].long(), vocab.end), gap])
+            known = torch.ones_like(lengths[rows], dtype=torch.bool)
+            yield Packed(flat.to(vocab.token_dtype), lengths[rows], known)

@@ -80,7 +80,7 @@ def sample_stream(
         dtype: In what to compute. Default: as the model, in at least float32.
 
     Raises:
-        ConfigError: An option is wrong; the message names it.
+        ConfigError: An option is wrong, or the device is not there; the message names it.
         NamesError: The prefix has a character outside the vocabulary.
         SamplingError: From the iterator: logits are NaN or infinite.
     """

@@ -115,9 +115,9 @@ class Vocabulary:
             raise ShapeError(f"context is {context!r}; it must be an integer of at least 1, such as conv.context")
         lengths = lengths_of(names)
         longest = int(lengths.max()) if names else 0
-        tokens = torch.full((len(names), context + longest), self.end, dtype=torch.int64)
+        tokens = torch.full((len(names), context + longest), self.end, dtype=torch.int64, device="cpu")
         if longest:
-            inside = torch.arange(longest) < lengths[:, None]
+            inside = torch.arange(longest, device="cpu") < lengths[:, None]
             found = self._tokens("".join(names)).long()
             if not found.all():
                 raise self.unknown_character_error(names)
@@ -138,7 +138,7 @@ class Vocabulary:
     def pack_text(self, text: str, lengths: Tensor, context: int) -> tuple[Tensor, Tensor, Tensor]:
         """What `pack` returns, from the names' text: `padding` `context` times before each and after the last."""
         tokens = self._tokens(text)
-        known = torch.ones(len(lengths), dtype=torch.bool)
+        known = torch.ones_like(lengths, dtype=torch.bool)
         # The zeros between names are known, so every other zero is an unknown character.
         if len(tokens) - int(np.count_nonzero(tokens.numpy())) > context * (len(lengths) + 1):
             found = run_sums(tokens.numpy()[context:] != 0, lengths.numpy() + context)
@@ -178,7 +178,7 @@ class Vocabulary:
         Leading tokens `end` are padding; the first one after a character ends the name, and the rest is not read.
         Raises `TokenError` for a token outside the vocabulary, `ShapeError` for another shape or other than integers.
         """
-        tokens = torch.as_tensor(tokens)
+        tokens = tokens if isinstance(tokens, Tensor) else torch.as_tensor(tokens, device="cpu")
         tokens = tokens if tokens.numel() else tokens.long()
         if tokens.ndim not in (1, 2) or tokens.is_floating_point():
             found = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
@@ -208,8 +208,8 @@ def checked_sequences(
 ) -> Tensor:
     """Tokens int64 `(batch, time)` on a model's device; raises `ShapeError` or `TokenError` if it cannot read them.
 
-    On CUDA this never waits for the device: tokens on the host are checked there and then copied. Of tokens on the
-    device, the kernel that looks up their embedding checks the values.
+    On CUDA this does not wait for the device, except for tokens in pinned memory: tokens on the host are checked there
+    and then copied. Of tokens on the device, the kernel that looks up their embedding checks the values.
 
     values: Whether to check the tokens themselves. A caller whose lookup checks them on the CPU leaves that out.
     """
@@ -227,7 +227,15 @@ def checked_sequences(
     # A graph that is compiled or exported cannot depend on values.
     if values and not tokens.is_cuda and not torch.compiler.is_compiling():
         check_tokens(tokens, vocab_size)
-    return tokens.to(device, non_blocking=True)
+    return tokens_on(device, tokens)
+
+
+def tokens_on(device: torch.device, tokens: Tensor) -> Tensor:
+    """Tokens on a device, which may be changed after the call.
+
+    Does not wait for the device, unless they lie in pinned memory: that is read only later.
+    """
+    return tokens if tokens.device == device else tokens.to(device, non_blocking=not tokens.is_pinned())
 
 
 def checked_names(names: Iterable[str], first: int = 0) -> list[str]:

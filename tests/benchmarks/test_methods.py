@@ -10,7 +10,7 @@ import reference
 from benchmarks import methods, sample, sizes
 from benchmarks.harness import Session
 from benchmarks.methods import Models
-from wavenet_conv import Scorer, load_checkpoint, sampling
+from wavenet_conv import Scorer, Stream, load_checkpoint, sampling
 from wavenet_conv.names import read_names
 
 NAMES = read_names(ROOT / "names.txt")[::2500]
@@ -49,6 +49,21 @@ def test_a_graph_reads_the_tokens_of_each_call(cuda):
     del tokens
     for read in (other, other.flip(1)):
         assert torch.allclose(graph(read), models.folded(read), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_graphs_are_captured_on_their_own_device_and_let_other_threads_go_on(cuda, monkeypatch):
+    captures, graph, models = [], torch.cuda.graph, default_models(cuda)
+    monkeypatch.setattr(
+        torch.cuda, "graph", lambda *parts, **options: captures.append(options) or graph(*parts, **options)
+    )
+    stream, token = Stream(models.conv, graph=True), torch.zeros(1, dtype=torch.int64)
+    for _ in range(3):
+        stream.step(token)
+    methods.Replayed(models.folded, torch.zeros(1, 9, dtype=torch.int64, device=cuda))
+    for options in captures:  # PyTorch's own stream is on the first device that has captured
+        assert options["stream"].device.type == "cuda" and options["capture_error_mode"] == "thread_local"
+    assert len(captures) == 2
 
 
 def test_no_batch_is_larger_than_what_is_drawn_together():

@@ -52,22 +52,45 @@ def call(tmp_path):
 
 
 def exit_codes(summary):
-    cells = [line.strip("| ").split(" | ") for line in summary.splitlines() if line.startswith("|")]
+    steps = summary.partition("| question |")[0].splitlines()
+    cells = [line.strip("| ").split(" | ") for line in steps if line.startswith("|")]
     return {name: int(code) for name, code, *_ in cells[2:]}
 
 
+def questions():
+    """The questions in the table of docs/gpu.md."""
+    rows = (ROOT / "docs" / "gpu.md").read_text().partition("| question |")[2].split("\n\n")[0].splitlines()[2:]
+    return [row.split(" | ")[0].removeprefix("| ") for row in rows]
+
+
+def figures(summary):
+    rows = (line.removeprefix("| ").split(" | ") for line in summary.partition("| question |")[2].splitlines()[2:])
+    return {question: figure.removesuffix(" |") for question, figure in rows}
+
+
 def test_every_step_runs_and_the_summary_has_the_headlines(call):
-    slide = RESULTS["slide"] | {"finished": True, "triton_kernels": ["a_kernel"]}
-    slide["one_name"] = [*slide["one_name"], {"method": "slid_graph", "us": slide["one_name"][0]["us"] / 50}]
     plan = {name: {"results": RESULTS[name] | {"finished": True}} for name in on_gpu.BENCHMARKS}
-    plan["score"]["results"]["on_device"] = {"rows": [{"method": "in the device", "positions_per_second": 1e9}]}
-    done, files = call(plan | {"slide": {"results": slide}})
+    slide, sample, rates = plan["slide"]["results"], plan["sample"]["results"], (1e9, 2e8, 5e8)
+    slide["triton_kernels"] = ["a_kernel"]
+    slide["one_name"] = [*slide["one_name"], {"method": "slid_graph", "us": slide["one_name"][0]["us"] / 50}]
+    sample["latency"] = [{"method": "stream", "us": 9.0}, {"method": "stream_graph", "us": 3.0}]
+    ways = ("in the device", "from a list of strings", "from an Arrow column")
+    rows = [{"method": way, "positions_per_second": rate} for way, rate in zip(ways, rates)]
+    plan["score"]["results"]["on_device"] = {"rows": rows}
+    done, files = call(plan)
     assert done.returncode == 0 and not done.stderr
     assert set(files) == {"log.txt", "summary.txt", *(f"{name}.json" for name in on_gpu.BENCHMARKS)}
-    assert exit_codes(files["summary.txt"]) == dict.fromkeys(STEPS, 0)
-    assert "benchmarks.on_gpu check\n" in files["summary.txt"] and "not measured" not in files["summary.txt"]
-    assert ": 50.0 x loop, " in files["summary.txt"] and "Triton kernels that ran: a_kernel" in files["summary.txt"]
-    assert f"{RESULTS['train']['times_faster']:.1f} times as fast as the lecture" in files["summary.txt"]
+    summary = files["summary.txt"]
+    assert exit_codes(summary) == dict.fromkeys(STEPS, 0)
+    assert "benchmarks.on_gpu check\n" in summary and "Triton kernels that ran: a_kernel" in summary
+    found, us = figures(summary), {row["method"]: row["us"] for row in slide["one_name"]}
+    assert [*found][:10] == questions() and len(found) == 12
+    short, long = (f"{slide['growth'][place]['time_ratio']:.2f} times: " for place in (0, -1))
+    starts = (f"{us['windows_folded'] / us['slid']:.2f} times: ", f"{us['windows'] / us['slid_graph']:.2f} times: ")
+    starts += ("50.00 times: ", short, long, "1.000 billion", "0.200 billion", "0.500 billion")
+    starts += (f"{RESULTS['train']['throughput'][2]['times_windows']:.2f} times: ", "3.00 times: 3.0 us against 9.0")
+    starts += ("", f"{RESULTS['train']['times_faster']:.1f} times")
+    assert [figure[: len(start)] for figure, start in zip(found.values(), starts)] == [*starts]
     for name in on_gpu.BENCHMARKS:
         assert f"\nbenchmarks.{name} --device cuda {'' if name == 'train' else '--full '}--json /" in files["log.txt"]
     assert "tests -k cuda\n" in files["log.txt"]
@@ -75,14 +98,17 @@ def test_every_step_runs_and_the_summary_has_the_headlines(call):
 
 def test_a_step_that_fails_or_hangs_does_not_stop_the_others(call):
     unreal = {"device": "Pretend", "finished": False, "equality": {"equal": True}}
+    unreal |= {"one_name": RESULTS["slide"]["one_name"], "growth": []}  # without slid_graph
     plan = {"tests": {"code": 1}, "slide": {"code": 3, "results": unreal}, "sample": {"sleep": 60}}
-    plan["score"] = {"code": 1, "results": RESULTS["score"] | {"finished": False, "sizes": []}}
+    plan["score"] = {"code": 1, "results": RESULTS["score"] | {"finished": False}}
     done, files = call(plan, OPTIONS="", LIMIT_SAMPLE="1", TRAIN_OPTIONS="--seed 3")
     assert done.returncode == 1 and len(files) <= 8
     assert exit_codes(files["summary.txt"]) == dict(zip(STEPS, (1, 0, 3, 1, 124, 0)))
     summary = files["summary.txt"]
     assert "sample: no results" in summary and "score: NOT FINISHED, equal" in summary
-    assert "million positions per second" in summary and "- Scoring of the longest list: not measured" in summary
+    assert figures(summary)["scoring an Arrow column"] == "not measured"
+    assert figures(summary)["one name: `slid_graph` against `loop`"] == "not measured"
+    assert figures(summary)["growth at context 1,024"] == "not measured"
     assert "slide: NOT FINISHED, equal, Triton kernels that ran: none; NO MEASUREMENTS" in summary
     assert "--device cuda --json" in files["log.txt"] and "--device cuda --seed 3 --json" in files["log.txt"]
 

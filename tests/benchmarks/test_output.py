@@ -80,9 +80,20 @@ def test_what_is_no_regular_file_is_not_replaced(make, tmp_path, capsys):
 
 
 def test_a_link_stays_and_its_file_is_written(tmp_path):
-    (tmp_path / "link").symlink_to(tmp_path / "file")
-    assert harness.main(fake(FIRST), ["--json", str(tmp_path / "link"), "--device", "cpu"]) == 0
-    assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "file").read_text())["finished"]
+    (tmp_path / "link.json").symlink_to(tmp_path / "file.json")
+    assert harness.main(fake(FIRST), ["--json", str(tmp_path / "link.json"), "--device", "cpu"]) == 0
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "file.json").read_text())["finished"]
+
+
+@pytest.mark.parametrize("name", ["slide.py", "results", "link.json", ".json", ""])
+def test_only_files_that_end_in_json_are_written(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("slide.py"), Path("results")):
+        path.write_text("a source file")
+    Path("link.json").symlink_to("slide.py")
+    assert harness.main(fake(AssertionError("it has begun")), ["--json", name, "--device", "cpu"]) == 2
+    assert f"--json {name or repr(name)}: name a file that ends in .json, such as" in capsys.readouterr().err
+    assert Path("slide.py").read_text() == Path("results").read_text() == "a source file"
 
 
 @pytest.mark.parametrize("place", ["folder", "folder/deep", "link", "file link"])

@@ -126,6 +126,12 @@ def test_an_unknown_character_has_row_position_and_character(chunk):
         assert (raised.value.index, raised.value.position, raised.value.character) == (4, 1, "7"), kind
 
 
+@pytest.mark.parametrize("as_codes", [False, True])
+def test_the_first_name_that_is_wrong_is_named(as_codes):
+    for wrong, message in (("B", "character 'B'"), ("\u4e00", "character"), (None, "is missing")):
+        assert rejects(f"name 1 .*{message}", joined, ["a", wrong, None], ABC, unknown="error", as_codes=as_codes)
+
+
 def test_half_of_a_surrogate_pair_is_an_unknown_character():
     for names in (["a", "b\ud800"], np.array(["a", "b\ud800"])):
         assert joined(names, ABC)[2].tolist() == [True, False]
@@ -138,6 +144,24 @@ def test_chunks_end_early_where_names_are_long(monkeypatch):
         assert torch.equal(found[0], joined(NAMES * 2, VOCABS["latin"])[0]), kind
         assert all(len(tokens) <= 40 + CONTEXT for tokens, _, _ in parts), kind
         assert len(parts) <= 5 or kind in ("U", "S", "strided", "other byte order")  # there, the width counts
+
+
+def test_one_long_name_does_not_make_small_chunks_of_encoded_ones(monkeypatch):
+    monkeypatch.setattr(packing, "CHUNK_TOKENS", 40)
+    names = ["ab"] * 20 + ["o" * 37] + ["ab"] * 20
+    *found, parts = joined(ABC.encode(names, context=CONTEXT), ABC)
+    assert torch.equal(found[0], joined(names, ABC)[0]) and torch.equal(found[1], joined(names, ABC)[1])
+    assert [len(lengths) for _, lengths, _ in parts] == [8, 8, 4, 1, 8, 8, 4]
+    assert [len(part[1]) for part in joined(ABC.encode(names, context=CONTEXT), ABC, chunk=30)[3]] == [
+        8,
+        8,
+        4,
+        1,
+        8,
+        1,
+        8,
+        3,
+    ]
 
 
 def test_rows_of_later_chunks_are_counted_from_the_start(monkeypatch):
@@ -226,6 +250,18 @@ def test_encoded_pairs_keep_their_numbers_and_nonsense_is_rejected():
     wrong += [ABC.encode(names, context=9), (tokens.roll(-1, 1), lengths)]
     for pair in wrong:
         assert rejects("not what vocab.encode", scorer.score, pair)
+
+
+@pytest.mark.parametrize("as_codes", [False, True])
+@pytest.mark.parametrize("names", [["emma", "b!", None], ["emma", "ava\u4e00"], ["emma", "", "ava"]], ids=str)
+def test_names_stay_on_the_host_where_another_device_is_the_default(names, as_codes):
+    expected = joined(names, ABC, as_codes=as_codes)[:3]
+    with torch.device("meta"):
+        vocab = Vocabulary.from_mapping(["a", ".", *ABC.characters[1:]])
+        assert all(map(torch.equal, joined(names, Vocabulary(ABC.characters), as_codes=as_codes)[:3], expected))
+        tokens, lengths = vocab.encode(["emma", ""], context=CONTEXT)
+        assert joined((tokens, lengths), vocab)[0].tolist() == [0, 0, 0, 5, 13, 13, 1, 0, 0, 0]
+        assert vocab.decode(tokens) == vocab.decode(tokens.tolist()) == ["emma", ""]
 
 
 @pytest.mark.parametrize("library", ["pandas", "polars", "pyarrow"])

@@ -180,6 +180,16 @@ def test_unknown_characters_are_rejected_or_give_nan(character):
     assert offsets.tolist() == [0, 5, 6, 10] and values.isnan().nonzero().tolist() == [[5]]
 
 
+@pytest.mark.parametrize("device", ["cuda", torch.device("cuda:7"), "gpu", 9, "cuda:x"], ids=str)
+def test_a_device_that_is_not_there_is_named_with_the_fix(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    conv, fix = random_conv(), "leave device out|which PyTorch does not know; name 'cpu'"
+    for call, arguments in ((Scorer, (conv, ABC)), (Stream, (conv,)), (sample, (conv, ABC, 1))):
+        assert rejects(rf"device is .*{device}.*({fix})", call, *arguments, device=device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
+    assert rejects("the last CUDA device here is 'cuda:6'; name", Stream, conv, device="cuda:7")
+
+
 def test_wrong_arguments_are_rejected():
     scorer = small_scorer()
     for names, message in (("emma", "names is one string"), (["emma", 3], "name 1 is 3"), (None, "names is None")):

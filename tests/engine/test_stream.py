@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from engine.cases import ABC, BACKENDS, DEEP, GATED, OTHERS, SHAPES, WIDE, random_conv, rejects, streamed
 from helpers import LAYER_NORM, needs_numba, random_tree
 from hypothesis import given, settings
@@ -159,6 +160,23 @@ def test_a_step_does_not_wait_for_the_device(cuda, sizes, end):
         streams[1].step(on_device)
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_tokens_in_pinned_memory_may_change_after_a_call(cuda, pinned, monkeypatch):
+    """The device reads such memory later, if nobody waits; other memory is read at once."""
+    copies, to, conv = [], torch.Tensor.to, random_conv(device=cuda)
+    stream, (tokens, lengths) = Stream(conv, 2), ABC.encode(["emma", "anna"], context=8)
+
+    def recorded(self, *args, **options):
+        copies.extend([options["non_blocking"]] if "non_blocking" in options else [])
+        return to(self, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self, *_: pinned and not self.is_cuda)
+    monkeypatch.setattr(torch.Tensor, "to", recorded)
+    for call in (lambda: stream.step(tokens[:, 8]), lambda: stream.push(tokens, lengths), lambda: conv(tokens)):
+        call()
+        assert copies.pop() == (not pinned) and not copies
+
+
 @pytest.mark.parametrize("batch_size, compiled", BACKENDS[1:])
 @pytest.mark.parametrize("sizes", [WIDE, GATED, DEEP], ids=["wide", "gated", "deep"])
 def test_a_state_continues_in_another_stream(batch_size, compiled, sizes, device):
@@ -184,7 +202,7 @@ def test_a_state_continues_in_another_stream(batch_size, compiled, sizes, device
 
 
 def test_states_that_do_not_fit_are_rejected():
-    conv, other = (random_conv(dtype=torch.float32, seed=seed) for seed in (0, 1))
+    conv, other = (random_conv(n_hidden=20, dtype=torch.float32, seed=seed) for seed in (0, 1))
     stream = Stream(conv, 3)
     stream.step(torch.tensor([1, 2, 3]))
     state = stream.state()
@@ -196,7 +214,10 @@ def test_states_that_do_not_fit_are_rejected():
         (state | {"keys": state["keys"] + 10**6}, "out of range; it is damaged"),
         (state | {"layer 0": state["layer 0"] - 1}, "out of range"),
         (state | {"layer 1": state["layer 1"].double()}, "'layer 1' of this state .* is damaged"),
-        (state | {"layer 1": state["layer 1"][..., :0]}, "'layer 1' of this state .* is damaged"),
+        *[
+            (state | {"layer 1": state["layer 1"][..., :columns]}, "'layer 1' of this state .* is damaged")
+            for columns in (0, 1, 16, 17)  # of 32, for 20 channels
+        ],
         ([state], "a state is a dict of tensors"),
     ):
         assert rejects(message, stream.load_state, stranger)
@@ -204,6 +225,17 @@ def test_states_that_do_not_fit_are_rejected():
     state = Stream(conv := random_conv(**LAYER_NORM)).state()
     conv.layers[0].norm.eps = 1e-3
     assert rejects("of another model or dtype", Stream(conv).load_state, state)
+
+
+@pytest.mark.parametrize("sizes", [WIDE, GATED, DEEP, OTHERS[1]], ids=["wide", "gated", "deep", "mixed"])
+def test_a_state_may_have_the_columns_of_a_gpu_and_lie_on_several_devices(sizes, device):
+    stream, tokens = Stream(from_tree(random_tree(**sizes, device=device)), 2), torch.ones(2, 9, dtype=torch.int64)
+    streamed(stream, tokens)
+    state, expected = stream.state(), streamed(stream, tokens)
+    rings = {name: part.cpu() for name, part in state.items() if part.ndim == 3}
+    wider = {name: F.pad(part, (0, -part.shape[2] % 64)) for name, part in rings.items()}
+    stream.load_state(state | wider | {"keys": state["keys"].cpu()})
+    assert torch.equal(streamed(stream, tokens), expected)
 
 
 def test_compiled_steps_that_cannot_run_are_rejected(monkeypatch):

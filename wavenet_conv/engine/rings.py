@@ -6,6 +6,9 @@ ring: children from before its first step are those of `.` alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -35,12 +38,18 @@ class Ring:
             children.append(self._grown(old, back, ages) if back > settled else old)
         return children
 
-    def push_at(self, child: Tensor, clock: Tensor, ages: Tensor) -> list[Tensor]:
-        """`push` with the clock on the device, int64 `(1,)`."""
-        self.nodes.index_copy_(0, clock % len(self.nodes), child[None])
-        places = [(clock - back) % len(self.nodes) for back in self.backs]
-        olds = [self.nodes.index_select(0, place)[0] for place in places]
-        return [self._grown(old, back, ages) if back else child for old, back in zip(olds, self.backs)]
+    def push_at(self, child: Tensor, places: Tensor, young: Tensor) -> list[Tensor]:
+        """`push` with the clock on the device.
+
+        Args:
+            child: The newest child.
+            places: The entry of each tap's child, int64 `(taps,)`; the last is that of the newest child.
+            young: Whether a row is younger than that child, bool `(taps, rows)`.
+        """
+        self.nodes.index_copy_(0, places[-1:], child[None])
+        olds = self.nodes.index_select(0, places)
+        young = young.view(*young.shape, *[1] * self.padding.ndim)
+        return list(torch.where(young, self.padding, olds))
 
     def _grown(self, old: Tensor, back: int, ages: Tensor) -> Tensor:
         """The children of `back` steps ago, with padding in rows that are younger."""
@@ -105,15 +114,17 @@ class TorchSteps:
         self.clock, self.settled = self.clock + 1, self.settled + 1
         return logits
 
-    def _push(self, ring: Ring, child: Tensor) -> list[Tensor]:
-        return ring.push(child, self.clock, self.ages, self.settled)
+    def _pushes(self) -> Iterator[Callable[[Tensor], list[Tensor]]]:
+        """What writes a child into each ring and returns the child of each tap."""
+        clock, ages, settled = self.clock, self.ages, self.settled
+        return (partial(ring.push, clock=clock, ages=ages, settled=settled) for ring in self.rings)
 
     def _read(self, tokens: Tensor) -> Tensor:
         """What a step does on the device."""
         child = self.keys.mul_(self.nodes.vocab_size).remainder_(self.kinds).add_(tokens)
         value = None if self.values is None else self.values.index_select(0, child)
-        for layer, ring in enumerate(self.rings, start=self.first):
-            value = self._tiled(layer, self._push(ring, child), value)
+        for layer, push in enumerate(self._pushes(), start=self.first):
+            value = self._tiled(layer, push(child), value)
             child = value[:, : self.nodes.n_embd] if self.values is not None else value
             if self.values is None:
                 value = None
@@ -145,20 +156,27 @@ class TorchSteps:
 
 
 class GraphSteps(TorchSteps):
-    """A backend for CUDA whose step is one launch: a CUDA graph, which reads the clock on the device.
+    """A backend for CUDA whose kernels are one launch: it copies tokens in, replays a graph and copies logits out.
 
-    The first step runs without a graph, which prepares the libraries that it calls; the second one is captured.
+    The graph reads the clock on the device, which takes some more kernels than a step of `TorchSteps`. The first step
+    runs without a graph, which prepares the libraries that it calls; the second one is captured.
     """
 
     def __init__(self, shared: SharedNodes, rows: int):
         super().__init__(shared, rows)
         self._now = self.keys.new_zeros(1)  # the clock
+        self._taps = [len(ring.backs) for ring in self.rings]
+        # Of each tap of all rings: its steps back, and the size of its ring.
+        self._backs = self.keys.new_tensor([back for ring in self.rings for back in ring.backs])
+        self._sizes = self.keys.new_tensor([len(ring.nodes) for ring in self.rings for _ in ring.backs])
         self._tokens, self._logits = torch.zeros_like(self.keys), torch.empty(0)  # what the graph reads and writes
         self._graph: torch.cuda.CUDAGraph | None = None
         self._prepared = False
 
-    def _push(self, ring: Ring, child: Tensor) -> list[Tensor]:
-        return ring.push_at(child, self._now, self.ages)
+    def _pushes(self) -> Iterator[Callable[[Tensor], list[Tensor]]]:
+        places = ((self._now - self._backs) % self._sizes).split(self._taps)
+        young = (self.ages < self._backs[:, None]).split(self._taps)
+        return (partial(ring.push_at, places=at, young=rows) for ring, at, rows in zip(self.rings, places, young))
 
     def _read(self, tokens: Tensor) -> Tensor:
         self._tokens.copy_(tokens)
@@ -167,13 +185,20 @@ class GraphSteps(TorchSteps):
             self._now += 1
             return logits
         if self._graph is None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._logits = super()._read(self._tokens)
-                self._now += 1
-            self._graph = graph
+            self._graph = self._captured()
         self._graph.replay()
         return self._logits
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        graph, device = torch.cuda.CUDAGraph(), self.keys.device
+        # PyTorch's own stream for captures is on the first device that has captured. Other threads may use the device.
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+        ):
+            self._logits = super()._read(self._tokens)
+            self._now += 1
+        return graph
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continues from a `state()` of the same shapes."""

@@ -16,8 +16,8 @@ from ..errors import ConfigError, ShapeError, StateError
 from ..model import ConvWaveNet
 from ..numbering import to_engine
 from ..precision import exact_float32_on
-from ..vocabulary import check_tokens
-from .nodes import CUDA_COLUMNS
+from ..vocabulary import check_tokens, tokens_on
+from .nodes import COLUMNS, CUDA_COLUMNS
 from .rings import GraphSteps, TorchSteps
 from .shared import SharedNodes
 from .weights import Weights, fold
@@ -49,7 +49,7 @@ class Stream:
 
     Raises:
         ShapeError: `batch_size` is below 1.
-        ConfigError: `compiled` or `graph` is True and cannot be; `end` is no token of the model.
+        ConfigError: `compiled` or `graph` is True and cannot be; `end` is no token of the model; `device` is not there.
     """
 
     @torch.inference_mode(False)  # a stream made in inference mode can be used outside
@@ -79,13 +79,16 @@ class Stream:
         with exact_float32_on(self.device):
             self.backend = _backend(weights, batch_size, compiled, graph)
         self.compiled = type(self.backend) not in (TorchSteps, GraphSteps)
+        gated, lower = weights.hidden is not None, weights.layers[self.backend.first :]
+        widths = [len(weights.embedding[0]) if gated else layer.taps.shape[2] for layer in lower]
+        self._channels = {f"layer {above}": width for above, width in enumerate(widths, start=1)}  # in each ring
 
     def step(self, tokens: Tensor) -> Tensor:
         """Reads one token per row.
 
         Tokens int64 `(batch_size,)` to the logits of the next ones, `(batch_size, vocab)`. On CUDA this does not wait
-        for the device: tokens on the host are checked and copied, and a token on the device that is outside the
-        vocabulary makes a kernel fail (a device-side assert).
+        for the device, except for tokens in pinned memory: tokens on the host are checked and copied, and a token on
+        the device that is outside the vocabulary makes a kernel fail (a device-side assert).
 
         Raises:
             ShapeError, TokenError: Another shape, dtype or device; a token outside the vocabulary. No row reads then.
@@ -99,7 +102,7 @@ class Stream:
             tokens = self._vocab_tokens.index_select(0, tokens)
         elif self.batch_size > FEW_ROWS or not all(0 <= token < self.vocab_size for token in tokens.tolist()):
             check_tokens(tokens, self.vocab_size)
-        return self.advance(tokens.to(self.device, non_blocking=True)).clone()
+        return self.advance(tokens_on(self.device, tokens)).clone()
 
     def advance(self, tokens: Tensor) -> Tensor:
         """`step` without its checks; the next step overwrites the logits."""
@@ -125,7 +128,7 @@ class Stream:
         columns = _columns_of(tokens, lengths, self.batch_size, self.end)
         check_tokens(columns, self.vocab_size)
         self.reset()
-        for column in columns.to(self.device, non_blocking=True):
+        for column in tokens_on(self.device, columns):
             logits = self.advance(column)
         return logits.clone()
 
@@ -151,11 +154,11 @@ class Stream:
         """
         if not isinstance(state, dict) or not all(isinstance(part, Tensor) for part in state.values()):
             raise StateError("a state is a dict of tensors, as Stream.state() returns it")
-        mine = self.backend.state()
-        if not torch.equal(state.get("model", torch.zeros(0)).cpu(), self._digest):
+        state = {name: part.cpu() for name, part in state.items()}
+        if not torch.equal(state.get("model", torch.zeros(0)), self._digest):
             raise StateError("this state is of another model or dtype; load it into a stream of that one")
-        for name, part in mine.items():
-            if name not in state or _kind_of(state[name]) != _kind_of(part):
+        for name, part in self.backend.state().items():
+            if name not in state or not _fits(state[name], part, self._channels.get(name, 0)):
                 raise StateError(f"{name!r} of this state is missing or has another shape; it is damaged, make another")
         keys = torch.cat([state["keys"], state["layer 0"].flatten()])
         if keys.min() < 0 or keys.max() >= self.backend.kinds or min(state["ages"].min(), state["clock"].min()) < 0:
@@ -166,10 +169,11 @@ class Stream:
         raise StateError("a Stream is not copied or pickled; make another of the same model and give it the state()")
 
 
-def _kind_of(part: Tensor) -> tuple[object, ...]:
-    """What a tensor of a state must have in common with the stream's: all but the padding of a ring's columns."""
-    *sizes, columns = part.shape or (0,)
-    return part.dtype, sizes, -(columns // -CUDA_COLUMNS) if part.ndim == 3 else columns
+def _fits(given: Tensor, mine: Tensor, channels: int) -> bool:
+    """Whether a part of a state is like the stream's; a ring may have the columns of another device."""
+    *sizes, columns = mine.shape
+    allowed = {-(channels // -width) * width for width in (COLUMNS, CUDA_COLUMNS)} if mine.ndim == 3 else {columns}
+    return given.dtype == mine.dtype and given.shape in [(*sizes, count) for count in allowed]
 
 
 def _columns_of(tokens: Tensor, lengths: Tensor, rows: int, end: int) -> Tensor:

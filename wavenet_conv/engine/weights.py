@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import ACTIVATIONS, WaveNetConfig
-from ..errors import MappingError
+from ..errors import ConfigError, MappingError
 from ..model import BatchNorm, ConvWaveNet, GatedLayer, LayerNorm
 from ..numbering import from_engine
 
@@ -115,10 +115,16 @@ def fold(conv: ConvWaveNet, device: torch.device | str | None = None, dtype: tor
     becomes `beta + (bias - mean) * scale`.
 
     The model may be of any kind and in any mode. `device` and `dtype` are those of the result and of the folding; by
-    default the model's. Raises `MappingError` if `conv` is not a `ConvWaveNet`.
+    default the model's.
+
+    Raises:
+        MappingError: `conv` is not a `ConvWaveNet`.
+        ConfigError: `device` is not there.
     """
     if not isinstance(conv, ConvWaveNet):
         raise MappingError(f"got a {type(conv).__name__}, not a ConvWaveNet; map a tree with from_tree first")
+    if device is not None:
+        device = checked_device(device)
     if device is not None or dtype is not None:
         conv = copy.deepcopy(conv).to(device=device, dtype=dtype)
     layers = [_layer(layer) for layer in conv.layers]
@@ -135,6 +141,21 @@ def fold(conv: ConvWaveNet, device: torch.device | str | None = None, dtype: tor
         hidden=None if conv.hidden is None else _affine(conv.hidden),
         head=head,
     )
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """The device that an argument names; raises `ConfigError` if there is none."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device is {device!r}, which PyTorch does not know; name 'cpu' or 'cuda'") from error
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if count == 0:
+        lack = f"PyTorch {torch.__version__} finds no CUDA device"
+        raise ConfigError(f"device is '{found}': {lack}; leave device out, or install a PyTorch with CUDA")
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise ConfigError(f"device is '{found}': the last CUDA device here is 'cuda:{count - 1}'; name one of those")
+    return found
 
 
 def _layer(layer: Any) -> LayerWeights:
