@@ -238,6 +238,22 @@ def test_a_state_may_have_the_columns_of_a_gpu_and_lie_on_several_devices(sizes,
     assert torch.equal(streamed(stream, tokens), expected)
 
 
+@pytest.mark.parametrize("batch_size, compiled", BACKENDS[1:])
+def test_a_stream_computes_on_its_device_where_another_one_is_the_default(batch_size, compiled):
+    conv, prefixes = random_conv(), ABC.encode(["emma", "ann", *[""] * (batch_size - 2)], context=8)
+
+    def read():
+        stream = Stream(conv, batch_size, compiled=compiled)
+        pushed = stream.push(*prefixes)
+        stream.load_state(stream.state())
+        stream.reset([1])
+        return pushed, stream.step(prefixes[1])
+
+    expected = read()
+    with torch.device("meta"):
+        assert all(map(torch.equal, read(), expected))
+
+
 def test_compiled_steps_that_cannot_run_are_rejected(monkeypatch):
     assert rejects("a step can be a graph on CUDA, not on cpu; leave out graph=True", Stream, random_conv(), graph=True)
     conv, message = random_conv(), r"up to 8 rows on the CPU, in float32 .* pip install 'wavenet-conv.fast.'"

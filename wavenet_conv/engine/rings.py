@@ -142,7 +142,7 @@ class TorchSteps:
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on: the tensors themselves, not copies."""
         rings = {f"layer {index}": ring.nodes for index, ring in enumerate(self.rings)}
-        return {"clock": torch.tensor([self.clock]), "ages": self.ages, "keys": self.keys, **rings}
+        return {"clock": torch.tensor([self.clock], device="cpu"), "ages": self.ages, "keys": self.keys, **rings}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continues from a `state()` of the same shapes, but for the padding of columns."""

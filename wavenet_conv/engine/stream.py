@@ -138,7 +138,7 @@ class Stream:
         Args:
             rows: Row numbers, or bool `(batch_size,)`. Raises `ShapeError` for anything else, naming a wrong row.
         """
-        mask = torch.zeros(self.batch_size, dtype=torch.bool)
+        mask = torch.zeros(self.batch_size, dtype=torch.bool, device="cpu")
         mask[_numbers_of(rows, self.batch_size)] = True
         self.backend.reset(mask.to(self.device))
 
@@ -155,7 +155,7 @@ class Stream:
         if not isinstance(state, dict) or not all(isinstance(part, Tensor) for part in state.values()):
             raise StateError("a state is a dict of tensors, as Stream.state() returns it")
         state = {name: part.cpu() for name, part in state.items()}
-        if not torch.equal(state.get("model", torch.zeros(0)), self._digest):
+        if not torch.equal(state.get("model", self._digest[:0]), self._digest):
             raise StateError("this state is of another model or dtype; load it into a stream of that one")
         for name, part in self.backend.state().items():
             if name not in state or not _fits(state[name], part, self._channels.get(name, 0)):
@@ -195,7 +195,7 @@ def _columns_of(tokens: Tensor, lengths: Tensor, rows: int, end: int) -> Tensor:
             f"tokens {shapes[0]} do not hold token {end} and then prefixes of up to {longest} characters; "
             f"make them with vocab.encode(prefixes, context=stream.context)"
         )
-    places = before - 1 + (torch.arange(longest + 1) - (longest - lengths[:, None])).clamp_(min=0)
+    places = before - 1 + (torch.arange(longest + 1, device="cpu") - (longest - lengths[:, None])).clamp_(min=0)
     return tokens.long().gather(1, places).t().contiguous()
 
 
