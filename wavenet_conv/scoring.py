@@ -52,8 +52,8 @@ class Scorer:
             row other bits when it is alone.
 
     Raises:
-        ConfigError: The model is no `ConvWaveNet`, or the vocabulary is not the model's; `compiled` is True and the
-            loops cannot run.
+        ConfigError: The model is no `ConvWaveNet`, the vocabulary not the model's, the device not there; `compiled` is
+            True and the loops cannot run.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Scorer:
             UsageError: Names are read with PyArrow, which is not installed.
         """
         parts = [scores for scores, _ in self._scores(self._chunks(names, unknown), AHEAD)]
-        return torch.cat([torch.zeros(0, dtype=self.dtype, device="cpu"), *parts])
+        return _joined(parts, self.dtype)
 
     def stream(self, names: Names, *, chunk: int = CHUNK_NAMES, unknown: str = "error") -> Iterator[Tensor]:
         """Yields the scores of `names`, an iterable of any length, in order, at most `chunk` at a time.
@@ -129,28 +129,26 @@ class Scorer:
             Values `(positions,)`, name after name, in the scorer's dtype, and offsets int64 `(names + 1,)`: name i has
             `values[offsets[i] : offsets[i + 1]]`, one more than it has characters. An unknown name has one NaN.
         """
-        values, all_lengths = [torch.zeros(0, dtype=self.dtype, device="cpu")], []
+        values, all_lengths = [], []
         for found, _, lengths, known in self._likelihood.log_probs(self._chunks(names, unknown), positions=True):
             values.append(found.cpu())
             values[-1][(torch.cumsum(lengths + 1, 0) - 1)[~known]] = torch.nan
             all_lengths.append(lengths)
-        return torch.cat(values), _offsets(all_lengths)
+        return _joined(values, self.dtype), _offsets(all_lengths)
 
     def logits(self, names: Names) -> tuple[Tensor, Tensor]:
         """All logits `(positions, vocab)` on the CPU, and offsets as `position_log_probs`. Column t is of token t."""
         parts = list(self._likelihood.logits(packed(names, self.vocab, self.context, CHUNK_NAMES, "error")))
-        logits = torch.cat(
-            [torch.zeros(0, len(self.vocab), dtype=self.dtype, device="cpu"), *[logits for logits, _ in parts]]
-        )
+        logits = _joined([logits for logits, _ in parts], self.dtype, len(self.vocab))
         if self.vocab.end:
-            logits = logits.index_select(1, to_engine(torch.arange(len(self.vocab)), self.vocab.end))
+            logits = logits.index_select(1, to_engine(torch.arange(len(self.vocab), device="cpu"), self.vocab.end))
         return logits, _offsets([lengths for _, lengths in parts])
 
     def bits_per_character(self, names: Names, *, unknown: str = "error") -> Tensor:
         """Bits that the model needs per character of each name, its end counted as one: `(names,)`."""
         parts = self._scores(self._chunks(names, unknown), AHEAD)
         bits = [scores / (-log(2) * (lengths + 1)) for scores, lengths in parts]
-        return torch.cat([torch.zeros(0, dtype=self.dtype, device="cpu"), *bits])
+        return _joined(bits, self.dtype)
 
     def percentile(self, names: Names, *, unknown: str = "error") -> Tensor:
         """Percent of the training list that need fewer bits per character than each name: `(names,)`.
@@ -195,10 +193,15 @@ def training_quantiles(model: ConvWaveNet, vocab: Vocabulary, names: list[str]) 
     if not names:
         raise NamesError("names is empty; give the list that the model was trained on")
     bits = Scorer(model, vocab).bits_per_character(names).double()
-    places = torch.linspace(0, len(bits) - 1, QUANTILES, dtype=torch.float64).round().long()
+    places = torch.linspace(0, len(bits) - 1, QUANTILES, dtype=torch.float64, device="cpu").round().long()
     return bits.sort().values[places].float()
 
 
+def _joined(parts: list[Tensor], dtype: torch.dtype, *shape: int) -> Tensor:
+    """All parts `(n, *shape)` one after the other."""
+    return torch.cat([torch.zeros(0, *shape, dtype=dtype, device="cpu"), *parts])
+
+
 def _offsets(lengths: list[Tensor]) -> Tensor:
-    outputs = torch.cat([torch.zeros(1, dtype=torch.int64), *[characters + 1 for characters in lengths]])
+    outputs = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *[characters + 1 for characters in lengths]])
     return outputs.cumsum(0)

@@ -106,9 +106,9 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_others(call):
     assert exit_codes(files["summary.txt"]) == dict(zip(STEPS, (1, 0, 3, 1, 124, 0)))
     summary = files["summary.txt"]
     assert "sample: no results" in summary and "score: NOT FINISHED, equal" in summary
-    assert figures(summary)["scoring an Arrow column"] == "not measured"
+    assert figures(summary)["positions/s, from an Arrow column"] == "not measured"
     assert figures(summary)["one name: `slid_graph` against `loop`"] == "not measured"
-    assert figures(summary)["growth at context 1,024"] == "not measured"
+    assert figures(summary)["growth: `slid` against `windows` at context 1,024"] == "not measured"
     assert "slide: NOT FINISHED, equal, Triton kernels that ran: none; NO MEASUREMENTS" in summary
     assert "--device cuda --json" in files["log.txt"] and "--device cuda --seed 3 --json" in files["log.txt"]
 

@@ -98,6 +98,16 @@ def test_every_way_to_ask_gives_the_same_scores():
     assert torch.equal(scorer.bits_per_character(encoded), bits)
 
 
+@pytest.mark.parametrize("options", [{}, {"compiled": False}, {"gated": True}], ids=str)
+def test_another_default_device_changes_nothing(options):
+    expected, encoded = small_scorer(**options).score(NAMES), ABC.encode(NAMES, context=8)
+    scorer = small_scorer(**options, quantiles=torch.tensor([1.0, 2.0]))
+    with torch.device("meta"):
+        assert torch.equal(scorer.score(NAMES), expected) and torch.equal(scorer.score(encoded), expected)
+        values, logits = scorer.position_log_probs(NAMES)[0], scorer.logits(NAMES)[0]
+        assert values.device == logits.device == scorer.percentile(NAMES).device == torch.device("cpu")
+
+
 def test_percentile_counts_quantiles_below():
     scorer = small_scorer(quantiles=torch.tensor([1.0, 2.0, 3.0, 100.0]))
     bits = scorer.bits_per_character(NAMES)

@@ -139,7 +139,7 @@ def _side_by_side(layer: LayerWeights) -> Affine:
     return Affine(torch.cat([pair.weight for pair in maps], 1) / 2, torch.cat([pair.bias for pair in maps]))
 
 
-_ONE = torch.tensor(1.0)  # a Python number would be wrapped at every call
+_ONE = torch.tensor(1.0, device="cpu")  # a Python number would be wrapped at every call
 _GRAIN = 32768  # PyTorch gives a thread no fewer elements than this
 _ONE_THREAD = 16384  # up to so many elements, every activation is computed by one thread
 

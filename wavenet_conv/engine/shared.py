@@ -163,8 +163,7 @@ class SharedNodes:
         cache.trim()
         used, columns = cache.ids.windows.count, len(head.bias)
         readable, children, rows, targets = self._below_last(tokens, lengths, cache, cache_windows=True)
-        whole_tiles = used + len(children) + whole_tile(self.nodes)
-        out = cache.room_for_log_probs(used, head.weight, whole_tiles, columns)
+        out = cache.room_for_log_probs(used, head.weight, used + len(children) + whole_tile(self.nodes), columns)
         for nodes in evaluate(self.nodes, -1, readable, children, self.tile):
             logits = torch.addmm(head.bias, nodes, head.weight)
             torch.log_softmax(logits, 1, out=out[used : (used := used + len(nodes))])
@@ -206,7 +205,8 @@ def smallest_tile(nodes: NodeWeights) -> int:
     by the number of rows, and processors differ in where the bits change; so this tries the model's own matrices.
     """
     weights = [tap for taps in nodes.taps for tap in taps] + [gate.weight for gate in nodes.gates] + [nodes.head.weight]
-    pairs = [(torch.arange(TILE * len(weight)).to(weight).sin_().view(TILE, -1), weight) for weight in weights]
+    numbers = torch.arange(TILE * max(map(len, weights)), device="cpu").to(weights[0]).sin_()
+    pairs = [(numbers[: TILE * len(weight)].view(TILE, -1), weight) for weight in weights]
     whole, rows = [x @ weight for x, weight in pairs], TILE
     while rows > 1 and all(
         torch.equal(x[: rows // 2] @ weight, y[: rows // 2]) for (x, weight), y in zip(pairs, whole)
