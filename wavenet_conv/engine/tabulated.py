@@ -1,9 +1,9 @@
 """Scores on a GPU: every window is evaluated, from tables of all nodes that are possible in the lower layers.
 
-A GPU computes a node sooner than it finds out whether it has computed an equal one. So nothing gets an id here. The
-lecture's network has 27^4 = 531,441 possible nodes in its second layer: what they contribute to their parents takes 545
-MB and 17 billion multiply-adds, once. A position is then two rows of that table, a sum, a tanh and the head. It reads
-1,024 bytes and takes 3,456 multiply-adds: a billion positions per second need 1 TB/s and 7 TFLOP/s.
+A GPU should compute a node sooner than it finds an equal one. So nothing gets an id here. The lecture's network has
+27^4 = 531,441 possible nodes in its second layer: what they contribute to their parents takes 544 MB and 17 billion
+multiply-adds, once. A position is then two rows of that table, a sum, a tanh and the head. It reads 1,024 bytes and
+takes 3,456 multiply-adds: a billion positions per second need 1 TB/s and 7 TFLOP/s.
 `shared_logits_ref` defines the results; the tables are made by the functions that `SharedNodes` evaluates nodes with.
 """
 
