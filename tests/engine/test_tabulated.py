@@ -215,7 +215,7 @@ def test_scores_are_equal_on_another_stream_than_the_scorer_was_made_on(device):
 
 
 def test_a_stream_on_any_device_reads_no_chunk_ahead(device):
-    """So that whoever waits for an answer before the next question gets it."""
+    """So that a caller who waits for each answer before the next question gets it."""
     scorer, asked = Scorer(random_conv(), ABC, device=device), []
 
     def questions():
