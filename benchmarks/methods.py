@@ -255,6 +255,6 @@ def list_rows(lists: dict[Any, OnList], call: str, models: Models, session: Sess
         return lists[name].positions
 
     methods: dict[Any, Sized] = {name: Sized(partial(positions, name), lists[name].sizes) for name in lists}
-    options = (models.conv.config, session.pick(3, 9), "whole list", session, call == "scores")
-    rows = rows_at_best(methods, "position", *options)
+    rounds, to_host = session.pick(3, 9), call == "scores"
+    rows = rows_at_best(methods, "position", models.conv.config, rounds, "whole list", session, by_host=to_host)
     return [row | {"names": len(lists[row["method"]].names)} for row in rows]

@@ -35,7 +35,10 @@ class Ring:
         children = []
         for back in self.backs:
             old = self.nodes[(clock - back) % len(self.nodes)]
-            children.append(self._grown(old, back, ages) if back > settled else old)
+            if back > settled:
+                young = (ages < back).view(-1, *[1] * self.padding.ndim)
+                old = torch.where(young, self.padding, old)
+            children.append(old)
         return children
 
     def push_at(self, child: Tensor, places: Tensor, young: Tensor) -> list[Tensor]:
@@ -50,11 +53,6 @@ class Ring:
         olds = self.nodes.index_select(0, places)
         young = young.view(*young.shape, *[1] * self.padding.ndim)
         return list(torch.where(young, self.padding, olds))
-
-    def _grown(self, old: Tensor, back: int, ages: Tensor) -> Tensor:
-        """The children of `back` steps ago, with padding in rows that are younger."""
-        young = (ages < back).view(-1, *[1] * self.padding.ndim)
-        return torch.where(young, self.padding, old)
 
 
 class TorchSteps:
