@@ -13,7 +13,7 @@ from .errors import ConfigError
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; the defaults are those of the preset "fast".
+    """How to train; the preset "fast" has these defaults, and n-grams as teachers.
 
     Args:
         steps: optimizer steps.
@@ -29,6 +29,9 @@ class Recipe:
         eval_every: steps between validations.
         patience: validations without a new lowest loss after which training stops; 0 never stops early.
         distill_weight: with teachers, their share of the targets; the rest is what follows in the list.
+        ngram_share: what part of the teachers' share comes from 6-grams of the list, which need no training. Each name
+            is predicted by those of nine tenths of the list that it is not in. Without networks they have all of it.
+        drawn: names that the networks among the teachers draw, per name of the list; others in each epoch.
         seed: of the initial weights, the order of the names and dropout.
 
     Raises:
@@ -47,15 +50,19 @@ class Recipe:
     eval_every: int = 100
     patience: int = 0
     distill_weight: float = 0.8
+    ngram_share: float = 0.0
+    drawn: int = 0
     seed: int = 42
 
     def __post_init__(self) -> None:
         limits = dict.fromkeys(("steps", "batch_size", "eval_every"), (1, 2**31))
-        limits |= dict.fromkeys(("weight_decay", "patience", "seed"), (0, 2**30))
+        limits |= dict.fromkeys(("weight_decay", "patience", "drawn", "seed"), (0, 2**30))
         limits |= dict.fromkeys(("warmup", "dropout", "ema_decay", "distill_weight"), (0, 1))
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) < high:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low} and below {high:,}")
+        if not 0 <= self.ngram_share <= 1:
+            raise ConfigError(f"ngram_share is {self.ngram_share}; it must be from 0 to 1")
         if not (isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"lr is {self.lr}; it must be a positive number")
         for name, known in (("optimizer", ("adamw", "sgd")), ("schedule", ("onecycle", "constant"))):

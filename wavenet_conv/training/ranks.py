@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,6 +16,15 @@ from ..model import BatchNorm, ConvWaveNet
 def rank_and_count() -> tuple[int, int]:
     """This process's rank and the number of ranks; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def from_first_rank(value: Any) -> Any:
+    """The first rank's value of something that can be pickled; it comes from a process of the same program."""
+    if dist.is_initialized():
+        values = [value]
+        dist.broadcast_object_list(values)
+        (value,) = values
+    return value
 
 
 def batch_norm_over_ranks(norm: BatchNorm, x: Tensor, multiplicity: Tensor) -> Tensor:

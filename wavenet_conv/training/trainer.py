@@ -14,21 +14,22 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..errors import ModeError, TrainingError
+from ..errors import TrainingError
 from ..model import BatchNorm, ConvWaveNet, check_pair
 from ..recipe import Recipe
 from ..vocabulary import Vocabulary
 from .corpus import Corpus
-from .loss import Normalize, evaluate, predictions, total_loss
+from .loss import Normalize, evaluate, total_loss
 from .ranks import batch_norm_over_ranks, rank_and_count, sum_over_ranks
+from .teaching import Teaching
 
 
 class Trainer:
     """One training: a model (trained in place, in its dtype and on its device), a recipe and two lists of names.
 
     On the CPU the same arguments and number of threads give the same bits. In a `torch.distributed` group each rank
-    takes its share of each batch. With teachers (in evaluation mode, of the same vocabulary and any shape) the mean of
-    their predictions is a share of the targets (distillation; Hinton et al. 2015, arXiv:1503.02531).
+    takes its share of each batch. What teachers expect is a share of the targets (`Teaching`; distillation, Hinton et
+    al. 2015, arXiv:1503.02531).
 
     Attributes:
         step: steps taken.
@@ -50,15 +51,10 @@ class Trainer:
         teachers: Sequence[ConvWaveNet] = (),
     ):
         check_pair(model, vocab)
-        if any(teacher.training for teacher in teachers):
-            raise ModeError("a teacher is in training mode; call .eval() first")
         self.model, self.recipe, self.device = model.train(), recipe, model.embedding.weight.device
-        self.train_corpus, self.valid_corpus = Corpus(train, vocab, model), Corpus(valid, vocab, model)
-        self._soft_share = recipe.distill_weight if teachers else 0.0
-        for teacher in teachers:
-            part = predictions(teacher, Corpus(train, vocab, teacher)).to(model.embedding.weight) / len(teachers)
-            before = self.train_corpus.soft_targets
-            self.train_corpus.soft_targets = part if before is None else before + part
+        self._teaching = Teaching(train, vocab, recipe, teachers, model)
+        self.train_corpus, self.valid_corpus = self._teaching.corpus, Corpus(valid, vocab, model)
+        self._corpus = self.train_corpus  # with the names that are drawn in this epoch
         self.optimizer, self._schedule = _optimizer(model, recipe)
         self._average = None
         if recipe.ema_decay:
@@ -86,17 +82,19 @@ class Trainer:
     def next_rows(self) -> Tensor:
         """The names of the next step, int64; each epoch has its own random order."""
         size, seed = self.recipe.batch_size, self.recipe.seed
-        epoch, place = divmod(self.step, -(-len(self.train_corpus) // size))
+        names = len(self.train_corpus) * (1 + self.recipe.drawn)
+        epoch, place = divmod(self.step, -(-names // size))
         if self._epoch != epoch:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self.train_corpus), generator=generator)
+            self._epoch, self._order = epoch, torch.randperm(names, generator=generator)
+            self._corpus = self._teaching.corpus_of(epoch)
         return self._order[place * size :][:size].to(self.device)
 
     def advance(self) -> None:
         """Take one step."""
         dropout, seed, rows = self.recipe.dropout, self.recipe.seed, self.next_rows()
-        batch = self.train_corpus.batch(rows[self._rank :: self._ranks], self._soft_share)
-        positions = batch.positions if self._ranks == 1 else int(self.train_corpus.outputs[rows].sum())
+        batch = self._corpus.batch(rows[self._rank :: self._ranks], self.recipe.distill_weight)
+        positions = batch.positions if self._ranks == 1 else int(self._corpus.outputs[rows].sum())
         self.optimizer.zero_grad()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else [], enabled=dropout > 0):
             if dropout:
