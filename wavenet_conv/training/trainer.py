@@ -59,7 +59,7 @@ class Trainer:
             part = predictions(teacher, Corpus(train, vocab, teacher)).to(model.embedding.weight) / len(teachers)
             before = self.train_corpus.soft_targets
             self.train_corpus.soft_targets = part if before is None else before + part
-        self.optimizer, self._schedule = _optimizer(model, recipe)
+        self.optimizer, self._schedule = new_optimizer(model, recipe)
         self._average = None
         if recipe.ema_decay:
             update = get_ema_multi_avg_fn(recipe.ema_decay)
@@ -173,7 +173,7 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _optimizer(model: ConvWaveNet, recipe: Recipe) -> tuple[torch.optim.Optimizer, LRScheduler]:
+def new_optimizer(model: ConvWaveNet, recipe: Recipe) -> tuple[torch.optim.Optimizer, LRScheduler]:
     """The optimizer and its schedule; only weight matrices are decayed."""
     matrices = [p for p in model.parameters() if p.ndim == 3]
     others = [p for p in model.parameters() if p.ndim != 3]
