@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +145,50 @@ def test_train_stops_at_the_target(results):
         assert part["reached"] and part["curve"][-1] == [part["steps"], part["validation_loss"]]
         assert all(loss > 3.2 for _, loss in part["curve"][:-1])
     assert found["times_faster"] == row["lecture"]["seconds"] / row["ours"]["seconds"]
+
+
+def test_train_counts_the_padding_of_whole_names(results):
+    """A batch padded to its longest name has outputs behind the others' ends."""
+    used = training.split_names(NAMES)[0][:8]
+    windows, time = sum(map(len, used)) + 8, max(map(len, used)) + 8
+    rows, multiply_adds = by_method(results("train")["throughput"]), (2 * 24 * 128, 2 * 128 * 128, 2 * 128 * 128)
+    counts = {"windows": [4 * windows, 2 * windows, windows], "slid": [8 * (time + 1 - span) for span in (2, 4, 8)]}
+    for method, nodes in counts.items():
+        work = sum(count * each for count, each in zip(nodes, multiply_adds)) + nodes[-1] * 128 * 27
+        assert (rows[method]["nodes"], rows[method]["multiply_adds"]) == (sum(nodes), work)
+    assert rows["shared"]["nodes"] == sum(len(set(layer)) for layer in spans_of(used))
+
+
+def test_train_profiles_last_and_names_the_operators(results):
+    found = results("train")
+    assert list(found)[-1] == "operators" and found["operators"]["names"] == 8
+    everything, *rows = found["operators"]["rows"]
+    assert everything["operator"] == "all operators"
+    for method, product, calls in (("windows", "aten::mm", 12), ("slid", "aten::convolution_backward", 4)):
+        costs = {row["operator"]: row[method] for row in rows if row[method]}
+        assert costs[product]["calls"] == calls and len(costs) >= train.TOP
+        for cost in costs.values():
+            assert cost["share"] == pytest.approx(cost["ms"] / everything[method]["ms"])
+        assert 0 < sum(cost["share"] for cost in costs.values()) < everything[method]["share"] == 1
+
+
+def test_train_profiles_per_step(monkeypatch):
+    events = [
+        SimpleNamespace(key=key, self_cpu_time_total=us, count=n) for key, us, n in (("b", 1e3, 2), ("a", 3e3, 6))
+    ]
+    monkeypatch.setattr(train, "profile", lambda **_: nullcontext(SimpleNamespace(key_averages=lambda: events)))
+    found = train.profiled(lambda: None, 2)
+    assert list(found) == ["all operators", "a", "b"] and found["all operators"] == {"ms": 2, "share": 1, "calls": 4}
+    assert found["a"] == {"ms": 1.5, "share": 0.75, "calls": 3}
+
+
+def test_results_without_a_profile_are_shown(results, capsys):
+    found = dict(results("train"))
+    print_page(found, train.tables(found))
+    assert "\nWhere a step's time goes, 8 names\n" in capsys.readouterr().out
+    del found["operators"]
+    print_page(found, train.tables(found))
+    assert "Where a step's time goes" not in capsys.readouterr().out
 
 
 def test_the_ladder_trains_every_kind_of_rung(results):

@@ -55,7 +55,7 @@ class Trainer:
         self._teaching = Teaching(train, vocab, recipe, teachers, model)
         self.train_corpus, self.valid_corpus = self._teaching.corpus, Corpus(valid, vocab, model)
         self._corpus = self.train_corpus  # with the names that are drawn in this epoch
-        self.optimizer, self._schedule = _optimizer(model, recipe)
+        self.optimizer, self._schedule = new_optimizer(model, recipe)
         self._average = None
         if recipe.ema_decay:
             update = get_ema_multi_avg_fn(recipe.ema_decay)
@@ -171,7 +171,7 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _optimizer(model: ConvWaveNet, recipe: Recipe) -> tuple[torch.optim.Optimizer, LRScheduler]:
+def new_optimizer(model: ConvWaveNet, recipe: Recipe) -> tuple[torch.optim.Optimizer, LRScheduler]:
     """The optimizer and its schedule; only weight matrices are decayed."""
     matrices = [p for p in model.parameters() if p.ndim == 3]
     others = [p for p in model.parameters() if p.ndim != 3]
