@@ -161,7 +161,8 @@ def test_a_sweep_may_choose_norms_activations_and_heads(sweep, folder):
     [
         ("lr = ", "; give a TOML file in UTF-8, or 'default'"),
         ('preset = "none"', "preset is 'none'; it must be one of "),
-        ("distill_weight = 0.5", "distill_weight is not a setting"),
+        ("drawn = 1", "drawn is not a setting"),
+        ("distill_weight = 0.5\nngram_share = 0.0", "distill_weight does nothing without teachers; set ngram_share"),
         ("rate = 1", "rate is not a setting; the settings are steps, batch_size, "),
         ('norm = "bath"', "norm is 'bath'; it must be one of 'batch', 'layer', 'none'"),
         ("batch_size = 2.5", "batch_size is 2.5; give a value of type int, {choices = "),

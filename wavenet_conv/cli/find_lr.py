@@ -25,6 +25,8 @@ prints the mean loss of every twentieth of the steps. The suggestion is the rate
 the one-cycle schedule it is the peak (`wavenet-conv train --lr`). It is normal that the loss explodes at high rates.
 """
 
+FIXED = {"schedule": "constant", "ema_decay": 0.0, "drawn": 0}  # no networks teach here
+
 
 def add_parser(commands: Any) -> None:
     """Add `wavenet-conv find-lr`."""
@@ -47,7 +49,7 @@ def find_lr(
     if plot:
         check_plot(plot)
     _, vocab, parts, _ = training_list(file, end)
-    config, recipe = configured(preset, len(vocab), settings | {"schedule": "constant", "ema_decay": 0.0})
+    config, recipe = configured(preset, len(vocab), settings | FIXED)
     trainer = Trainer(new_model(config, recipe.seed, device_of(device)), vocab, *parts[:2], recipe)
     rows = []
     if not as_json:

@@ -37,6 +37,8 @@ RECIPE_HELP = {
     "eval_every": "steps between validations",
     "patience": "stop after so many validations without a lower loss; 0 does not",
     "distill_weight": "share of the targets that teachers give",
+    "ngram_share": "share of what teachers give that comes from n-grams of the list; all of it without networks",
+    "drawn": "names that teachers draw in each epoch, per name of the list",
     "seed": "of the weights, the order of the names and dropout",
 }
 

@@ -58,17 +58,17 @@ class Teaching:
 
     def corpus_of(self, epoch: int) -> Corpus:
         """The list, and behind it `Recipe.drawn` new names per name of the list, as many from each network."""
-        count, networks, before = self.recipe.drawn * len(self.names), len(self.teachers), self.corpus.soft_targets
-        if not count or before is None:
+        count, networks, drawn = self.recipe.drawn * len(self.names), len(self.teachers), list[str]()
+        if not count:
             return self.corpus
-        drawn: list[str] = []
         for index, teacher in enumerate(self.teachers):
             part = (index + 1) * count // networks - index * count // networks
             drawn += sample(teacher, self.vocab, part, seed=(self.recipe.seed * 1_000_003 + epoch) * networks + index)
         drawn = from_first_rank(drawn)  # another machine may round otherwise
         corpus = Corpus([*self.names, *drawn], self.vocab, self.student)
         ngrams = lambda names, vocab: predicted(names, self.names, vocab)
-        corpus.soft_targets = torch.cat([before, self._expected(drawn, ngrams)])
+        assert self.corpus.soft_targets is not None  # since names are drawn, there are teachers
+        corpus.soft_targets = torch.cat([self.corpus.soft_targets, self._expected(drawn, ngrams)])
         return corpus
 
     def _expected(self, names: Sequence[str], ngrams: Callable[[Sequence[str], Vocabulary], Tensor]) -> Tensor:
