@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness, output, rivals, transformer
+from benchmarks import harness, networks, output, rivals
 from benchmarks.counting import outputs
 from benchmarks.harness import Benchmark, Results, Session, Sized, call_rows, rows_at_best
 from benchmarks.rivals import Names, Rival, make_rivals
@@ -31,7 +31,7 @@ from wavenet_conv.errors import UsageError
 from wavenet_conv.names import LECTURE_SHA256, lecture_names
 from wavenet_conv.training import PRESETS, split_names
 
-STEPS, QUICK_STEPS = PRESETS["fast"][1].steps, 150
+QUICK_STEPS = 150  # of each network; --full: those of its recipe
 TOLERANCE = 1e-4  # of a name's log-likelihood, in nats
 ALONE = 100  # names whose scores one by one are checked
 OUR_SHARE = 0.6  # of our probability in a mixture
@@ -48,25 +48,32 @@ def lecture_list() -> str:
 
 def run(session: Session) -> Iterator[Results]:
     """All results; where scores differ, nothing after the equality."""
-    names, path, steps = session.names, Path(session.args.names), session.pick(QUICK_STEPS, STEPS)
+    names, path, steps = session.names, Path(session.args.names), session.pick(QUICK_STEPS, None)
     if len(names) < 10:
         raise UsageError(f"--names {path}: {len(names)} names leave nothing to validate on; give at least 10")
     if unknown := set("".join(names)) - set(load_checkpoint("default").vocab.characters):
         raise UsageError(f"--names {path}: the default model does not know {min(unknown)!r}; give names of a to z")
     train, valid, _ = split_names(names)
     used = {"file": path.name, "of": len(names), "train": len(train), "validation": len(valid)}
-    model = {"steps": steps, "transformer": transformer.SHAPE | transformer.RECIPE}
     methods, some = make_rivals(steps, session), names[:: session.pick(10, 1)]
     differences = {name: largest_difference(rival, some) for name, rival in methods.items()}
     equal = all(difference <= TOLERANCE for difference in differences.values())  # a NaN is not
     equality = {"equal": equal, "tolerance": TOLERANCE, "max_abs_diffs": differences}
-    yield {"model": model, "names": used, "equality": equality}
+    yield {"model": trained(steps), "names": used, "equality": equality}
     if not equal:
         return
     in_lecture = hashlib.sha256(path.read_bytes()).hexdigest() == LECTURE_SHA256
     notes = [NOTE] * (not in_lecture) + [NO_KENLM] * (rivals.kenlm is None)
     rows = timed_rows(methods, some, valid, session) + ladder_rows() * in_lecture
     yield {"notes": notes, "methods": rows + mixture_rows(methods, valid)}
+
+
+def trained(steps: int | None) -> Results:
+    """How the networks were made: the steps of ours, and the transformer's shape and recipe."""
+    _, shape, recipe = networks.NETWORKS[rivals.TRANSFORMER]
+    chosen = {key: getattr(recipe, key) for key in ("batch_size", "lr", "warmup", "weight_decay", "dropout")}
+    transformer = {**shape, "steps": steps or recipe.steps, **chosen}
+    return {"steps": steps or PRESETS["fast"][1].steps, "transformer": transformer}
 
 
 def largest_difference(rival: Rival, names: Names) -> float:

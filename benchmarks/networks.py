@@ -76,7 +76,7 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def exact_scores(self, names: Sequence[str]) -> Tensor:
-        """The same by a copy in float64, one character at a time, and all names of one length together."""
+        """What `score` returns, by a copy in float64, one character at a time, all names of one length together."""
         exact, scores = copy.deepcopy(self).double(), torch.zeros(len(names), dtype=torch.float64)
         lengths = torch.tensor([len(name) for name in names])
         for length in lengths.unique():

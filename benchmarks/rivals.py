@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import reference
+from benchmarks import networks
 from benchmarks.harness import Session
 from benchmarks.methods import Models, exact_scores, parameters
 from benchmarks.tables import Row
-from benchmarks.transformer import Transformer, train
 from reference.ngram import KneserNey
 from wavenet_conv import ConvWaveNet, Scorer, Vocabulary, WaveNetConfig, fold_batch_norm
 from wavenet_conv.checkpoint import load_checkpoint
-from wavenet_conv.training import PRESETS, fit, new_model, split_names
+from wavenet_conv.training import PRESETS, Recipe, fit, new_model, split_names
 
 try:
     import kenlm
@@ -31,6 +31,7 @@ except ImportError:
     kenlm = None
 
 ORDER = 6  # of 2 to 8, that with the lowest validation loss
+TRANSFORMER = "transformer-76k"  # of `networks.NETWORKS`, as large as the lecture's network
 BATCHES = (256, 1024, 64)  # names per batch of the transformer
 NGRAMS = f"Kneser-Ney {ORDER}, {'Python' if kenlm is None else 'KenLM'}"
 
@@ -50,8 +51,8 @@ class Rival(NamedTuple):
     threads: Sequence[int] = (1,)  # that score, in turn
 
 
-def make_rivals(steps: int, session: Session) -> dict[str, Rival]:
-    """All of them, made from the training part of the session's list; networks take that many steps."""
+def make_rivals(steps: int | None, session: Session) -> dict[str, Rival]:
+    """All of them, made from the training part of the session's list; networks take that many steps, or their own."""
     return {
         NGRAMS: count(session),
         "transformer": train_transformer(steps, session),
@@ -83,12 +84,12 @@ def in_kenlm(model: KneserNey) -> Any:
         return kenlm.Model(str(Path(folder, "names.arpa")), options)
 
 
-def train_transformer(steps: int, session: Session) -> Rival:
+def train_transformer(steps: int | None, session: Session) -> Rival:
     """A transformer, which sees all of the name so far."""
-    begin, longest, seed = perf_counter(), max(map(len, session.names)), session.args.seed
-    torch.manual_seed(seed)
-    model = Transformer(session.vocab, longest)
-    train(model, split_names(session.names)[0], steps, seed)
+    begin, longest = perf_counter(), max(map(len, session.names))
+    recipe = shortened(networks.NETWORKS[TRANSFORMER].recipe, steps, session)
+    model = networks.new_network(TRANSFORMER, session.vocab, longest, recipe.seed, recipe.dropout)
+    networks.fit(model, *split_names(session.names)[:2], recipe)
     facts: Row = {"parameters": parameters(model), "context": longest + 1, "seconds": perf_counter() - begin}
     facts |= {"checked": "float64 without padding"}
     one = lambda name: -model.nats(*session.vocab.encode([name], context=1))
@@ -96,12 +97,18 @@ def train_transformer(steps: int, session: Session) -> Rival:
 
 
 @torch.enable_grad()
-def train_ours(steps: int, session: Session) -> Rival:
-    """The preset "fast", validated at its end alone."""
-    begin, recipe = perf_counter(), replace(PRESETS["fast"][1], steps=steps, eval_every=steps, seed=session.args.seed)
+def train_ours(steps: int | None, session: Session) -> Rival:
+    """The preset "fast"."""
+    begin, recipe = perf_counter(), shortened(PRESETS["fast"][1], steps, session)
     model = new_model(WaveNetConfig(vocab_size=len(session.vocab)), recipe.seed)
     fit(model, session.vocab, *split_names(session.names)[:2], recipe)
     return ours(model, session.vocab, perf_counter() - begin, *all_threads())
+
+
+def shortened(recipe: Recipe, steps: int | None, session: Session) -> Recipe:
+    """A recipe of that many steps, or its own, and of the session's seed, which validates at its end alone."""
+    steps = steps or recipe.steps
+    return replace(recipe, steps=steps, eval_every=steps, seed=session.args.seed)
 
 
 def load_default() -> Rival:

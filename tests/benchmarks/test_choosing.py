@@ -1,23 +1,22 @@
-"""The choice between rivals: what is measured, what ends a run, the transformer, and the table of the page."""
+"""The choice between rivals: what is measured, what ends a run, and the table of the page."""
 
 import copy
 import importlib.util
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import ROOT
 
-from benchmarks import choosing, rivals
+from benchmarks import choosing, networks, rivals
 from benchmarks.tables import print_page
-from benchmarks.transformer import Transformer, train
 from reference.ngram import KneserNey
 from wavenet_conv import Scorer, Vocabulary
-from wavenet_conv.checkpoint import load_checkpoint
 from wavenet_conv.names import read_names
-from wavenet_conv.training import split_names
+from wavenet_conv.training import PRESETS, Recipe, split_names
 
 NAMES = read_names(ROOT / "names.txt")[::150]
 TRAIN, VALID, _ = split_names(NAMES)
@@ -69,6 +68,22 @@ def test_a_row_per_method_and_number_of_threads(results):
             assert 0 < row[f"q1_{key}"] <= row[key] <= row[f"q3_{key}"]
 
 
+def test_networks_take_the_steps_of_a_short_run_or_of_their_own_recipes(results):
+    _, shape, recipe = networks.NETWORKS["transformer-76k"]
+    model, full = results["model"], choosing.trained(None)
+    assert (model["steps"], model["transformer"]["steps"]) == (4, 4)
+    assert (full["steps"], full["transformer"]["steps"]) == (PRESETS["fast"][1].steps, recipe.steps)
+    for found in (model, full):
+        assert shape.items() <= found["transformer"].items() and found["transformer"]["dropout"] == recipe.dropout
+
+
+def test_a_recipe_is_shortened_in_its_steps_alone():
+    session, recipe = SimpleNamespace(args=SimpleNamespace(seed=7)), Recipe(steps=9, eval_every=2, lr=0.5)
+    for steps, expected in ((None, 9), (4, 4)):
+        found = rivals.shortened(recipe, steps, session)
+        assert found == Recipe(steps=expected, eval_every=expected, lr=0.5, seed=7)
+
+
 def test_losses_are_those_of_the_validation_part(results):
     loss_of = {row["method"]: row["validation_loss"] for row in results["methods"]}
     counted, default = KneserNey(TRAIN, VOCAB.characters, 6), Scorer.load("default")
@@ -94,12 +109,12 @@ class OffByALittle(Scorer):
         return super().score(*args, **options) + 1e-3
 
 
-class NotANumber(Transformer):
-    def nats(self, *args):
-        return super().nats(*args) * torch.nan
+class NotANumber(networks.Transformer):
+    def exact_scores(self, *args):
+        return super().exact_scores(*args) * torch.nan
 
 
-class ReadingPadding(Transformer):
+class ReadingPadding(networks.Transformer):
     def forward(self, tokens):
         return super().forward(tokens) + tokens.shape[1] * self.head.weight.sum(1)
 
@@ -117,17 +132,19 @@ def other_weights(model):
 
 fold = rivals.fold_batch_norm
 BREAKS = [
-    ("Scorer", OffByALittle),
-    ("Transformer", NotANumber),
-    ("Transformer", ReadingPadding),
-    ("fold_batch_norm", other_weights),
-    pytest.param("KneserNey", OtherCounts, marks=needs_kenlm),
+    (rivals, "Scorer", OffByALittle),
+    (networks, "Transformer", NotANumber),
+    (networks, "Transformer", ReadingPadding),
+    (rivals, "fold_batch_norm", other_weights),
+    pytest.param(rivals, "KneserNey", OtherCounts, marks=needs_kenlm),
 ]
 
 
-@pytest.mark.parametrize(("what", "broken"), BREAKS)
-def test_scores_that_differ_end_a_run_with_exit_code_1_and_no_timings(what, broken, small, monkeypatch, tmp_path):
-    monkeypatch.setattr(rivals, what, broken)
+@pytest.mark.parametrize(("module", "what", "broken"), BREAKS)
+def test_scores_that_differ_end_a_run_with_exit_code_1_and_no_timings(
+    module, what, broken, small, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(module, what, broken)
     assert choosing.main([*small, "--json", str(tmp_path / "out.json")]) == 1
     found = json.loads((tmp_path / "out.json").read_text())
     assert not found["equality"]["equal"] and list(found)[-1] == "equality"
@@ -151,52 +168,6 @@ def test_lists_that_cannot_be_used_are_exit_code_2(names, message, small, tmp_pa
 def test_the_list_is_the_lectures_or_this_projects(monkeypatch, tmp_path):
     monkeypatch.setenv("WAVENET_CONV_LECTURE_NAMES", str(tmp_path / "nothing"))
     assert choosing.lecture_list() == str(ROOT / "names.txt")
-
-
-@pytest.fixture
-def transformer():
-    torch.manual_seed(1)
-    with torch.no_grad():
-        yield Transformer(VOCAB, 15).eval()
-
-
-def test_the_transformer_is_as_large_as_the_lectures_network(transformer):
-    sizes = [sum(p.numel() for p in model.parameters()) for model in (transformer, load_checkpoint("default").model)]
-    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
-
-
-def test_the_transformer_reads_what_came_before_and_all_of_it(transformer):
-    tokens = torch.randint(1, len(VOCAB), (1, 16))
-    logits = transformer(tokens)
-    for place in (0, 7, 15):
-        other = tokens.clone()
-        other[0, place] = 1 + other[0, place] % (len(VOCAB) - 1)
-        changed = (transformer(other) - logits).abs().amax((0, 2)) > 1e-5
-        assert changed.tolist() == [index >= place for index in range(16)]
-
-
-def test_the_transformer_scores_every_character_and_the_end(transformer):
-    names = ["emma", "", "bo", "annabella"]
-    for batch_size in (1, 3, 10):
-        found = transformer.score(names, batch_size)
-        for name, score in zip(names, found.tolist()):
-            tokens = [VOCAB.encode([name], context=1)[0][0].tolist(), 0]
-            sequence = [*tokens[0], 0]
-            log_probs = transformer(torch.tensor([sequence[:-1]])).log_softmax(-1)[0]
-            assert score == pytest.approx(float(log_probs[range(len(name) + 1), sequence[1:]].sum()), abs=1e-4)
-    assert transformer.exact_scores(names).tolist() == pytest.approx(found.tolist(), abs=1e-4)
-
-
-def test_the_transformer_learns_and_a_seed_gives_the_same_bits(transformer):
-    models = [Transformer(VOCAB, 15) for _ in range(2)]
-    for model in models:
-        torch.manual_seed(1)
-        model.load_state_dict(transformer.state_dict())
-        train(model, TRAIN, steps=20, seed=3)
-    losses = [-float(model.score(VALID, 64).sum()) / POSITIONS for model in (transformer, *models)]
-    assert losses[1] == losses[2] < losses[0] - 0.3
-    for before, after in zip(transformer.parameters(), models[0].parameters()):
-        assert not torch.equal(before, after)
 
 
 def cells(lines):
