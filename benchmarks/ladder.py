@@ -1,83 +1,69 @@
-"""Does the lecture's recipe give the losses that the lecture publishes, rung by rung?
+"""How far do the lecture's networks, their rivals and our presets get, what do they take, and what do they draw?
 
-Every rung is trained from scratch by `reference.train`, 200,000 minibatches of 32 windows, on the lecture's split of
-the lecture's list; its validation loss stands beside the published one. A full run in which a rung is further than
-0.015 nats from its published validation loss ends with exit code 1. Our presets stand below as rungs of their own.
+Every rung is made from scratch on the lecture's split of the lecture's list, on one thread. A full run in which one of
+the lecture's rungs is further than 0.015 nats from its published validation loss ends with exit code 1.
 
-- The seconds are of a machine with other work beside, and compare nothing. Those of `ours-wide` and `ours-gated` count
-  the training of their three teachers.
+- The lecture's rungs are trained by `reference.train`: 200,000 minibatches of 32 windows. `kneser-ney-N` counts
+  N-grams. The recurrent networks and transformers are those of `torch.nn`, trained as our presets are; `76k` and `230k`
+  are their parameters. `ours-*` are presets of `wavenet-conv train`.
+- Seconds are what a rung takes until it can score: training with its validations, and the training of its teachers.
+- Scoring starts at strings and ends at log-likelihoods, of the whole list. KenLM scores n-grams where it is installed,
+  up to the order that it reads, and Python the longer ones. The trees score all windows with batch norm folded in, the
+  networks batches of names, ours `Scorer`.
+- Drawing ends at strings of at most 100 characters. Trees, recurrent networks and transformers compute a character of
+  many names in a call. Python draws from n-grams, and keeps what it has computed for a context; `sample` draws from
+  ours, and makes its tables in every call.
 
-The published run takes more than an hour on one core.
+`--resume` continues a run from its JSON file. The published run takes hours on one core.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 import reference
-from benchmarks import harness
-from benchmarks.harness import Benchmark, Results, Session, UsageError, positive
-from benchmarks.methods import parameters
-from benchmarks.tables import Row, Table, words
-from wavenet_conv import Vocabulary, training
+from benchmarks import harness, rivals
+from benchmarks.choosing import loss_of
+from benchmarks.counting import outputs
+from benchmarks.drawing import facts_of
+from benchmarks.harness import Benchmark, Results, Session, UsageError, positive, spread, time_calls
+from benchmarks.machine import machine
+from benchmarks.rungs import BATCH_SIZE, LR, RUNGS, Made, Names, Parts, make, recipe_of
+from benchmarks.tables import Row, Table, text, words
 from wavenet_conv.names import LECTURE_SHA256, lecture_names
 
 STEPS, QUICK_STEPS = 200_000, 2_000
-BATCH_SIZE, LR = 32, 0.1
+DRAWN, QUICK_DRAWN = 20_000, 200  # names per rung
+CALLS = 5  # that are timed
 TOLERANCE = 0.015  # nats
-
-
-class Rung(NamedTuple):
-    """One line of the lecture's log."""
-
-    name: str
-    network: str | None = None  # of `reference.NETWORKS`; None counts bigrams
-    published: float | None = None  # validation loss
-    drop_at: int = 150_000  # the step, of 200,000, at which the rate becomes a tenth
-    per_position: bool = False
-    unscaled: bool = False  # parameters start as standard normals, as in part 2
-
-
-# Parts 1, 2 and 3 of the lectures, then part 5's log; parts 2 and 3 drop the rate at half time.
-LECTURE = (
-    Rung("bigram", None, 2.454),  # part 1, of the whole list
-    # The wild start leaves its mark to the end: seeds 42, 1 and 2147483647 give 2.158, 2.180 and 2.162.
-    Rung("mlp-10-200-unscaled", "mlp-10-200", 2.168, drop_at=100_000, unscaled=True),
-    Rung("mlp-10-200", "mlp-10-200", 2.107, drop_at=100_000),
-    Rung("mlp-bn", "mlp-bn", 2.105),
-    Rung("flat", "flat", 2.027),
-    Rung("tree-68-bug", "tree-68", 2.029, per_position=True),
-    Rung("tree-68", "tree-68", 2.022),
-    Rung("wide", "wide", 1.993),
-)
-OURS = ("fast", "wide", "gated")  # of `training.PRESETS`: models with recipes of their own
-RUNGS = {rung.name: rung for rung in (*LECTURE, *(Rung(f"ours-{name}") for name in OURS))}
-
-
-class Parts(NamedTuple):
-    """What rungs are trained and validated on, and how long."""
-
-    train: list[str]
-    validation: list[str]
-    vocab: Vocabulary
-    steps: int
-    seed: int
-    teachers: dict  # by preset and seed: several presets share them
+WEIGHTS = [step / 20 for step in range(21)]  # of a network in its mixture with n-grams
+MIXED = [name for name in RUNGS if name.startswith("ours-") or name.endswith("-230k")]
+# What others say of this list, on splits of their own.
+PUBLISHED = [
+    {
+        "model": "makemore's default transformer",
+        "parameters": "about 200,000",
+        "test_loss": 1.92,
+        "split": "1,000 random names as test",
+        "source": "README of github.com/karpathy/makemore",
+    }
+]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Which rungs, and how long."""
+    """Which rungs, how long, and whether to continue."""
     parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS), metavar="RUNG")
-    parser.add_argument("--steps", type=positive, help=f"per rung ({QUICK_STEPS}; --full: {STEPS})")
+    parser.add_argument("--steps", type=positive, help=f"of the lecture's rungs ({QUICK_STEPS}; --full: {STEPS})")
+    parser.add_argument("--resume", action="store_true", help="keep the rungs that the file of --json already has")
 
 
 def lecture_list() -> str:
@@ -89,92 +75,183 @@ def lecture_list() -> str:
     return str(path)
 
 
-@torch.enable_grad()
 def run(session: Session) -> Iterator[Results]:
-    """All results; each rung also goes to stderr as it ends."""
-    args, rows, names = session.args, [], session.names
-    if len(names) < 10:
-        raise UsageError(f"--names {args.names}: {len(names)} names leave nothing to validate on; give at least 10")
-    train, validation, _ = reference.split_names(names, args.seed)
-    parts = Parts(train, validation, session.vocab, args.steps or session.pick(QUICK_STEPS, STEPS), args.seed, {})
-    digest, caveat = hashlib.sha256(Path(args.names).read_bytes()).hexdigest(), None
-    if parts.steps != STEPS:
-        caveat = f"{parts.steps:,} steps per rung in place of {STEPS:,}: this shows that it runs and proves nothing."
-    elif digest != LECTURE_SHA256:
-        caveat = "Not the lecture's list: the published losses are of another, so these prove nothing about them."
-    sizes = {"of": len(names), "train": len(train), "validation": len(validation)}
-    recipe = {"steps": parts.steps, "batch": BATCH_SIZE, "lr": LR, "seed": args.seed}
-    yield {"names": {"file": Path(args.names).name, "sha256": digest, **sizes}, "recipe": recipe, "caveat": caveat}
+    """All results, each rung as it ends; it also goes to stderr."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a minibatch of 32 is too little work to share
-    for name in session.progress.track(args.rungs, description="rungs"):
-        row = row_of(RUNGS[name], parts)
-        losses = f"train {row['train_loss']:.4f}, validation {row['validation_loss']:.4f}"
-        session.progress.console.print(f"{name}: {losses}, {row['seconds']:.0f} s", soft_wrap=True)
-        rows.append(row)
-        yield {"rungs": rows}
-    torch.set_num_threads(threads)
-    differences = [abs(row["difference"]) for row in rows if row["difference"] is not None]
+    try:
+        yield from sections(session)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def sections(session: Session) -> Iterator[Results]:
+    """What is made from what, then all rungs so far, with their mixtures, after each rung."""
+    args, names = session.args, session.names
+    if len(names) < 10:
+        raise UsageError(f"--names {args.names}: {len(names)} names leave nothing to validate on; give at least 10")
+    steps = args.steps or session.pick(QUICK_STEPS, STEPS)
+    parts = Parts(*reference.split_names(names, args.seed), session.vocab, steps, steps / STEPS, args.seed)
+    first = run_facts(parts, session)
+    rows, mixtures = kept(first, args) if args.resume else ({}, {})
+    listed = lambda: {"rungs": in_order(rows), "mixtures": in_order(mixtures)}
+    yield first | {"references": reference_rows(parts, names)} | listed()
+    missing = [name for name in args.rungs if name not in rows]
+    for name in session.progress.track(missing, description="rungs"):
+        made = make(RUNGS[name], parts)
+        rows[name] = row_of(name, made, parts, session)
+        if name in MIXED and made.log_probs:
+            mixtures[name] = mixture_row(name, made.log_probs, parts)
+        losses = ", ".join(f"{part} {rows[name][f'{part}_loss']:.4f}" for part in ("train", "validation", "test"))
+        session.progress.console.print(f"{name}: {losses}, {rows[name]['seconds']:.0f} s", soft_wrap=True)
+        yield listed()
+    differences = [abs(row["difference"]) for row in rows.values() if row["difference"] is not None]
     equal, worst = all(difference <= TOLERANCE for difference in differences), max(differences, default=None)
     yield {"equality": {"equal": equal, "max_abs_diff": worst, "tolerance": TOLERANCE}}
 
 
-def row_of(rung: Rung, parts: Parts) -> Row:
-    """Trains and evaluates a rung; losses in nats per character, in evaluation mode, of all names."""
-    begin = time.perf_counter()
-    by = train_ours if rung.name.startswith("ours-") else train_tree if rung.network else count_bigrams
-    row: Row = dict(zip(("parameters", "context", "steps", "train_loss", "validation_loss"), by(rung, parts)))
-    difference = None if rung.published is None else row["validation_loss"] - rung.published
-    row |= {"published_validation_loss": rung.published, "difference": difference}
-    return {"rung": rung.name, **row, "seconds": time.perf_counter() - begin}
+def run_facts(parts: Parts, session: Session) -> Results:
+    """What a run has to have in common with the one that it continues, and what is wrong with it as evidence."""
+    path, caveat = Path(session.args.names), None
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if parts.steps != STEPS:
+        caveat = f"{parts.steps:,} steps per rung in place of {STEPS:,}: this shows that it runs and proves nothing."
+    elif digest != LECTURE_SHA256:
+        caveat = "Not the lecture's list: the published losses are of another, so these prove nothing about them."
+    sizes: Row = {"of": len(session.names), "train": len(parts.train), "validation": len(parts.validation)}
+    recipe = {"steps": parts.steps, "batch": BATCH_SIZE, "lr": LR, "seed": parts.seed}
+    found: Row = {"device": machine(session.device), "torch": torch.__version__, "drawn": count_of(session)}
+    return found | {"names": {"file": path.name, "sha256": digest, **sizes}, "recipe": recipe, "caveat": caveat}
 
 
-Outcome = tuple[int, int, int, float, float]  # parameters, context, steps, losses
+def count_of(session: Session) -> int:
+    """How many names each rung draws."""
+    return session.pick(QUICK_DRAWN, DRAWN)
 
 
-def count_bigrams(rung: Rung, parts: Parts) -> Outcome:
-    """The floor: how often each token follows each other in the training part, every count raised by one."""
-    vocab_size, characters = len(parts.vocab), parts.vocab.characters
-    (X, Y), held_out = (reference.examples(names, characters, 1) for names in (parts.train, parts.validation))
-    counts = torch.bincount(X[:, 0] * vocab_size + Y, minlength=vocab_size**2).view(vocab_size, vocab_size) + 1
-    log_probs = (counts.double() / counts.sum(1, keepdim=True)).log()
-    train, validation = (float(-log_probs[X[:, 0], Y].mean()) for X, Y in ((X, Y), held_out))
-    return counts.numel(), 1, 0, train, validation
+def kept(first: Results, args: argparse.Namespace) -> tuple[dict[str, Row], dict[str, Row]]:
+    """The rungs and the mixtures in the file, by name; raises `UsageError` if they are not of such a run."""
+    if args.json is None:
+        raise UsageError("--resume: name the file to continue by --json FILE")
+    file = Path(args.json)
+    if not file.exists():
+        return {}, {}
+    try:
+        found = json.loads(file.read_text())
+        rows, mixtures = (
+            {row["rung"]: row for row in found[key] if row["rung"] in RUNGS} for key in ("rungs", "mixtures")
+        )
+        before = {name: row["recipe"] for name, row in rows.items()}
+        there, here = settings(found), settings(first)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        fix = "name another file, or leave --resume out to replace it"
+        raise UsageError(f"--resume: {file} has no results of this version of the ladder; {fix}") from error
+    differing = [f"{key} {there.get(key)} (this run: {here.get(key)})" for key in here if there.get(key) != here[key]]
+    differing += [f"another recipe of {name}" for name in before if before[name] != recipe_of(name, args.seed)]
+    if differing:
+        fix = "run it as it was, or leave --resume out to begin anew"
+        raise UsageError(f"--resume: {file} is of a run with {', '.join(differing)}; {fix}")
+    return rows, mixtures
 
 
-def train_tree(rung: Rung, parts: Parts) -> Outcome:
-    """One of the lecture's networks by the lecture's recipe; weights and minibatches come from one generator."""
-    generator = torch.Generator().manual_seed(parts.seed)
-    sizes: dict[str, Any] = {**reference.NETWORKS[rung.network or ""][0], "vocab_size": len(parts.vocab)}
-    tree = reference.build(**sizes, per_position=rung.per_position, generator=generator)
-    for parameter in tree.parameters() if rung.unscaled else ():
-        parameter.data.normal_(generator=generator)
-    context, drop_at = reference.context_of(tree), rung.drop_at * parts.steps // STEPS
-    X, Y = reference.examples(parts.train, parts.vocab.characters, context)
-    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "lr": LR, "drop_at": drop_at, "generator": generator}
-    reference.train(tree, X, Y, steps=parts.steps, **options)
-    held_out = reference.examples(parts.validation, parts.vocab.characters, context)
-    losses = reference.evaluate(tree, X, Y), reference.evaluate(tree, *held_out)
-    return parameters(tree), context, parts.steps, *losses
+def settings(results: Results) -> Row:
+    """What must be the same, by name: names by their contents, not by their file."""
+    names, alone = results["names"], ("device", "torch", "drawn")
+    return {key: results[key] for key in alone} | results["recipe"] | {"names with SHA-256": names["sha256"]}
 
 
-def train_ours(rung: Rung, parts: Parts) -> Outcome:
-    """One of our presets by its own recipe on the same parts, shortened as the ladder is: the best weights."""
-    preset, share, lists = rung.name.removeprefix("ours-"), parts.steps / STEPS, (parts.train, parts.validation)
-    trainer = training.fit_preset(preset, parts.vocab, *lists, seed=parts.seed, steps=share, trained=parts.teachers)
-    train = training.evaluate(trainer.model, trainer.train_corpus)
-    return parameters(trainer.model), trainer.model.context, trainer.step, train, trainer.best_loss
+def in_order(rows: dict[str, Row]) -> list[Row]:
+    return [rows[name] for name in RUNGS if name in rows]
+
+
+def reference_rows(parts: Parts, names: Names) -> list[Row]:
+    """What names that no rung drew look like: those of the list, and those of its validation part."""
+    whole, held_out = facts_of(names, (), ()), facts_of(parts.validation, parts.train, parts.test)
+    whole |= dict.fromkeys(("in_training", "in_held_out"))
+    return [{"rung": "the list", "drawn": whole}, {"rung": "its validation part", "drawn": held_out}]
+
+
+def row_of(name: str, made: Made, parts: Parts, session: Session) -> Row:
+    """Losses in nats per position, positions scored and names drawn per second, and what the drawn names show."""
+    row: Row = {"rung": name, **made.facts}
+    for part, names in (("train", parts.train), ("validation", parts.validation), ("test", parts.test)):
+        row[f"{part}_loss"] = loss_of(made.score(names, made.score_sizes[0]), names)
+    published, count = RUNGS[name].published, count_of(session)
+    difference = None if published is None else row["validation_loss"] - published
+    row |= {"published_validation_loss": published, "difference": difference}
+    draw, held_out = partial(made.draw, count, parts.seed), {*parts.validation, *parts.test}
+    row["drawn"] = facts_of(draw(made.draw_sizes[0]), parts.train, held_out)
+    row |= speed("position", outputs(session.names), partial(made.score, session.names), made.score_sizes, session)
+    return row | speed("name", count, draw, made.draw_sizes, session)
+
+
+def speed(unit: str, amount: int, call: Callable[[int], Any], sizes: Sequence[int], session: Session) -> Row:
+    """How much is done per second at the best of these batch sizes; each is tried once, and the first has warmed up."""
+    timed = partial(time_calls, device=session.device, block=1)
+    tried = timed({size: partial(call, size) for size in sizes}, 1)
+    best = min(sizes, key=lambda size: tried[size])
+    rates = [amount / us * 1e6 for us in timed({best: partial(call, best)}, CALLS)[best]]
+    return {f"{unit}_batch": best if len(sizes) > 1 else None} | spread(f"{unit}s_per_second", rates)
+
+
+def mixture_row(name: str, log_probs: Any, parts: Parts) -> Row:
+    """A network's probabilities mixed with those of n-grams.
+
+    The weight is chosen on the first half of the validation part; the other half shows what that is worth.
+    """
+
+    def loss(weight: float, ours: torch.Tensor, counted: torch.Tensor) -> float:
+        return -float(torch.lerp(counted, ours, weight).log().mean())
+
+    probs = {}
+    for part, names in (("validation", parts.validation), ("test", parts.test)):
+        counted = [value for one in names for value in parts.ngrams.log_probs(one)]
+        probs[part] = log_probs(names).exp(), torch.tensor(counted, dtype=torch.float64).exp()
+    cut = outputs(parts.validation[: len(parts.validation) // 2])
+    first, other = ([part[half] for part in probs["validation"]] for half in (slice(cut), slice(cut, None)))
+    weight = min(WEIGHTS, key=lambda weight: loss(weight, *first))
+    row: Row = {"rung": name, "weight": weight, "alone": loss(1.0, *other), "ngrams_alone": loss(0.0, *other)}
+    row |= {"other_half": loss(weight, *other)}
+    return row | {f"{part}_loss": loss(weight, *both) for part, both in probs.items()}
 
 
 def tables(results: Results) -> Iterator[Table]:
     """What is printed."""
+    rungs = results["rungs"]
     yield Table(
-        f"Losses in nats per character; {words(results['recipe'])}, then a tenth of the rate",
-        "rung; parameters=parameters ,; context; steps=steps ,; train=train_loss .3f; validation=validation_loss .3f; "
-        "published validation=published_validation_loss .3f; difference=difference +.3f; seconds=seconds ,.0f",
-        results["rungs"],
+        f"Losses in nats per character; the lecture's rungs: {words(results['recipe'])}, then a tenth of the rate",
+        "rung; parameters or n-grams=parameters ,; context; steps=steps ,; train=train_loss .3f; "
+        "validation=validation_loss .3f; test=test_loss .3f; published validation=published_validation_loss .3f; "
+        "difference=difference +.3f",
+        rungs,
         results["caveat"] or "",
     )
+    yield Table(
+        "Seconds until a rung can score, and its speed, on one thread",
+        "rung; seconds=seconds ,.1f; scored by=scored_by; batch=position_batch ,; positions/s=positions_per_second "
+        ",.0f; quartiles=~positions_per_second ,.0f; drawn together=name_batch ,; names/s=names_per_second ,.0f; "
+        "quartiles=~names_per_second ,.0f",
+        rungs,
+    )
+    if drawn := results.get("drawn"):
+        yield Table(
+            f"{text(drawn, ',')} names that each rung draws",
+            "rung; in the training part=drawn.in_training .1%; of the others, in validation and test="
+            "drawn.in_held_out .1%; distinct=drawn.distinct .1%; mean length=drawn.mean_length .2f",
+            [*results["references"], *rungs],
+            "The list has some names more than once. Of its validation part, the others are looked up in test alone.",
+        )
+    if mixtures := results.get("mixtures"):
+        yield Table(
+            f"Mixed with kneser-ney-{rivals.ORDER}: the weighted mean of two probabilities",
+            "rung; weight of the rung=weight .2f; alone, second half of validation=alone .4f; kneser-ney there="
+            "ngrams_alone .4f; mixed there=other_half .4f; mixed, validation=validation_loss .4f; "
+            "mixed, test=test_loss .4f",
+            mixtures,
+            "The weight is the best of 0, 0.05, ... 1 on the first half of the validation part.",
+        )
+    columns = "model; parameters; test=test_loss .2f; split; source"
+    yield Table("Published elsewhere, on another split", columns, PUBLISHED, "Its test names are others than ours.")
 
 
 main = partial(

@@ -1,104 +1,31 @@
 """Draws the figures of the README and the docs as SVG: `python docs/figures.py` writes docs/figures/*.svg.
 
-`tree.svg` counts the nodes of the model that ships. `growth.svg` and `sizes.svg` plot slide-cpu.json and score-cpu.json
-of benchmarks/results.
+`tree.svg` counts the nodes of the model that ships. `growth.svg`, `sizes.svg` and `ladder.svg` plot slide-cpu.json,
+score-cpu.json and ladder-cpu.json of benchmarks/results.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from html import escape
-from math import ceil, floor, log10, prod
+from math import floor, prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the benchmarks are not installed
+sys.path.insert(0, str(Path(__file__).parent))
+
+from picture import Axes, Picture, powers_of_ten
 
 from benchmarks.output import RESULTS, published
+from benchmarks.rungs import LECTURE, NGRAMS, OURS, RIVALS
 from wavenet_conv import load_checkpoint
 from wavenet_conv.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 NAME, TREES = "olivia", (2, 6)  # outputs whose trees are drawn: windows 4 apart share pairs and quads
-
-STYLE = """
-svg { font: 14px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif }
-text { text-anchor: middle; fill: var(--text) }
-.start { text-anchor: start } .end { text-anchor: end } .title { font-size: 17px; font-weight: 600 }
-.soft { fill: var(--soft) } .card { fill: var(--card) } .mono { font: 15px ui-monospace, Menlo, Consolas, monospace }
-.token { fill: var(--card); stroke: var(--soft) } .node { fill: var(--node) } .shared { fill: var(--shared) }
-.in { fill: var(--in); font-size: 12px; font-weight: 600 } .edge { stroke: var(--soft); opacity: 0.45 }
-.tree { stroke: var(--soft); stroke-width: 2 } .grid { stroke: var(--line) } path { fill: none; stroke-width: 3 }
-path.loop, path.windows { stroke: var(--soft) } path.slid { stroke: var(--node) } path.ngrams { stroke: var(--ngrams) }
-path.loop { stroke-dasharray: 3 6 } path.scorer { stroke: var(--shared) } circle.scorer { fill: var(--shared) }
-circle.loop, circle.windows { fill: var(--soft) } circle.slid { fill: var(--node) }
-circle.ngrams { fill: var(--ngrams) }
-svg { --card: #fff; --text: #1f2328; --soft: #636c76; --line: #d1d9e0; --node: #4577a8; --shared: #c2570c; --in: #fff }
-svg { --ngrams: #2f7d4f }
-@media (prefers-color-scheme: dark) {
-  svg { --card: #161b22; --text: #e6edf3; --soft: #9198a1; --line: #3d444d; --node: #79b0e8; --shared: #f5a05a }
-  svg { --in: #111; --ngrams: #6fc48f }
-}
-"""
-
-
-class Picture:
-    """An SVG with a background of its own, so that it can be read on a light and on a dark page."""
-
-    def __init__(self, width: int, height: int, title: str):
-        size = f'width="{width}" height="{height}"'
-        self.lines = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {size} role="img">',
-            f"<title>{escape(title)}</title><style>{STYLE}</style>",
-            f'<rect class="card" {size} rx="10"/>',
-        ]
-
-    def text(self, x: float, y: float, text: str, kind: str = "") -> None:
-        self.lines.append(f'<text x="{x:g}" y="{y:g}" class="{kind}">{escape(text)}</text>')
-
-    def line(self, x: float, y: float, to_x: float, to_y: float, kind: str) -> None:
-        self.lines.append(f'<line x1="{x:g}" y1="{y:g}" x2="{to_x:g}" y2="{to_y:g}" class="{kind}"/>')
-
-    def dot(self, x: float, y: float, radius: float, kind: str, label: str = "") -> None:
-        self.lines.append(f'<circle cx="{x:g}" cy="{y:g}" r="{radius:g}" class="{kind}"/>')
-        if label:
-            self.text(x, y + 4.5, label, "in")
-
-    def token(self, x: float, y: float, character: str) -> None:
-        self.lines.append(f'<rect x="{x - 11:g}" y="{y - 12:g}" width="22" height="24" rx="4" class="token"/>')
-        self.text(x, y + 5, character, "mono")
-
-    def curve(self, points: list[tuple[float, float]], kind: str) -> None:
-        self.lines.append(f'<path d="M{" L".join(f"{x:.1f},{y:.1f}" for x, y in points)}" class="{kind}"/>')
-        for x, y in points:
-            self.dot(round(x, 1), round(y, 1), 4.5, kind)
-
-    def __str__(self) -> str:
-        return "\n".join([*self.lines, "</svg>", ""])
-
-
-class Axes:
-    """Logarithmic axes of a picture, `powers` of ten the vertical one; `xs` are the first and the last of the other."""
-
-    left, right, top, bottom = 84, 700, 74, 372
-
-    def __init__(self, picture: Picture, xs: Sequence[int], powers: tuple[int, int], label: str):
-        self.first, self.last, self.low, self.high = xs[0], xs[-1], *powers
-        for power in range(self.low, self.high + 1):
-            y = self.place(self.first, 10**power)[1]
-            picture.line(self.left, y, self.right, y, "grid")
-            picture.text(self.left - 12, y + 5, f"{10**power:,}", "soft end")
-        for x in xs:
-            picture.text(self.place(x, 1)[0], self.bottom + 24, f"{x:,}", "soft")
-        picture.text((self.left + self.right) / 2, self.bottom + 50, label, "soft")
-
-    def place(self, x: float, us: float) -> tuple[float, float]:
-        across = log10(x / self.first) / log10(self.last / self.first)
-        up = (log10(us) - self.low) / (self.high - self.low)
-        return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
 
 
 class NodesOfName:
@@ -186,7 +113,8 @@ def growth_figure() -> str:
     picture = Picture(960, 440, title)
     picture.text(24, 36, "Microseconds per prediction, by context", "title start")
     picture.text(24, 58, f"{results['device']}; a text of 4,096 tokens; both axes logarithmic", "soft start")
-    axes = Axes(picture, [row["context"] for row in rows], (0, 3), "context (tokens that one prediction sees)")
+    contexts, label = [row["context"] for row in rows], "context (tokens that one prediction sees)"
+    axes = Axes(picture, contexts, powers_of_ten(1, 1000), label)
     place, right = axes.place, axes.right
     labels = {"windows": "tree, all windows as one batch", "slid": "convolutional pass"}
     for index, (kind, label) in enumerate(labels.items()):
@@ -219,8 +147,7 @@ def sizes_figure() -> str:
     picture.text(24, 36, "Microseconds per name, by the number of names in a call", "title start")
     device = f"{results['device']}; from strings to log-likelihoods; both axes logarithmic"
     picture.text(24, 58, device, "soft start")
-    powers = floor(log10(min(found))), ceil(log10(max(found)))
-    axes = Axes(picture, [10**power for power in range(round(log10(size)) + 1)], powers, "names in a call")
+    axes = Axes(picture, powers_of_ten(1, size), powers_of_ten(min(found), max(found)), "names in a call")
     ends = {name: axes.place(*curve[-1]) for name, curve in curves.items()}
     below = 0.0  # where the next label may stand
     for name in sorted(ways, key=lambda name: ends[name][1]):
@@ -234,7 +161,45 @@ def sizes_figure() -> str:
     return str(picture)
 
 
-FIGURES = {"tree.svg": tree_figure, "growth.svg": growth_figure, "sizes.svg": sizes_figure}
+def ladder_figure() -> str:
+    """Validation loss against parameters and against seconds of training, a point per rung, coloured by family."""
+    results = published(RESULTS / "ladder-cpu.json")
+    rows: dict[str, dict[str, Any]] = {row["rung"]: row for row in results["rungs"]}
+    found = {kind: [rows[rung.name] for rung in rungs if rung.name in rows] for kind, (_, rungs) in FAMILIES.items()}
+    loss = lambda row: row["validation_loss"]
+    best = sorted([*found["shared"], *(min(members, key=loss) for members in found.values() if members)], key=loss)
+    texts = {row["rung"]: f"{row['rung']} {loss(row):.3f}" for row in best}
+    low = floor(10 * loss(best[0])) / 10
+    ys = [round(low + step / 20, 2) for step in range(7)]  # higher losses are at the upper edge, with a label
+    texts |= {name: f"{name} {loss(row):.3f} ↑" for name, row in rows.items() if loss(row) > ys[-1]}
+    title = f"Validation loss against parameters and seconds of training: {', '.join(texts.values())}"
+    picture = Picture(960, 640, title)
+    picture.text(24, 36, "Validation loss, by parameters and by seconds of training", "title start")
+    picture.text(24, 58, f"{results['device']}; nats per character; horizontal axes logarithmic", "soft start")
+    for x, (kind, (family, _)) in zip(range(540, 960, 108), FAMILIES.items()):
+        picture.dot(x, 53, 5, kind)
+        picture.text(x + 12, 58, family, "soft start")
+    for key, label, left in (("parameters", "parameters, or n-grams", 64), ("seconds", "seconds of training", 534)):
+        values = [row[key] for row in rows.values()]
+        axes = Axes(picture, powers_of_ten(min(values), max(values)), ys, label, float, (left, left + 390, 570))
+        points = {name: axes.place(row[key], min(loss(row), ys[-1])) for name, row in rows.items()}
+        for kind, members in found.items():
+            for row in members:
+                picture.dot(*points[row["rung"]], 5, kind)
+        taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in points.values()]
+        for name, text in texts.items():
+            axes.label(*points[name], text, taken)
+    return str(picture)
+
+
+# Of the ladder: by colour, the name of a family and its rungs.
+FAMILIES = {
+    "soft": ("the lecture", LECTURE),
+    "ngrams": ("n-grams", NGRAMS),
+    "node": ("torch.nn", RIVALS),
+    "shared": ("ours", OURS),
+}
+FIGURES = {"tree.svg": tree_figure, "growth.svg": growth_figure, "sizes.svg": sizes_figure, "ladder.svg": ladder_figure}
 
 
 def main() -> None:

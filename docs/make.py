@@ -36,7 +36,9 @@ PART = re.compile(r"(?<=^<!-- generated: )([\w.-]+) -->\n.*?(?=^<!-- end -->$)",
 USAGE = {"?": "[{}]", "*": "[{} ...]", "+": "{} ..."}  # how an argument's number is written
 ORDER = ("slide", "score", "sample", "train", "ladder")  # what is not in it comes after
 FIGURES = {
-    "score": "![Microseconds per name against the number of names in a call, one curve per method](figures/sizes.svg)"
+    "score": "![Microseconds per name against the number of names in a call, one curve per method](figures/sizes.svg)",
+    "ladder": "![Validation loss against parameters, and against seconds of training, a point per rung]"
+    "(figures/ladder.svg)",
 }
 
 

@@ -9,15 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import ladder, methods, sample, score, slide, train
+from benchmarks import methods, sample, score, slide, train
 from benchmarks.tables import print_page
-from wavenet_conv import Vocabulary, from_tree, training
+from wavenet_conv import from_tree
 from wavenet_conv.names import read_names
 
-BENCHMARKS = {"slide": slide, "score": score, "sample": sample, "train": train, "ladder": ladder}
+BENCHMARKS = {"slide": slide, "score": score, "sample": sample, "train": train}
 NAMES = read_names(Path(__file__).parents[2] / "names.txt")[::150] + ["abcdefghijklmnopqrstuvwxyz"]
-RUNGS = ["bigram", "mlp-10-200-unscaled", "mlp-bn", "tree-68-bug", "ours-fast"]
-ARGUMENTS = {"ladder": ["--steps", "600", "--rungs", *RUNGS]}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +46,7 @@ def results(small, tmp_path_factory):
     def of(name):
         if name not in made:
             path = folder / f"{name}.json"
-            assert BENCHMARKS[name].main([*small, *ARGUMENTS.get(name, []), "--json", str(path)]) == 0
+            assert BENCHMARKS[name].main([*small, "--json", str(path)]) == 0
             made[name] = json.loads(path.read_text())
         return made[name]
 
@@ -191,20 +189,6 @@ def test_results_without_a_profile_are_shown(results, capsys):
     assert "Where a step's time goes" not in capsys.readouterr().out
 
 
-def test_the_ladder_trains_every_kind_of_rung(results):
-    found = results("ladder")
-    assert "proves nothing" in found["caveat"] and not found["equality"]["equal"]
-    assert found["names"]["train"] == int(0.8 * len(NAMES))
-    assert [row["rung"] for row in found["rungs"]] == RUNGS
-    assert [row["context"] for row in found["rungs"]] == [1, 3, 3, 8, 8]
-    steps = training.PRESETS["fast"][1].steps * 600 // ladder.STEPS
-    assert [row["steps"] for row in found["rungs"]] == [0, 600, 600, 600, steps]
-    for row in found["rungs"]:
-        assert 0 < row["train_loss"] < 40 and 0 < row["validation_loss"] < 40  # the unscaled rung starts near 27
-        published = row["published_validation_loss"]
-        assert row["difference"] == (None if published is None else row["validation_loss"] - published)
-
-
 def off_by_a_little(tree):
     conv = from_tree(tree)
     conv.layers[1].conv.weight.data[0, 0, 0] += 0.1
@@ -236,55 +220,11 @@ def test_what_differs_ends_a_run_with_exit_code_1_and_no_timings(
     name, module, what, broken, small, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setattr(module, what, broken)
-    assert BENCHMARKS[name].main([*small, *ARGUMENTS.get(name, []), "--json", str(tmp_path / "out.json")]) == 1
+    assert BENCHMARKS[name].main([*small, "--json", str(tmp_path / "out.json")]) == 1
     found = json.loads((tmp_path / "out.json").read_text())
     assert not found["equality"]["equal"] and list(found)[-1] == "equality"
     printed = capsys.readouterr().out
     assert "NOT EQUAL" in printed and "|" not in printed
-
-
-def test_a_full_ladder_that_misses_a_published_loss_ends_with_exit_code_1(small, monkeypatch, capsys):
-    digest = ladder.hashlib.sha256(Path(small[1]).read_bytes()).hexdigest()
-    monkeypatch.setattr(ladder, "STEPS", 6)
-    for setting, value, code, printed in (
-        ("LR", 0.1, 0, "Not the lecture's list"),
-        ("LECTURE_SHA256", digest, 1, "NOT EQUAL: max abs diff"),
-        ("TOLERANCE", 10.0, 0, "Equal: max abs diff"),
-    ):
-        monkeypatch.setattr(ladder, setting, value)
-        assert ladder.main([*small, "--full", "--rungs", "mlp-bn"]) == code
-        out = capsys.readouterr().out
-        assert printed in out and "| mlp-bn |" in out
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "message"),
-    [
-        ("ladder", ["--steps", "0"], "--steps: '0' is not an integer from 1 to "),
-        ("ladder", ["--rungs", "mlp-bn", "deep"], "--rungs: invalid choice: 'deep' (choose from "),
-        ("ladder", ["--names", "few.txt"], "2 names leave nothing to validate on; give at least 10"),
-        ("ladder", ["--names", ""], "the published losses are of the lecture's list, which is not here: run"),
-    ],
-)
-def test_wrong_options_are_exit_code_2(name, arguments, message, small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WAVENET_CONV_LECTURE_NAMES", str(tmp_path / "nothing"))
-    monkeypatch.chdir(tmp_path)
-    Path("few.txt").write_text("emma\nolivia\n")
-    try:
-        code = BENCHMARKS[name].main([*small, *arguments])
-    except SystemExit as left:
-        code = left.code
-    printed = capsys.readouterr()
-    assert code == 2 and not printed.out and message in printed.err
-
-
-def test_the_bigram_model_is_the_counts_raised_by_one():
-    parts = ladder.Parts(["ab", "aa"], ["b"], Vocabulary("ab"), 0, 42, {})
-    parameters, context, steps, train_loss, validation_loss = ladder.count_bigrams(ladder.RUNGS["bigram"], parts)
-    # After `.`: a twice of 2, so 3/5 for a, 1/5 for b and for the end; after a: ., a, b once each; after b: . once.
-    expected = torch.tensor([3 / 5, 2 / 6, 2 / 4, 3 / 5, 2 / 6, 2 / 6]).log().mean()
-    assert train_loss == pytest.approx(-float(expected)) and (parameters, context, steps) == (9, 1, 0)
-    assert validation_loss == pytest.approx(-float(torch.tensor([1 / 5, 2 / 4]).log().mean()))
 
 
 def test_without_the_peer_its_row_says_how_to_install_it(results, capsys):
