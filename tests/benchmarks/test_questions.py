@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import methods, sample, score, slide, train
 from benchmarks.tables import print_page
-from wavenet_conv import from_tree
+from wavenet_conv import from_tree, training
 from wavenet_conv.names import read_names
 
 BENCHMARKS = {"slide": slide, "score": score, "sample": sample, "train": train}
