@@ -71,6 +71,7 @@ class Recipe:
 
 
 _GATED = {"gated": True, "kernel_sizes": (2, 2, 2, 2), "n_embd": 96, "n_hidden": 96}
+_TAUGHT: dict[str, Any] = {"steps": 10_000, "batch_size": 512, "eval_every": 500, "ngram_share": 0.3}
 
 # name: (fields of WaveNetConfig without the vocabulary, recipe)
 PRESETS: dict[str, tuple[dict[str, Any], Recipe]] = {
@@ -78,8 +79,8 @@ PRESETS: dict[str, tuple[dict[str, Any], Recipe]] = {
     "fast": ({}, Recipe(distill_weight=0.5, ngram_share=1.0)),
     "plain": ({}, Recipe(steps=6000, dropout=0.05, eval_every=250)),
     "gated-plain": (_GATED, Recipe(steps=7000, lr=3e-3, dropout=0.2, eval_every=250)),
-    "wide": ({}, Recipe(steps=5000, weight_decay=0.03, dropout=0.02, eval_every=250, distill_weight=0.6)),
-    "gated": (_GATED, Recipe(steps=6000, lr=3e-3, weight_decay=0.1, dropout=0.1, eval_every=250, distill_weight=0.7)),
+    "wide": ({}, Recipe(weight_decay=0.03, **_TAUGHT, drawn=1)),
+    "gated": (_GATED, Recipe(lr=3e-3, dropout=0.02, **_TAUGHT, drawn=2)),
 }
 
 # preset: the presets of its teachers, which are trained first

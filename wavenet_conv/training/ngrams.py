@@ -49,6 +49,8 @@ class NGrams:
         self.levels, self.contexts = list[Level](), []  # contexts: per level, of each position
         for length in range(order):
             places = (depths >= length).nonzero()[:, 0]
+            if not len(places):  # no name is so long
+                break
             before, below = contexts, grams
             keys = contexts.roll(1)[places] * self.vocab_size + tokens[places] if length else contexts
             distinct, ids = keys.unique(return_inverse=True)

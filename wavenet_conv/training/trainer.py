@@ -32,6 +32,8 @@ class Trainer:
     al. 2015, arXiv:1503.02531).
 
     Attributes:
+        train_corpus: the names to train on.
+        corpus: those, and the names that teachers have drawn for this epoch.
         step: steps taken.
         seconds: seconds spent in `run`.
         losses: of each step, in nats per position: scalars on the device.
@@ -54,7 +56,7 @@ class Trainer:
         self.model, self.recipe, self.device = model.train(), recipe, model.embedding.weight.device
         self._teaching = Teaching(train, vocab, recipe, teachers, model)
         self.train_corpus, self.valid_corpus = self._teaching.corpus, Corpus(valid, vocab, model)
-        self._corpus = self.train_corpus  # with the names that are drawn in this epoch
+        self.corpus = self.train_corpus
         self.optimizer, self._schedule = new_optimizer(model, recipe)
         self._average = None
         if recipe.ema_decay:
@@ -87,14 +89,14 @@ class Trainer:
         if self._epoch != epoch:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, torch.randperm(names, generator=generator)
-            self._corpus = self._teaching.corpus_of(epoch)
+            self.corpus = self._teaching.corpus_of(epoch)
         return self._order[place * size :][:size].to(self.device)
 
     def advance(self) -> None:
         """Take one step."""
         dropout, seed, rows = self.recipe.dropout, self.recipe.seed, self.next_rows()
-        batch = self._corpus.batch(rows[self._rank :: self._ranks], self.recipe.distill_weight)
-        positions = batch.positions if self._ranks == 1 else int(self._corpus.outputs[rows].sum())
+        batch = self.corpus.batch(rows[self._rank :: self._ranks], self.recipe.distill_weight)
+        positions = batch.positions if self._ranks == 1 else int(self.corpus.outputs[rows].sum())
         self.optimizer.zero_grad()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else [], enabled=dropout > 0):
             if dropout:
