@@ -23,8 +23,9 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,12 @@ STEPS, QUICK_STEPS = 200_000, 2_000
 DRAWN, QUICK_DRAWN = 20_000, 200  # names per rung
 CALLS = 5  # that are timed
 TOLERANCE = 0.015  # nats
-WEIGHTS = [step / 20 for step in range(21)]  # of a network in its mixture with n-grams
-MIXED = [name for name in RUNGS if name.startswith("ours-") or name.endswith("-230k")]
+PARTS = 20  # that the weights of a mixture are multiples of 1 / PARTS
+# The networks that are mixed with n-grams, by the name of the mixture, which is made after the first.
+MIXTURES: dict[str, tuple[str, ...]] = {
+    name: (name,) for name in RUNGS if name.startswith("ours-") or name.endswith("-230k")
+}
+MIXTURES["ours-gated + gru-230k"] = ("ours-gated", "gru-230k")
 # What others say of this list, on splits of their own.
 PUBLISHED = [
     {
@@ -94,14 +99,18 @@ def sections(session: Session) -> Iterator[Results]:
     parts = Parts(*reference.split_names(names, args.seed), session.vocab, steps, steps / STEPS, args.seed)
     first = run_facts(parts, session)
     rows, mixtures = kept(first, args) if args.resume else ({}, {})
-    listed = lambda: {"rungs": in_order(rows), "mixtures": in_order(mixtures)}
+    listed = lambda: {"rungs": in_order(rows, RUNGS), "mixtures": in_order(mixtures, MIXTURES)}
+    networks: dict[str, Made] = {}  # that were made in this run
     yield first | {"references": reference_rows(parts, names)} | listed()
     missing = [name for name in args.rungs if name not in rows]
     for name in session.progress.track(missing, description="rungs"):
         made = make(RUNGS[name], parts)
         rows[name] = row_of(name, made, parts, session)
-        if name in MIXED and made.log_probs:
-            mixtures[name] = mixture_row(name, made.log_probs, parts)
+        networks[name] = made
+        for mixture, members in MIXTURES.items():
+            if members[0] == name:  # others that an earlier run made are made again, to the same bits
+                found = [networks.get(one) or make(RUNGS[one], parts) for one in members]
+                mixtures[mixture] = mixture_row(mixture, found, parts)
         losses = ", ".join(f"{part} {rows[name][f'{part}_loss']:.4f}" for part in ("train", "validation", "test"))
         session.progress.console.print(f"{name}: {losses}, {rows[name]['seconds']:.0f} s", soft_wrap=True)
         yield listed()
@@ -139,7 +148,8 @@ def kept(first: Results, args: argparse.Namespace) -> tuple[dict[str, Row], dict
     try:
         found = json.loads(file.read_text())
         rows, mixtures = (
-            {row["rung"]: row for row in found[key] if row["rung"] in RUNGS} for key in ("rungs", "mixtures")
+            {row["rung"]: row for row in found[key] if row["rung"] in known}
+            for key, known in (("rungs", RUNGS), ("mixtures", MIXTURES))
         )
         before = {name: row["recipe"] for name, row in rows.items()}
         there, here = settings(found), settings(first)
@@ -160,8 +170,8 @@ def settings(results: Results) -> Row:
     return {key: results[key] for key in alone} | results["recipe"] | {"names with SHA-256": names["sha256"]}
 
 
-def in_order(rows: dict[str, Row]) -> list[Row]:
-    return [rows[name] for name in RUNGS if name in rows]
+def in_order(rows: dict[str, Row], names: Iterable[str]) -> list[Row]:
+    return [rows[name] for name in names if name in rows]
 
 
 def reference_rows(parts: Parts, names: Names) -> list[Row]:
@@ -194,25 +204,33 @@ def speed(unit: str, amount: int, call: Callable[[int], Any], sizes: Sequence[in
     return {f"{unit}_batch": best if len(sizes) > 1 else None} | spread(f"{unit}s_per_second", rates)
 
 
-def mixture_row(name: str, log_probs: Any, parts: Parts) -> Row:
-    """A network's probabilities mixed with those of n-grams.
+def mixture_row(name: str, networks: Sequence[Made], parts: Parts) -> Row:
+    """The weighted mean of the probabilities of networks and n-grams.
 
-    The weight is chosen on the first half of the validation part; the other half shows what that is worth.
+    Weights are chosen on the first half of the validation part; the other half shows what that is worth.
     """
-
-    def loss(weight: float, ours: torch.Tensor, counted: torch.Tensor) -> float:
-        return -float(torch.lerp(counted, ours, weight).log().mean())
-
     probs = {}
     for part, names in (("validation", parts.validation), ("test", parts.test)):
+        members = [made.log_probs(names) for made in networks if made.log_probs]
         counted = [value for one in names for value in parts.ngrams.log_probs(one)]
-        probs[part] = log_probs(names).exp(), torch.tensor(counted, dtype=torch.float64).exp()
+        probs[part] = torch.stack([*members, torch.tensor(counted, dtype=torch.float64)]).exp()
     cut = outputs(parts.validation[: len(parts.validation) // 2])
-    first, other = ([part[half] for part in probs["validation"]] for half in (slice(cut), slice(cut, None)))
-    weight = min(WEIGHTS, key=lambda weight: loss(weight, *first))
-    row: Row = {"rung": name, "weight": weight, "alone": loss(1.0, *other), "ngrams_alone": loss(0.0, *other)}
-    row |= {"other_half": loss(weight, *other)}
-    return row | {f"{part}_loss": loss(weight, *both) for part, both in probs.items()}
+    first, other = probs["validation"][:, :cut], probs["validation"][:, cut:]
+
+    def loss(weights: Sequence[float], probs: torch.Tensor) -> float:
+        return -float((torch.tensor(weights, dtype=torch.float64) @ probs).log().mean())
+
+    weights = min(weightings(len(first)), key=lambda weights: loss(weights, first))
+    row: Row = {"rung": name, "weights": weights, "other_half": loss(weights, other)}
+    row |= {f"{which}alone": -float(other[index].log().mean()) for which, index in (("", 0), ("ngrams_", -1))}
+    return row | {f"{part}_loss": loss(weights, both) for part, both in probs.items()}
+
+
+def weightings(members: int) -> Iterator[list[float]]:
+    """All weights of so many members that are multiples of 1 / PARTS and sum to 1."""
+    for counts in product(range(PARTS + 1), repeat=members - 1):
+        if sum(counts) <= PARTS:
+            yield [count / PARTS for count in (*counts, PARTS - sum(counts))]
 
 
 def tables(results: Results) -> Iterator[Table]:
@@ -243,12 +261,12 @@ def tables(results: Results) -> Iterator[Table]:
         )
     if mixtures := results.get("mixtures"):
         yield Table(
-            f"Mixed with kneser-ney-{rivals.ORDER}: the weighted mean of two probabilities",
-            "rung; weight of the rung=weight .2f; alone, second half of validation=alone .4f; kneser-ney there="
-            "ngrams_alone .4f; mixed there=other_half .4f; mixed, validation=validation_loss .4f; "
+            f"Mixed with kneser-ney-{rivals.ORDER}: the weighted mean of the probabilities",
+            "rung; weights, of kneser-ney last=weights .2f; alone, second half of validation=alone .4f; "
+            "kneser-ney there=ngrams_alone .4f; mixed there=other_half .4f; mixed, validation=validation_loss .4f; "
             "mixed, test=test_loss .4f",
             mixtures,
-            "The weight is the best of 0, 0.05, ... 1 on the first half of the validation part.",
+            "Weights are the best multiples of 0.05 on the first half of the validation part. Alone: the first of two.",
         )
     columns = "model; parameters; test=test_loss .2f; split; source"
     yield Table("Published elsewhere, on another split", columns, PUBLISHED, "Its test names are others than ours.")

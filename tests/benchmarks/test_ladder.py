@@ -14,7 +14,7 @@ from helpers import ROOT
 from benchmarks import ladder, networks, rungs
 from benchmarks.ladder import mixture_row
 from benchmarks.networks import NETWORKS
-from benchmarks.rungs import Parts, make
+from benchmarks.rungs import Made, Parts, make
 from reference.ngram import KneserNey
 from wavenet_conv import Vocabulary, training
 from wavenet_conv.names import read_names
@@ -128,12 +128,39 @@ def test_a_mixture_is_weighed_on_one_half_and_told_of_the_other(results, parts):
         return nats([log(weight * a + (1 - weight) * b) for a, b in zip(mine, theirs)])
 
     half, other = VALID[: len(VALID) // 2], VALID[len(VALID) // 2 :]
-    row = mixture_row("lstm-230k", log_probs, parts)
+    made = Made({}, None, None, log_probs=log_probs)
+    row = mixture_row("lstm-230k", [made], parts)
     weight = min((step / 20 for step in range(21)), key=lambda weight: loss(half, weight))
-    assert row.pop("rung") == "lstm-230k" and row.pop("weight") == weight and 0 < weight < 1
+    assert row.pop("rung") == "lstm-230k" and row.pop("weights") == [weight, 1 - weight] and 0 < weight < 1
     expected = {"alone": loss(other, 1), "ngrams_alone": loss(other, 0), "other_half": loss(other, weight)}
     expected |= {"validation_loss": loss(VALID, weight), "test_loss": loss(TEST, weight)}
     assert row == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_mixture_of_three_is_weighed_as_one_of_two_where_two_are_equal(parts):
+    uniform = Made({}, None, None, log_probs=lambda names: torch.full((positions(names),), -2.0, dtype=torch.float64))
+    two, three = (mixture_row("one", [uniform] * count, parts) for count in (1, 2))
+    assert sum(three.pop("weights")[:2]) == pytest.approx(two.pop("weights")[0]) and three == pytest.approx(two)
+    assert {*map(tuple, ladder.weightings(3))} >= {(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.5, 0.25, 0.25)}
+    assert all(sum(weights) == pytest.approx(1) and min(weights) >= 0 for weights in ladder.weightings(3))
+    assert len(list(ladder.weightings(3))) == 21 * 22 / 2
+
+
+def positions(names):
+    return sum(len(name) + 1 for name in names)
+
+
+def test_a_mixture_makes_what_this_run_has_not_made(small, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(ladder, "make", lambda rung, parts: made.append(rung.name) or make(rung, parts))
+    monkeypatch.setattr(ladder, "MIXTURES", {"both": ("ours-fast", "lstm-76k")})
+    path, rest = tmp_path / "out.json", ("--rungs", "lstm-76k", "ours-fast")
+    assert ladder.main([*small, "--json", str(path), *rest]) == 0 and made == ["lstm-76k", "ours-fast"]
+    found = json.loads(path.read_text())
+    found["rungs"] = [row for row in found["rungs"] if row["rung"] == "lstm-76k"]
+    path.write_text(json.dumps(found | {"mixtures": []}))
+    assert ladder.main([*small, "--json", str(path), "--resume", *rest]) == 0 and made[2:] == ["ours-fast", "lstm-76k"]
+    assert json.loads(path.read_text())["mixtures"] == found["mixtures"] != []
 
 
 def without_times(rows):
