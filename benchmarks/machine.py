@@ -32,7 +32,8 @@ def machine(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{model[1] if model else platform.machine()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def facts(device: torch.device) -> Row:

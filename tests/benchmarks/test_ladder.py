@@ -69,7 +69,7 @@ def nats(log_probs):
 
 def test_a_row_for_every_kind_of_rung(results):
     assert "proves nothing" in results["caveat"] and not results["equality"]["equal"]
-    assert results["names"]["train"] == int(0.8 * len(NAMES)) and results["device"].endswith("1 threads")
+    assert results["names"]["train"] == int(0.8 * len(NAMES)) and results["device"].endswith("1 thread")
     rows = {row["rung"]: row for row in results["rungs"]}
     assert list(rows) == MADE
     longest = max(map(len, NAMES))
