@@ -2,7 +2,7 @@
 
 In training, batch norm takes mean and variance from the batch, so it matters how often a node counts. The tree computes
 a node once per window that contains it; a network on whole names computes it once. Here the lecture's network is
-trained from the same weights on the same batches, by the preset "fast", in four ways:
+trained from the same weights on the same batches, by the preset "fast" without its n-grams, in four ways:
 
 - multiplicities: `ConvWaveNet.forward` on a padded batch of whole names. A node counts once per window that contains
   it, as in the tree.
@@ -45,8 +45,8 @@ from wavenet_conv.errors import UsageError
 from wavenet_conv.training import PRESETS, Corpus, Recipe, Trainer, evaluate, split_names
 from wavenet_conv.training.trainer import new_optimizer
 
-# `WholeNames` has no dropout, which `Trainer` draws per distinct node, and keeps no moving average.
-RECIPE = replace(PRESETS["fast"][1], dropout=0.0, ema_decay=0.0)
+# `WholeNames` has no teachers, no dropout, which `Trainer` draws per distinct node, and keeps no moving average.
+RECIPE = replace(PRESETS["fast"][1], ngram_share=0.0, dropout=0.0, ema_decay=0.0)
 STEPS, QUICK_STEPS = RECIPE.steps, 20
 SEEDS = 3
 TOLERANCE = 1e-10  # of a float64 loss, gradient and statistic
