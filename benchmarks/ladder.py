@@ -46,6 +46,9 @@ STEPS, QUICK_STEPS = 200_000, 2_000
 DRAWN, QUICK_DRAWN = 20_000, 200  # names per rung
 CALLS = 5  # that are timed
 TOLERANCE = 0.015  # nats
+# What the rows that are kept must have, besides what says how they were made.
+ROW = {"parameters", "seconds", "difference", "positions_per_second", "names_per_second", "drawn"}
+ROW |= {"train_loss", "validation_loss", "test_loss"}
 PARTS = 20  # that the weights of a mixture are multiples of 1 / PARTS
 # The networks that are mixed with n-grams, by the name of the mixture, which is made after the first.
 MIXTURES: dict[str, tuple[str, ...]] = {
@@ -102,15 +105,20 @@ def sections(session: Session) -> Iterator[Results]:
     listed = lambda: {"rungs": in_order(rows, RUNGS), "mixtures": in_order(mixtures, MIXTURES)}
     networks: dict[str, Made] = {}  # that were made in this run
     yield first | {"references": reference_rows(parts, names)} | listed()
-    missing = [name for name in args.rungs if name not in rows]
+    few = len(parts.validation) < 2  # no half to choose weights on
+    unmixed = {members[0]: name for name, members in MIXTURES.items() if name not in mixtures and not few}
+    missing = [name for name in dict.fromkeys(args.rungs) if name not in rows or name in unmixed]
     for name in session.progress.track(missing, description="rungs"):
-        made = make(RUNGS[name], parts)
-        rows[name] = row_of(name, made, parts, session)
-        networks[name] = made
-        for mixture, members in MIXTURES.items():
-            if members[0] == name:  # others that an earlier run made are made again, to the same bits
-                found = [networks.get(one) or make(RUNGS[one], parts) for one in members]
-                mixtures[mixture] = mixture_row(mixture, found, parts)
+        if name not in rows:
+            made = networks[name] = make(RUNGS[name], parts)
+            rows[name] = row_of(name, made, parts, session)
+        for mixture, members in MIXTURES.items() if not few else ():
+            if members[0] == name and mixture not in mixtures:
+                for one in members:  # those that an earlier run made are made again, to the same bits
+                    if one not in networks:
+                        session.progress.console.print(f"{one}: made again for the mixture {mixture}", soft_wrap=True)
+                        networks[one] = make(RUNGS[one], parts)
+                mixtures[mixture] = mixture_row(mixture, [networks[one] for one in members], parts)
         losses = ", ".join(f"{part} {rows[name][f'{part}_loss']:.4f}" for part in ("train", "validation", "test"))
         session.progress.console.print(f"{name}: {losses}, {rows[name]['seconds']:.0f} s", soft_wrap=True)
         yield listed()
@@ -152,6 +160,8 @@ def kept(first: Results, args: argparse.Namespace) -> tuple[dict[str, Row], dict
             for key, known in (("rungs", RUNGS), ("mixtures", MIXTURES))
         )
         before = {name: row["recipe"] for name, row in rows.items()}
+        if any(not row.keys() >= ROW for row in rows.values()):
+            raise LookupError("a row lacks what the tables show")
         there, here = settings(found), settings(first)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         fix = "name another file, or leave --resume out to replace it"
@@ -266,7 +276,8 @@ def tables(results: Results) -> Iterator[Table]:
             "kneser-ney there=ngrams_alone .4f; mixed there=other_half .4f; mixed, validation=validation_loss .4f; "
             "mixed, test=test_loss .4f",
             mixtures,
-            "Weights are the best multiples of 0.05 on the first half of the validation part. Alone: the first of two.",
+            "Weights are the best multiples of 0.05 on the first half of the validation part. "
+            "Alone: the first network without the others.",
         )
     columns = "model; parameters; test=test_loss .2f; split; source"
     yield Table("Published elsewhere, on another split", columns, PUBLISHED, "Its test names are others than ours.")

@@ -213,5 +213,5 @@ LECTURE = (
 )
 NGRAMS = tuple(Rung(f"kneser-ney-{order}", make_kneser_ney) for order in ORDERS)
 RIVALS = tuple(Rung(name, make_network) for name in NETWORKS)
-OURS = tuple(Rung(f"ours-{name}", make_ours) for name in ("fast", "wide", "gated"))  # of `training.PRESETS`
+OURS = tuple(Rung(f"ours-{name}", make_ours) for name in training.PRESETS)
 RUNGS = {rung.name: rung for rung in (*LECTURE, *NGRAMS, *RIVALS, *OURS)}

@@ -13,7 +13,7 @@ from .errors import ConfigError
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; the preset "fast" has these defaults, and n-grams as teachers.
+    """How to train. The preset "fast" has these defaults but for its teachers, which are n-grams.
 
     Args:
         steps: optimizer steps.
@@ -29,8 +29,9 @@ class Recipe:
         eval_every: steps between validations.
         patience: validations without a new lowest loss after which training stops; 0 never stops early.
         distill_weight: with teachers, their share of the targets; the rest is what follows in the list.
-        ngram_share: what part of the teachers' share comes from 6-grams of the list, which need no training. Each name
-            is predicted by those of nine tenths of the list that it is not in. Without networks they have all of it.
+        ngram_share: what part of the teachers' share comes from 6-grams of the list, which need no training; above 0
+            and without networks as teachers, all of it. Each name is predicted from the nine tenths of the list that
+            it is not in (a repeated name may be in both).
         drawn: names that the networks among the teachers draw, per name of the list; others in each epoch.
         seed: of the initial weights, the order of the names and dropout.
 
@@ -56,7 +57,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         limits = dict.fromkeys(("steps", "batch_size", "eval_every"), (1, 2**31))
-        limits |= dict.fromkeys(("weight_decay", "patience", "drawn", "seed"), (0, 2**30))
+        limits |= dict.fromkeys(("weight_decay", "patience", "seed"), (0, 2**30)) | {"drawn": (0, 1001)}
         limits |= dict.fromkeys(("warmup", "dropout", "ema_decay", "distill_weight"), (0, 1))
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) < high:
@@ -76,15 +77,18 @@ _TAUGHT: dict[str, Any] = {"steps": 10_000, "batch_size": 512, "eval_every": 500
 # name: (fields of WaveNetConfig without the vocabulary, recipe)
 PRESETS: dict[str, tuple[dict[str, Any], Recipe]] = {
     # The lecture's last network, below its last validation loss in seconds; n-grams are its teachers.
-    "fast": ({}, Recipe(distill_weight=0.5, ngram_share=1.0)),
+    "fast": ({}, Recipe(distill_weight=0.5, ngram_share=0.3)),
     "plain": ({}, Recipe(steps=6000, dropout=0.05, eval_every=250)),
     "gated-plain": (_GATED, Recipe(steps=7000, lr=3e-3, dropout=0.2, eval_every=250)),
     "wide": ({}, Recipe(weight_decay=0.03, **_TAUGHT, drawn=1)),
-    "gated": (_GATED, Recipe(lr=3e-3, dropout=0.02, **_TAUGHT, drawn=2)),
+    "gated": (_GATED, Recipe(lr=3e-3, **_TAUGHT, drawn=4)),
 }
 
 # preset: the presets of its teachers, which are trained first
-TEACHERS: dict[str, tuple[str, ...]] = dict.fromkeys(("wide", "gated"), ("gated-plain", "gated-plain", "plain"))
+TEACHERS: dict[str, tuple[str, ...]] = {
+    "wide": ("gated-plain", "gated-plain", "plain"),
+    "gated": ("gated-plain", "gated-plain", "plain", "gated-plain", "gated-plain"),
+}
 
 
 def teachers_of(preset: str, seed: int) -> list[tuple[str, dict[str, Any], Recipe]]:

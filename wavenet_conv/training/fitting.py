@@ -65,7 +65,7 @@ def fit(
         vocab: its vocabulary.
         train: names to train on.
         valid: names to validate on.
-        recipe: how to train (default: the preset "fast").
+        recipe: how to train (default: `Recipe()`, which has no teachers).
         teachers: models in evaluation mode from which it learns too (`Recipe.distill_weight`).
         seconds: see `run`.
         on_validation: see `run`.

@@ -43,8 +43,8 @@ class NGrams:
         sequence, outputs = from_engine(packed, vocab.end).long(), lengths + 1
         tokens, following, self.vocab_size = sequence[:-1], sequence[1:], len(vocab)
         self.names = torch.arange(len(names)).repeat_interleave(outputs)  # of each position
-        depths = torch.arange(len(tokens)) - (outputs.cumsum(0) - outputs)[self.names] + 1  # tokens before a prediction
-        self.depths = depths.clamp(max=order - 1)
+        depths = torch.arange(len(tokens)) - (outputs.cumsum(0) - outputs)[self.names] + 1
+        self.depths = depths  # tokens before each prediction
         contexts = grams = torch.zeros_like(tokens)
         self.levels, self.contexts = list[Level](), []  # contexts: per level, of each position
         for length in range(order):
@@ -69,33 +69,38 @@ class NGrams:
 
         They come from the counts of the names `counted`, at least one; both are bool `(names,)`.
         """
-        places, found = wanted[self.names].nonzero()[:, 0], None
+        places = wanted[self.names].nonzero()[:, 0]
         seen = [torch.bincount(level.grams[counted[level.names]], minlength=len(level.tokens)) for level in self.levels]
+        result = torch.empty(len(places), self.vocab_size, dtype=torch.float64)
+        below = torch.zeros(1, dtype=torch.int64)
         probs = torch.full((1, self.vocab_size), 1 / self.vocab_size, dtype=torch.float64)
         for length, level in enumerate(self.levels):
             counts = seen[length]
             if length + 1 < len(self.levels):  # how many different tokens stand before; at a name's start, how often
                 above, longer = self.levels[length + 1], seen[length + 1]
                 different = torch.bincount(above.suffixes[longer > 0], minlength=len(counts))
-                counts = torch.where(level.first > 0, counts, different) if length else different
-            probs = self._interpolated(level, counts, probs)
-            rows = probs[self.contexts[length][places]]
-            found = rows if found is None else torch.where((self.depths[places] >= length)[:, None], rows, found)
-        assert found is not None
-        return found
+                counts = torch.where(level.first > 0, counts, different)
+            rows = (self.depths[places] >= length).nonzero()[:, 0]
+            contexts, ids = self.contexts[length][places[rows]].unique(return_inverse=True)
+            lower = probs[torch.searchsorted(below, level.shorter[contexts])]
+            below, probs = contexts, interpolated(level, counts, contexts, lower)
+            result[rows] = probs[ids]
+        return result
 
-    def _interpolated(self, level: Level, counts: Tensor, lower: Tensor) -> Tensor:
-        """The probabilities after each context of a level, from those of the level below."""
-        discounts = discounts_of(counts)[counts.clamp(max=3)]
-        totals, left = (torch.zeros(len(level.shorter), dtype=torch.float64) for _ in range(2))
-        totals.index_add_(0, level.contexts, counts.double())
-        left.index_add_(0, level.contexts, discounts)
-        backoffs = torch.where(totals > 0, left / totals, 1.0)  # a context that was not counted is shortened
-        probs = backoffs[:, None] * lower[level.shorter]
-        known = (counts > 0).nonzero()[:, 0]
-        contexts = level.contexts[known]
-        probs[contexts, level.tokens[known]] += (counts - discounts)[known] / totals[contexts]
-        return probs
+
+def interpolated(level: Level, counts: Tensor, contexts: Tensor, lower: Tensor) -> Tensor:
+    """The probabilities after some contexts of a level, in ascending order, from those after the shorter ones."""
+    discounts = discounts_of(counts)[counts.clamp(max=3)]
+    totals, left = (torch.zeros(len(level.shorter), dtype=torch.float64) for _ in range(2))
+    totals.index_add_(0, level.contexts, counts.double())
+    left.index_add_(0, level.contexts, discounts)
+    backoffs = torch.where(totals > 0, left / totals, 1.0)  # a context that was not counted is shortened
+    probs = backoffs[contexts][:, None] * lower
+    rows = torch.full_like(level.shorter, -1).index_copy_(0, contexts, torch.arange(len(contexts)))[level.contexts]
+    known = ((counts > 0) & (rows >= 0)).nonzero()[:, 0]
+    discounted = (counts - discounts)[known] / totals[level.contexts[known]]
+    probs[rows[known], level.tokens[known]] += discounted
+    return probs
 
 
 def discounts_of(counts: Tensor) -> Tensor:
@@ -111,8 +116,8 @@ def discounts_of(counts: Tensor) -> Tensor:
 def cross_fitted(names: Sequence[str], vocab: Vocabulary, folds: int = FOLDS, order: int = ORDER) -> Tensor:
     """What n-grams of the other folds expect at each position of a list: float64 `(positions, vocab)`.
 
-    N-grams have memorised the names that they were counted from, so each name is predicted by those of the others. Name
-    i is in fold `i % folds`. A list of one name is predicted by itself.
+    N-grams have memorised the names that they were counted from, so each name is predicted by those of the other folds;
+    a repeated name may be in several. Name i is in fold `i % folds`. A list of one name is predicted by itself.
     """
     grams, fold = NGrams(names, vocab, order), torch.arange(len(names)) % min(folds, len(names))
     result = torch.empty(len(grams.names), len(vocab), dtype=torch.float64)

@@ -53,7 +53,7 @@ class Teaching:
             raise ConfigError("drawn names need a network to draw them; give teachers, or set drawn to 0")
         self.names, self.vocab, self.recipe, self.teachers, self.student = names, vocab, recipe, teachers, student
         self.corpus = Corpus(names, vocab, student)
-        if teachers or recipe.ngram_share:
+        if recipe.distill_weight and (teachers or recipe.ngram_share):
             self.corpus.soft_targets = self._expected(names, cross_fitted)
 
     def corpus_of(self, epoch: int) -> Corpus:
@@ -67,15 +67,15 @@ class Teaching:
         drawn = from_first_rank(drawn)  # another machine may round otherwise
         corpus = Corpus([*self.names, *drawn], self.vocab, self.student)
         ngrams = lambda names, vocab: predicted(names, self.names, vocab)
-        assert self.corpus.soft_targets is not None  # since names are drawn, there are teachers
-        corpus.soft_targets = torch.cat([self.corpus.soft_targets, self._expected(drawn, ngrams)])
+        if self.corpus.soft_targets is not None:
+            corpus.soft_targets = torch.cat([self.corpus.soft_targets, self._expected(drawn, ngrams)])
         return corpus
 
     def _expected(self, names: Sequence[str], ngrams: Callable[[Sequence[str], Vocabulary], Tensor]) -> Tensor:
         """What all teachers expect at each position of some names, `(positions, vocab)`; in the student's dtype."""
         share, weight = self.recipe.ngram_share if self.teachers else 1.0, self.student.embedding.weight
-        expected = (share * ngrams(names, self.vocab)).to(weight) if share else torch.zeros_like(weight[:1, :1])
-        for teacher in self.teachers:
+        expected = ngrams(names, self.vocab).mul_(share).to(weight) if share else torch.zeros_like(weight[:1, :1])
+        for teacher in self.teachers if share < 1 else ():
             probs = predictions(teacher, Corpus(names, self.vocab, teacher))
             expected = expected + probs.to(weight) * ((1 - share) / len(self.teachers))
         return expected

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from math import inf, isfinite, log
+from time import monotonic
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Trainer:
         train_corpus: the names to train on.
         corpus: those, and the names that teachers have drawn for this epoch.
         step: steps taken.
-        seconds: seconds spent in `run`.
+        seconds: seconds spent here, on what teachers expect, and in `run`.
         losses: of each step, in nats per position: scalars on the device.
         validations: `(step, loss)` of each validation, in nats per position; `run` begins with one at step 0.
         best_step: the step of the lowest validation loss.
@@ -53,6 +54,7 @@ class Trainer:
         teachers: Sequence[ConvWaveNet] = (),
     ):
         check_pair(model, vocab)
+        begin = monotonic()
         self.model, self.recipe, self.device = model.train(), recipe, model.embedding.weight.device
         self._teaching = Teaching(train, vocab, recipe, teachers, model)
         self.train_corpus, self.valid_corpus = self._teaching.corpus, Corpus(valid, vocab, model)
@@ -67,8 +69,8 @@ class Trainer:
         self.losses: list[Tensor] = []
         self.validations: list[tuple[int, float]] = []
         self._epoch, self._order = -1, torch.zeros(0, dtype=torch.int64)
-        self.step, self.seconds, self.best_step, self.best_loss = 0, 0.0, 0, inf
-        self.best_weights: dict[str, Tensor] = {}
+        self.step, self.best_step, self.best_loss, self.best_weights = 0, 0, inf, dict[str, Tensor]()
+        self.seconds = monotonic() - begin
 
     @property
     def validated_model(self) -> ConvWaveNet:
