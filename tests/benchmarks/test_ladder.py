@@ -30,6 +30,7 @@ SHAPES = {
     "lstm-76k": {"width": 9, "n_embd": 4, "layers": 2},
     "transformer-230k": {"layers": 1, "heads": 2, "width": 8, "feedforward": 10},
 }
+ROW = dict.fromkeys(ladder.ROW, 1.0) | {"rung": "lstm-76k"}
 HAS_KENLM = importlib.util.find_spec("kenlm") is not None
 
 
@@ -156,11 +157,21 @@ def test_a_mixture_makes_what_this_run_has_not_made(small, tmp_path, monkeypatch
     monkeypatch.setattr(ladder, "MIXTURES", {"both": ("ours-fast", "lstm-76k")})
     path, rest = tmp_path / "out.json", ("--rungs", "lstm-76k", "ours-fast")
     assert ladder.main([*small, "--json", str(path), *rest]) == 0 and made == ["lstm-76k", "ours-fast"]
-    found = json.loads(path.read_text())
-    found["rungs"] = [row for row in found["rungs"] if row["rung"] == "lstm-76k"]
-    path.write_text(json.dumps(found | {"mixtures": []}))
-    assert ladder.main([*small, "--json", str(path), "--resume", *rest]) == 0 and made[2:] == ["ours-fast", "lstm-76k"]
-    assert json.loads(path.read_text())["mixtures"] == found["mixtures"] != []
+    found = both = json.loads(path.read_text())
+    found = found | {"rungs": [row for row in both["rungs"] if row["rung"] == "lstm-76k"]}
+    for rungs_kept, again in ((found["rungs"], ["ours-fast", "lstm-76k"]), (both["rungs"], ["ours-fast", "lstm-76k"])):
+        made.clear()
+        path.write_text(json.dumps(found | {"mixtures": [], "rungs": rungs_kept}))
+        assert ladder.main([*small, "--json", str(path), "--resume", *rest]) == 0 and made == again
+        assert json.loads(path.read_text())["mixtures"] == found["mixtures"] != []
+
+
+def test_one_name_to_validate_on_chooses_no_weights(small, tmp_path):
+    (tmp_path / "names.txt").write_text("\n".join(NAMES[:10]))
+    arguments = ["--names", str(tmp_path / "names.txt"), "--steps", "20", "--json", str(tmp_path / "out.json")]
+    assert ladder.main([*arguments, "--rungs", "ours-fast", "ours-fast"]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(found["rungs"]) == 1 and found["mixtures"] == []
 
 
 def without_times(rows):
@@ -207,7 +218,8 @@ def test_rungs_that_are_not_asked_for_are_kept(small, tmp_path, monkeypatch):
         ({"recipe": {"steps": 5, "batch": 32, "lr": 0.1, "seed": 7}}, "steps 5 (this run: 600), seed 7 (this run: 42)"),
         ({"names": {"sha256": "abc"}}, "names with SHA-256 abc (this run: "),
         ({"drawn": 9}, "drawn 9 (this run: 40)"),
-        ({"rungs": [{"rung": "lstm-76k", "recipe": [{"of": "GRU"}]}]}, "another recipe of lstm-76k; run it as it was"),
+        ({"rungs": [ROW | {"recipe": [{"of": "GRU"}]}]}, "another recipe of lstm-76k; run it as it was"),
+        ({"rungs": [{"rung": "bigram", "recipe": None}]}, "has no results of this version of the ladder"),
         ({"rungs": [{"rung": "bigram"}]}, "has no results of this version of the ladder; name another file"),
         ({"names": None}, "has no results of this version of the ladder"),
         (None, "has no results of this version of the ladder"),

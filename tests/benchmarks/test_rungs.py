@@ -82,12 +82,13 @@ def test_seconds_hold_those_of_teachers_that_an_earlier_rung_trained(parts, monk
 
     monkeypatch.setattr(rungs, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(training, "fit_preset", fit_preset)
-    keys = [(name, recipe.seed) for name, _, recipe in training.teachers_of("wide", 42)]
-    assert make(RUNGS["ours-wide"], parts).facts["seconds"] == 10 * len(keys) + 1
-    assert make(RUNGS["ours-gated"], parts).facts["seconds"] == 10 * len(keys) + 1
-    taught = [("wide", 42, sorted(keys)), ("gated", 42, sorted(keys))]
-    assert fitted == [*((*key, []) for key in keys), *taught]
-    assert len(make(RUNGS["ours-wide"], parts).facts["recipe"]) == 1 + len(keys)
+    wide, gated = ([(name, recipe.seed) for name, _, recipe in training.teachers_of(p, 42)] for p in ("wide", "gated"))
+    assert make(RUNGS["ours-wide"], parts).facts["seconds"] == 10 * len(wide) + 1
+    assert make(RUNGS["ours-gated"], parts).facts["seconds"] == 10 * len(gated) + 1
+    more, shared = [key for key in gated if key not in wide], len({*wide} & {*gated})
+    expected = [*((*key, []) for key in wide), ("wide", 42, sorted(wide))]
+    assert shared > 0 and fitted == [*expected, *((*key, []) for key in more), ("gated", 42, sorted(gated))]
+    assert len(make(RUNGS["ours-wide"], parts).facts["recipe"]) == 1 + len(wide)
 
 
 def test_a_recipe_is_that_of_the_code_and_the_same_in_json():
@@ -97,3 +98,14 @@ def test_a_recipe_is_that_of_the_code_and_the_same_in_json():
     (_, _, recipe), *_ = training.teachers_of("gated", 7)
     assert rungs.recipe_of("ours-gated", 7)[1]["recipe"] == asdict(recipe) != asdict(training.PRESETS["gated"][1])
     assert NETWORKS["gru-76k"].recipe == training.Recipe(**rungs.recipe_of("gru-76k", 42)[0]["recipe"])
+
+
+def test_the_unscaled_start_is_far_off(parts):
+    """Standard normals where the lecture scales them, so that the first losses are those of confident errors."""
+    few = Parts(TRAIN, VALID, TEST, VOCAB, 1, 1 / STEPS, 42)
+    scaled, unscaled = (make(RUNGS[name], few) for name in ("mlp-10-200", "mlp-10-200-unscaled"))
+    losses = [
+        -float(made.score(VALID, 64).detach().sum()) / sum(len(name) + 1 for name in VALID)
+        for made in (scaled, unscaled)
+    ]
+    assert losses[0] < 4 < 10 < losses[1]

@@ -83,3 +83,8 @@ def test_nan_is_an_explosion_and_nothing_else_a_failure(find_lr, names, vocab, m
     monkeypatch.setattr(command, "try_rates", lambda trainer: [(0.1, math.nan)])
     code, _, err = find_lr()
     assert code == 1 and "no learning rate gave a finite loss; try another --preset or --batch-size" in err
+
+
+def test_presets_with_teachers_are_tried_without_drawn_names(find_lr):
+    code, out, _ = find_lr("--steps", 20, "--batch-size", 32, "--preset", "wide", "--json")
+    assert code == 0 and json.loads(out)["steps"] == 20

@@ -156,13 +156,23 @@ def test_a_sweep_may_choose_norms_activations_and_heads(sweep, folder):
     assert (config.head_norm, config.head_kernel_size) == ("batch", 2)
 
 
+def test_presets_with_teachers_are_swept_without_drawn_names(sweep, folder):
+    (folder / "wide.toml").write_text(
+        'preset = "wide"\ndistill_weight = {low = 0.1, high = 0.9}\nsteps = 2\n' + "n_hidden = 4"
+    )
+    code, out, _ = sweep("--trials", 2, "--json", space="wide.toml")
+    losses = [trial["validation_loss"] for trial in json.loads(out)["trials"]]
+    assert code == 0 and losses[0] != losses[1]
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
         ("lr = ", "; give a TOML file in UTF-8, or 'default'"),
         ('preset = "none"', "preset is 'none'; it must be one of "),
         ("drawn = 1", "drawn is not a setting"),
-        ("distill_weight = 0.5\nngram_share = 0.0", "distill_weight does nothing without teachers; set ngram_share"),
+        ("ngram_share = 0.5", "ngram_share is not a setting"),
+        ('preset = "plain"\ndistill_weight = 0.5', "distill_weight does nothing, since preset 'plain' has no n-grams"),
         ("rate = 1", "rate is not a setting; the settings are steps, batch_size, "),
         ('norm = "bath"', "norm is 'bath'; it must be one of 'batch', 'layer', 'none'"),
         ("batch_size = 2.5", "batch_size is 2.5; give a value of type int, {choices = "),

@@ -134,6 +134,44 @@ def test_a_preset_with_teachers_is_interrupted_and_resumed(train, tmp_path, list
     assert code == 2 and "its vocabulary is" in err
 
 
+def test_the_networks_and_n_grams_that_teach(train, tmp_path, listed, out):
+    """A teacher that is given counts beside the n-grams of `fast`; the steps of an epoch count what it draws."""
+    teachers = [tmp_path / "one", tmp_path / "two"]
+    for teacher, steps in zip(teachers, ("12", "2")):
+        assert train(*SMALL[:4], "--steps", steps, "--ngram-share", "0", output=teacher)[0] == 0
+    losses = set()
+    for teacher in teachers:
+        code, text, _ = train(*SMALL, "--teacher", teacher, "--json", "--overwrite")
+        losses.add(json.loads(text)["validation_loss"])
+        assert code == 0 and load_checkpoint(out).notes["ngram_share"] == 0.3
+    assert len(losses) == 2
+    arguments = [*SMALL[:4], "--overwrite", "--json", "--epochs", "2", "--batch-size", "100", "--teacher", teachers[0]]
+    for drawn, steps in ((0, 2 * 4), (3, 2 * 13)):  # of 320 and 1,280 names
+        code, text, _ = train(*arguments, "--drawn", drawn)
+        assert code == 0 and json.loads(text)["steps_taken"] == steps
+
+
+def test_without_networks_no_names_are_drawn(train, out):
+    code, _, err = train(*SMALL, "--drawn", "1")
+    assert code == 2 and "--drawn 1: networks draw names, and none teaches here; give --teacher too" in err
+    assert train(*SMALL, "--preset", "wide", "--distill-weight", "0")[0] == 0
+    notes = load_checkpoint(out).notes
+    assert (notes["drawn"], notes["teachers"]) == (0, [])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_training_that_does_not_fit_in_memory(train, out, monkeypatch, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr("wavenet_conv.training.teaching.cross_fitted", full)
+    code, _, err = train(*SMALL)
+    assert code == 1 and "does not fit in memory" in err and "--ngram-share 0" in err and not out.exists()
+    monkeypatch.setattr("wavenet_conv.training.teaching.cross_fitted", lambda *_: 1 + "a")
+    with pytest.raises(TypeError):
+        train(*SMALL)
+
+
 RANK = """
 import sys
 from pathlib import Path
@@ -147,8 +185,9 @@ sys.exit(code or any("gloo" in path.read_text() for path in Path("/proc/self/tas
 @pytest.mark.slow
 def test_two_ranks_train_as_one(train, tmp_path, out, listed):
     """torchrun with two gloo ranks, float64: the same weights and losses, and no thread that may abort the exit."""
-    two = tmp_path / "two.safetensors"
-    arguments = [*SMALL, "--dtype", "float64", "--json"]
+    two, teacher = tmp_path / "two.safetensors", tmp_path / "teacher"
+    assert train(*SMALL, output=teacher)[0] == 0
+    arguments = [*SMALL, "--dtype", "float64", "--json", "--teacher", teacher, "--drawn", "2"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     command = [*torchrun, sys.executable, "-c", RANK, "train", listed, "-o", two, "--device", "cpu", *arguments]
     ranks = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -12,9 +12,9 @@ from hypothesis import given
 
 from reference.ngram import END, KneserNey
 from wavenet_conv import Vocabulary, WaveNetConvError, sample
-from wavenet_conv.recipe import Recipe
+from wavenet_conv.recipe import PRESETS, Recipe
 from wavenet_conv.training import Corpus, Trainer, fit, predictions
-from wavenet_conv.training.ngrams import FOLDS, NGrams, cross_fitted, discounts_of, predicted
+from wavenet_conv.training.ngrams import NGrams, cross_fitted, discounts_of, predicted
 from wavenet_conv.training.teaching import Teaching
 
 LISTS = st.lists(st.text("ab", max_size=6), min_size=1, max_size=30)
@@ -56,7 +56,7 @@ def test_longer_counts_use_the_notebooks_own_numbers(names):
 
 @pytest.mark.parametrize("count", [2, 7, 25])
 def test_each_name_is_predicted_by_the_other_folds(names, vocab, count):
-    names, folds = names[:count], min(FOLDS, count)
+    names, folds = names[:count], min(10, count)
     found = cross_fitted(names, vocab).split([len(name) + 1 for name in names])
     for index, name in enumerate(names):
         others = [other for place, other in enumerate(names) if place % folds != index % folds]
@@ -153,6 +153,21 @@ def test_n_grams_lower_the_loss_on_other_names(small, names, vocab):
     alone = fit(small(), vocab, *lists, recipe).best_loss
     taught = fit(small(), vocab, *lists, replace(recipe, ngram_share=1.0, distill_weight=0.5)).best_loss
     assert taught < alone
+
+
+@pytest.mark.parametrize("preset", ["fast", "wide", "gated"])
+def test_n_grams_teach_in_the_presets(small, names, vocab, preset):
+    recipe = replace(PRESETS[preset][1], drawn=0)
+    assert Trainer(small(), vocab, names[:25], names[25:30], recipe).train_corpus.soft_targets is not None
+    alone = Trainer(small(), vocab, names[:25], names[25:30], replace(recipe, distill_weight=0.0))
+    assert alone.train_corpus.soft_targets is None
+
+
+def test_names_are_drawn_without_a_share_of_the_targets_too(small, teachers, names, vocab):
+    recipe = Recipe(steps=3, batch_size=16, drawn=1, distill_weight=0.0)
+    trainer = Trainer(small(), vocab, names[:25], names[25:30], recipe, teachers)
+    trainer.advance()
+    assert len(trainer.corpus) == 50 and trainer.corpus.soft_targets is None
 
 
 def test_errors_name_the_fix(small, teachers, names, vocab):

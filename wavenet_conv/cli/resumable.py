@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import __version__
 from ..checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ..config import WaveNetConfig
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, TrainingError, UsageError
 from ..files import write_whole
 from ..model import ConvWaveNet
 from ..recipe import Recipe
@@ -105,7 +105,19 @@ class Run:
         return checkpoint
 
     def train(self, teachers: Sequence[ConvWaveNet] = (), seconds: float | None = None) -> Trainer:
-        """Train to the end or for `seconds`, from an interrupted run's state where there is one."""
+        """Train to the end or for `seconds`, from an interrupted run's state where there is one.
+
+        Raises `TrainingError` where the list, or what teachers expect of it, does not fit in memory.
+        """
+        try:
+            return self._train(teachers, seconds)
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError) and "allocate" not in str(error):  # PyTorch's is a RuntimeError
+                raise
+            fix = "take a shorter list, --ngram-share 0 or a smaller --drawn"
+            raise TrainingError(f"this training does not fit in memory ({error}); {fix}") from error
+
+    def _train(self, teachers: Sequence[ConvWaveNet], seconds: float | None) -> Trainer:
         teachers = [teacher.to(self.model.embedding.weight) for teacher in teachers]
         trainer = Trainer(self.model, self.setup.names.vocab, *self.setup.names.parts[:2], self.recipe, teachers)
         with Progress(self.recipe.steps, every_update=True, quiet=not is_first_rank()) as progress:

@@ -34,10 +34,10 @@ except ModuleNotFoundError:  # Python 3.10
 SQLITE_WAIT = 60  # seconds for another process to end its transaction
 DEFAULT = Path(__file__).parent.parent / "sweep.toml"
 
-# name: the types that a setting may have in TOML; a float may be written as an integer. Trials have no networks as
-# teachers, so no names are drawn.
+NOT_SETTINGS = ("ngram_share", "drawn")  # of a recipe: trials have no networks as teachers, only n-grams, or none
+# name: the types that a setting may have in TOML; a float may be written as an integer.
 SETTINGS: dict[str, tuple[type, ...]] = {
-    **{field.name: (type(field.default), int) for field in fields(Recipe) if field.name != "drawn"},
+    **{field.name: (type(field.default), int) for field in fields(Recipe) if field.name not in NOT_SETTINGS},
     "n_embd": (int,),
     "n_hidden": (int, list),
     "kernel_sizes": (list,),
@@ -72,8 +72,8 @@ def read_space(path: str) -> tuple[str, dict[str, Any], dict[str, dict[str, Any]
     ranges = {name: value for name, value in found.items() if isinstance(value, dict)}
     fixed = {name: value for name, value in found.items() if name not in ranges}
     settings = {**asdict(recipe), **shape, **fixed, "drawn": 0}
-    if "distill_weight" in found and not (settings["ngram_share"] or "ngram_share" in ranges):
-        raise UsageError(f"{path}: distill_weight does nothing without teachers; set ngram_share, such as to 1.0")
+    if "distill_weight" in found and not settings["ngram_share"]:
+        raise UsageError(f"{path}: distill_weight does nothing, since preset {preset!r} has no n-grams; leave it out")
     ends = {name: given.get("choices") or [given["low"], given["high"]] for name, given in ranges.items()}
     first = {name: values[0] for name, values in ends.items()}
     others = (first | {name: value} for name, values in ends.items() for value in values)

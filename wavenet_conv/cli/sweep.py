@@ -14,8 +14,8 @@ DESCRIPTION = """\
 Trains with many settings, drawn by Optuna from SPACE.toml, and ranks the trials by the lowest validation loss. A trial
 that is worse than the median of the earlier ones at the same step is stopped early. In SPACE.toml, `preset` names what
 to start from; every other key is a field of Recipe or of WaveNetConfig: a plain value is fixed,
-{low = 1e-3, high = 3e-2, log = true} is a range, and {choices = [128, 256]} a list to choose from. Trials have no
-networks as teachers, so drawn is not a setting.
+{low = 1e-3, high = 3e-2, log = true} is a range, and {choices = [128, 256]} a list to choose from. Trials have the
+n-grams of the preset as teachers and no networks, so ngram_share and drawn are not settings.
 
 Trials are kept in the storage: the same command adds those missing up to --trials, and several processes may run it at
 once. In one process the same seed draws the same trials again.

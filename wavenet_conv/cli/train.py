@@ -5,12 +5,23 @@ from __future__ import annotations
 import json
 from argparse import ArgumentTypeError
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import ConfigError, UsageError
 from ..recipe import Recipe, teachers_of
-from .options import add_command, add_device, add_list, add_recipe, check_output, configured, load_model, training_list
+from .options import (
+    add_command,
+    add_device,
+    add_list,
+    add_recipe,
+    check_output,
+    configured,
+    load_model,
+    training_list,
+    usage_errors,
+)
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -45,7 +56,7 @@ def add_parser(commands: Any) -> None:
     add_list(command)
     add("-o", "--output", required=True, metavar="OUTPUT", help="where the checkpoint is written")
     add_recipe(command)
-    add("--epochs", type=int, metavar="N", help="times to see every name, in place of --steps")
+    add("--epochs", type=int, metavar="N", help="times to see every name of the list, in place of --steps")
     add("--seconds", type=float, metavar="S", help="stop after the validation that ends after S seconds of training")
     add("--kernel-sizes", type=_integers, metavar="2,2,2", help="how many nodes each layer fuses, lowest first")
     add("--n-embd", type=int, metavar="N", help="width of the embedding")
@@ -100,9 +111,8 @@ def train(
         check_plot(plot)
     start = _start(origin, end, settings) if origin else None
     names = training_list(file, end, start.vocab if start else None)
-    config, recipe = _configured(preset, names, epochs, settings)
     given = [_loaded(path, names.vocab) for path in teacher]
-    presets = teachers_of(preset, recipe.seed) if recipe.distill_weight and not given else []
+    config, recipe, presets = _configured(preset, names, epochs, bool(given), settings)
     with distributed(device) as place, locked(output) if is_first_rank() else nullcontext():
         if seconds is not None and rank_and_count()[1] > 1:
             raise UsageError("--seconds: ranks do not stop at the same step; give --steps under torchrun")
@@ -136,16 +146,22 @@ def _start(path: str, end: str | None, settings: dict[str, Any]) -> Checkpoint:
 
 
 def _configured(
-    preset: str, names: TrainingList, epochs: int | None, settings: dict[str, Any]
-) -> tuple[WaveNetConfig, Recipe]:
-    """The shape and the recipe, with `epochs` in place of steps."""
+    preset: str, names: TrainingList, epochs: int | None, given: bool, settings: dict[str, Any]
+) -> tuple[WaveNetConfig, Recipe, list[tuple[str, dict[str, Any], Recipe]]]:
+    """The shape, the recipe with `epochs` in place of steps, and the preset's teachers where no others are `given`."""
     config, recipe = configured(preset, len(names.vocab), settings)
-    if epochs is None:
-        return config, recipe
-    if settings["steps"] is not None:
-        raise UsageError("--steps and --epochs are both given; give one of them")
-    steps = epochs * -(-len(names.parts[0]) // recipe.batch_size)
-    return configured(preset, len(names.vocab), settings | {"steps": steps})
+    presets = teachers_of(preset, recipe.seed) if recipe.distill_weight and not given else []
+    if recipe.drawn and not (given or presets):
+        if settings["drawn"]:
+            raise UsageError(f"--drawn {recipe.drawn}: networks draw names, and none teaches here; give --teacher too")
+        recipe = replace(recipe, drawn=0)
+    if epochs is not None:
+        if settings["steps"] is not None:
+            raise UsageError("--steps and --epochs are both given; give one of them")
+        seen = len(names.parts[0]) * (1 + recipe.drawn)
+        with usage_errors(ConfigError):
+            recipe = replace(recipe, steps=epochs * -(-seen // recipe.batch_size))
+    return config, recipe, presets
 
 
 def _dtype(start: Checkpoint | None) -> str:
