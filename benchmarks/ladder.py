@@ -4,8 +4,9 @@ Every rung is made from scratch on the lecture's split of the lecture's list, on
 the lecture's rungs is further than 0.015 nats from its published validation loss ends with exit code 1.
 
 - The lecture's rungs are trained by `reference.train`: 200,000 minibatches of 32 windows. `kneser-ney-N` counts
-  N-grams. The recurrent networks and transformers are those of `torch.nn`, trained as our presets are; `76k` and `230k`
-  are their parameters. `ours-*` are presets of `wavenet-conv train`.
+  N-grams. The recurrent networks and transformers are those of `torch.nn`, with the optimizer, the schedule and the
+  batches of our presets; `76k` and `230k` are their parameters. `ours-*` are presets of `wavenet-conv train`:
+  `ours-plain` and `ours-gated-plain` learn from the list alone, as the rivals do; the others have teachers too.
 - Seconds are what a rung takes until it can score: training with its validations, and the training of its teachers.
 - Scoring starts at strings and ends at log-likelihoods, of the whole list. KenLM scores n-grams where it is installed,
   up to the order that it reads, and Python the longer ones. The trees score all windows with batch norm folded in, the

@@ -226,7 +226,7 @@ class Fitted(NamedTuple):
 
 @torch.enable_grad()
 def fit(network: Network, train: Sequence[str], valid: Sequence[str], recipe: Recipe) -> Fitted:
-    """Train in place as our presets are: AdamW, a one-cycle schedule, the same batches of names.
+    """Train in place by the optimizer, the schedule and the batches of our presets: AdamW, one-cycle; no teachers.
 
     It leaves the weights with the lowest validation loss, in evaluation mode. The same arguments and number of threads
     give the same bits on the CPU, and no other random state changes.

@@ -2,10 +2,12 @@
 
 Same architecture (the lecture's last network), same list, same split, same machine, same run. Equality comes first:
 where one training step differs from the tree's on all windows of the same names, in float64, the run ends with exit
-code 1 and no timings. Seconds leave out every evaluation of the validation loss; ours count finding the node ids.
+code 1 and no timings. Seconds leave out every evaluation of the validation loss; ours count finding the node ids and
+counting n-grams.
 
 - One step: with more names per step, more windows share their nodes, and sharing is worth more.
-- Until the loss is reached: both the faster step and another recipe (AdamW, one-cycle, larger batches) count.
+- Until the loss is reached: both the faster step and another recipe (AdamW, one-cycle, larger batches, n-grams as
+  teachers) count.
 - Why the convolutional pass (slid) gains little or nothing at 1,024 names: a batch is padded to its longest name, so
   half of its outputs are behind the end of a name, and it does a third more multiply-adds than the tree on all windows.
   Its other large operators, the weighted sums of batch norm and their gradients, read the padding too.
