@@ -167,9 +167,10 @@ def ladder_figure() -> str:
     rows: dict[str, dict[str, Any]] = {row["rung"]: row for row in results["rungs"]}
     found = {kind: [rows[rung.name] for rung in rungs if rung.name in rows] for kind, (_, rungs) in FAMILIES.items()}
     loss = lambda row: row["validation_loss"]
-    best = sorted([*found["shared"], *(min(members, key=loss) for members in found.values() if members)], key=loss)
+    presets = [row for row in found["shared"] if not row["rung"].endswith("plain")]  # not those of the teachers
+    best = sorted([*presets, *(min(members, key=loss) for members in found.values() if members)], key=loss)
     texts = {row["rung"]: f"{row['rung']} {loss(row):.3f}" for row in best}
-    low = floor(10 * loss(best[0])) / 10
+    low = floor(10 * min(map(loss, rows.values()))) / 10
     ys = [round(low + step / 20, 2) for step in range(7)]  # higher losses are at the upper edge, with a label
     texts |= {name: f"{name} {loss(row):.3f} ↑" for name, row in rows.items() if loss(row) > ys[-1]}
     title = f"Validation loss against parameters and seconds of training: {', '.join(texts.values())}"
