@@ -183,8 +183,12 @@ class Spec(NamedTuple):
 # 1.998, 1e-2 1.990.
 NETWORKS: dict[str, Spec] = {
     "rnn-76k": Spec("RNN", {"width": 250, "n_embd": 24, "layers": 1}, Recipe(lr=3e-3)),
-    "gru-76k": Spec("GRU", {"width": 142, "n_embd": 24, "layers": 1}, Recipe()),
-    "lstm-76k": Spec("LSTM", {"width": 122, "n_embd": 24, "layers": 1}, Recipe()),
+    "gru-76k": Spec(
+        "GRU", {"width": 142, "n_embd": 24, "layers": 1}, Recipe(steps=6000, lr=2e-2, dropout=0.1, eval_every=250)
+    ),
+    "lstm-76k": Spec(
+        "LSTM", {"width": 122, "n_embd": 24, "layers": 1}, Recipe(steps=3000, lr=2e-2, dropout=0.05, eval_every=250)
+    ),
     "transformer-76k": Spec(
         "transformer", {"layers": 2, "heads": 4, "width": 64, "feedforward": 148}, Recipe(lr=2e-2, dropout=0.05)
     ),
