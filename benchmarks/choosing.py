@@ -1,11 +1,11 @@
-"""What should I use: a table of counts, a transformer, or this project?
+"""What should I use: a table of counts, an LSTM, a transformer, or this project?
 
 All are made from the training part of one list, and their loss, in nats per character, is that of its validation part.
 Equality comes first: scores that differ from those of a slow definition end the run with exit code 1 and no timings.
 Every method takes strings and returns log-likelihoods, and all take turns on the clock. The seconds to make a method
-stand in the row with the threads that made it. A mixture is the weighted mean of two models' probabilities.
+stand in the row with the threads that made it.
 
-The published run reads the lecture's list, uses the extra `bench`, and takes two minutes on two cores.
+The published run reads the lecture's list, uses the extra `bench`, and takes a few minutes on two cores.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ from wavenet_conv.training import PRESETS, split_names
 QUICK_STEPS = 150  # of each network; --full: those of its recipe
 TOLERANCE = 1e-4  # of a name's log-likelihood, in nats
 ALONE = 100  # names whose scores one by one are checked
-OUR_SHARE = 0.6  # of our probability in a mixture
-MIXED = ("ours-fast", "default")  # each with the n-grams
 ROOT = Path(__file__).parent.parent
 NOTE = "Not the lecture's list: the model that ships may have been trained on some of these validation names."
 NO_KENLM = "KenLM is not installed, so Python scores the n-grams: pip install kenlm."
@@ -64,16 +62,17 @@ def run(session: Session) -> Iterator[Results]:
         return
     in_lecture = hashlib.sha256(path.read_bytes()).hexdigest() == LECTURE_SHA256
     notes = [NOTE] * (not in_lecture) + [NO_KENLM] * (rivals.kenlm is None)
-    rows = timed_rows(methods, some, valid, session) + ladder_rows() * in_lecture
-    yield {"notes": notes, "methods": rows + mixture_rows(methods, valid)}
+    yield {"notes": notes, "methods": timed_rows(methods, some, valid, session) + ladder_rows() * in_lecture}
 
 
 def trained(steps: int | None) -> Results:
-    """How the networks were made: the steps of ours, and the transformer's shape and recipe."""
-    _, shape, recipe = networks.NETWORKS[rivals.TRANSFORMER]
-    chosen = {key: getattr(recipe, key) for key in ("batch_size", "lr", "warmup", "weight_decay", "dropout")}
-    transformer = {**shape, "steps": steps or recipe.steps, **chosen}
-    return {"steps": steps or PRESETS["fast"][1].steps, "transformer": transformer}
+    """How the networks were made: the steps of ours, and the others' shapes and recipes."""
+    found: Results = {"steps": steps or PRESETS["fast"][1].steps}
+    for name, network in rivals.NETWORKS.items():
+        _, shape, recipe = networks.NETWORKS[network]
+        chosen = {key: getattr(recipe, key) for key in ("batch_size", "lr", "warmup", "weight_decay", "dropout")}
+        found[name] = {**shape, "steps": steps or recipe.steps, **chosen}
+    return found
 
 
 def largest_difference(rival: Rival, names: Names) -> float:
@@ -137,18 +136,6 @@ def ladder_rows() -> list[Row]:
     rungs = output.published(output.RESULTS / "ladder-cpu.json")["rungs"]
     keys = ("parameters", "context", "validation_loss")
     return [{"method": row["rung"]} | {key: row[key] for key in keys} for row in rungs if row["rung"] == "ours-gated"]
-
-
-def mixture_rows(methods: dict[str, Rival], valid: Names) -> list[Row]:
-    """The losses of our models, each mixed with the n-grams."""
-    counted = [value for name in valid for value in methods[rivals.NGRAMS].model.log_probs(name)]
-    rows = []
-    for name in MIXED:
-        log_probs, _ = methods[name].model.position_log_probs(valid)
-        mixed = torch.lerp(torch.tensor(counted, dtype=torch.float64).exp(), log_probs.double().exp(), OUR_SHARE)
-        method = f"{OUR_SHARE:g} x {name} + {1 - OUR_SHARE:g} x Kneser-Ney"
-        rows.append({"method": method, "validation_loss": loss_of(mixed.log(), valid)})
-    return rows
 
 
 def tables(results: Results) -> Iterator[Table]:

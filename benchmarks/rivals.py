@@ -1,4 +1,4 @@
-"""What somebody could use, made from a list and ready to score: n-grams, a transformer, and models of this project."""
+"""What somebody could use, made from a list and ready to score: n-grams, networks of `torch.nn`, and ours."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ except ImportError:
     kenlm = None
 
 ORDER = 6  # of 2 to 8, that with the lowest validation loss
-TRANSFORMER = "transformer-76k"  # of `networks.NETWORKS`, as large as the lecture's network
-BATCHES = (256, 1024, 64)  # names per batch of the transformer
+NETWORKS = {"LSTM": "lstm-76k", "transformer": "transformer-76k"}  # each about as large as the lecture's network
+BATCHES = (256, 1024, 64)  # names per batch of these
 NGRAMS = f"Kneser-Ney {ORDER}, {'Python' if kenlm is None else 'KenLM'}"
 
 Names = Sequence[str]
@@ -41,7 +41,6 @@ Names = Sequence[str]
 class Rival(NamedTuple):
     """A method that was made: what the table says of it, and how it scores, from strings to log-likelihoods."""
 
-    model: Any
     facts: Row
     score: Callable[[Names, int], Any]  # a list, in batches of this size
     one: Callable[[str], Any]
@@ -55,7 +54,7 @@ def make_rivals(steps: int | None, session: Session) -> dict[str, Rival]:
     """All of them, made from the training part of the session's list; networks take that many steps, or their own."""
     return {
         NGRAMS: count(session),
-        "transformer": train_transformer(steps, session),
+        **{name: train_network(network, steps, session) for name, network in NETWORKS.items()},
         "ours-fast": train_ours(steps, session),
         "default": load_default(),
     }
@@ -72,7 +71,7 @@ def count(session: Session) -> Rival:
         one = lambda name: loaded.score(" ".join(name), bos=True, eos=True) * log(10)
     facts: Row = {"parameters": len(model.probs), "context": ORDER - 1, "seconds": perf_counter() - begin}
     facts |= {"checked": "reference/ngram.py"}
-    return Rival(model, facts, lambda names, _: list(map(one, names)), one, exact)
+    return Rival(facts, lambda names, _: list(map(one, names)), one, exact)
 
 
 def in_kenlm(model: KneserNey) -> Any:
@@ -84,16 +83,22 @@ def in_kenlm(model: KneserNey) -> Any:
         return kenlm.Model(str(Path(folder, "names.arpa")), options)
 
 
-def train_transformer(steps: int | None, session: Session) -> Rival:
-    """A transformer, which sees all of the name so far."""
+def train_network(name: str, steps: int | None, session: Session) -> Rival:
+    """A network of `networks.NETWORKS`, which sees all of the name so far. It learns from the list alone."""
     begin, longest = perf_counter(), max(map(len, session.names))
-    recipe = shortened(networks.NETWORKS[TRANSFORMER].recipe, steps, session)
-    model = networks.new_network(TRANSFORMER, session.vocab, longest, recipe.seed, recipe.dropout)
-    networks.fit(model, *split_names(session.names)[:2], recipe)
-    facts: Row = {"parameters": parameters(model), "context": longest + 1, "seconds": perf_counter() - begin}
-    facts |= {"checked": "float64 without padding"}
-    one = lambda name: -model.nats(*session.vocab.encode([name], context=1))
-    return Rival(model, facts, model.score, one, model.exact_scores, BATCHES, *all_threads())
+    recipe = shortened(networks.NETWORKS[name].recipe, steps, session)
+    network: Any = networks.new_network(name, session.vocab, longest, recipe.seed, recipe.dropout)
+    networks.fit(network, *split_names(session.names)[:2], recipe)
+    recurrent = isinstance(network, networks.Recurrent)
+
+    def one(name: str) -> Tensor:  # without the packing of `network.nats`, which one name does not need
+        tokens, _ = session.vocab.encode([name], context=1)
+        logits = network.head(network.body(network.embedding(tokens))[0]) if recurrent else network(tokens)
+        return -F.cross_entropy(logits[0], F.pad(tokens[0, 1:], (0, 1)), reduction="sum")
+
+    facts: Row = {"parameters": parameters(network), "context": None if recurrent else longest + 1}
+    facts |= {"seconds": perf_counter() - begin, "checked": "float64 without padding"}
+    return Rival(facts, network.score, one, network.exact_scores, BATCHES, *all_threads())
 
 
 @torch.enable_grad()
@@ -129,7 +134,7 @@ def ours(model: ConvWaveNet, vocab: Vocabulary, seconds: float, made_with: int, 
     facts: Row = {"parameters": parameters(model), "context": context, "seconds": seconds}
     facts |= {"checked": "windows in float64"}
     exact = partial(exact_scores, Models(reference.from_conv(model), vocab))
-    return Rival(scorer, facts, lambda names, _: scorer.score(names), one, exact, (1,), made_with, threads)
+    return Rival(facts, lambda names, _: scorer.score(names), one, exact, (1,), made_with, threads)
 
 
 def all_threads() -> tuple[int, list[int]]:
