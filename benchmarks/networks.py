@@ -29,7 +29,7 @@ State = tuple[Tensor, ...]  # what a network remembers of the names so far, each
 class Network(nn.Module):
     """Predicts each character of a name, and its end, from `.` and all characters before.
 
-    A subclass has `body`, `head`, `position_nats` and `step`. Tokens and lengths of whole names are those of
+    A subclass has `body`, `head`, `forward` and `step`. Tokens and lengths of whole names are those of
     `vocab.encode(names, context=1)`. Score in evaluation mode.
     """
 
@@ -42,7 +42,10 @@ class Network(nn.Module):
 
     def position_nats(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Minus the log-probability of each character and of the end, `(batch, longest + 1)`; zeros after the end."""
-        raise NotImplementedError
+        tokens = tokens[:, : int(lengths.max()) + 1]
+        following, inside = F.pad(tokens[:, 1:], (0, 1)), torch.arange(tokens.shape[1]) <= lengths[:, None]
+        nats = F.cross_entropy(self(tokens).flatten(0, 1), following.flatten(), reduction="none")
+        return nats.view_as(following) * inside
 
     def nats(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Minus the log-likelihood of each name, `(batch,)`."""
@@ -90,7 +93,7 @@ class Network(nn.Module):
 
 
 class Recurrent(Network):
-    """`nn.RNN`, `nn.GRU` or `nn.LSTM` on packed batches.
+    """`nn.RNN`, `nn.GRU` or `nn.LSTM`, trained on packed batches; it scores names of similar length, without packing.
 
     Args:
         vocab: The vocabulary, in which `.` is token 0.
@@ -108,7 +111,14 @@ class Recurrent(Network):
         self.body = getattr(nn, kind)(n_embd, width, layers, batch_first=True, dropout=between)
         self.head = nn.Linear(width, len(vocab))
 
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits `(batch, time, vocab)` of what follows each token, int64 `(batch, time)`."""
+        x, _ = self.body(self.dropout(self.embedding(tokens)))
+        return self.head(self.dropout(x))
+
     def position_nats(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        if not self.training:
+            return super().position_nats(tokens, lengths)
         pack = lambda x: pack_padded_sequence(x, lengths.cpu() + 1, batch_first=True, enforce_sorted=False)
         packed, following = pack(tokens), pack(F.pad(tokens[:, 1:], (0, 1))).data
         x, _ = self.body(packed._replace(data=self.dropout(self.embedding(packed.data))))
@@ -155,12 +165,6 @@ class Transformer(Network):
         x = self.embedding(tokens) + self.positions.weight[: tokens.shape[1]]
         mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], dtype=x.dtype)
         return self.head(self.body(x, mask=mask, is_causal=True))
-
-    def position_nats(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        tokens = tokens[:, : int(lengths.max()) + 1]
-        following, inside = F.pad(tokens[:, 1:], (0, 1)), torch.arange(tokens.shape[1]) <= lengths[:, None]
-        nats = F.cross_entropy(self(tokens).flatten(0, 1), following.flatten(), reduction="none")
-        return nats.view_as(following) * inside
 
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """As of any network; of a name longer than `longest` it sees the last `longest + 1` tokens."""

@@ -87,16 +87,11 @@ def train_network(name: str, steps: int | None, session: Session) -> Rival:
     """A network of `networks.NETWORKS`, which sees all of the name so far. It learns from the list alone."""
     begin, longest = perf_counter(), max(map(len, session.names))
     recipe = shortened(networks.NETWORKS[name].recipe, steps, session)
-    network: Any = networks.new_network(name, session.vocab, longest, recipe.seed, recipe.dropout)
+    network = networks.new_network(name, session.vocab, longest, recipe.seed, recipe.dropout)
     networks.fit(network, *split_names(session.names)[:2], recipe)
-    recurrent = isinstance(network, networks.Recurrent)
-
-    def one(name: str) -> Tensor:  # without the packing of `network.nats`, which one name does not need
-        tokens, _ = session.vocab.encode([name], context=1)
-        logits = network.head(network.body(network.embedding(tokens))[0]) if recurrent else network(tokens)
-        return -F.cross_entropy(logits[0], F.pad(tokens[0, 1:], (0, 1)), reduction="sum")
-
-    facts: Row = {"parameters": parameters(network), "context": None if recurrent else longest + 1}
+    one = lambda name: -network.nats(*session.vocab.encode([name], context=1))
+    context = None if isinstance(network, networks.Recurrent) else longest + 1
+    facts: Row = {"parameters": parameters(network), "context": context}
     facts |= {"seconds": perf_counter() - begin, "checked": "float64 without padding"}
     return Rival(facts, network.score, one, network.exact_scores, BATCHES, *all_threads())
 

@@ -113,6 +113,14 @@ def test_padding_changes_nothing(network):
     assert torch.equal(network.position_nats(F.pad(tokens, (0, 2 * LONGEST)), lengths), found)
 
 
+@pytest.mark.parametrize("name", SMALL[:3])
+def test_packing_changes_nothing(name):
+    network = new_network(name, VOCAB, LONGEST, 1, 0.0)
+    tokens, lengths = VOCAB.encode(SOME, context=1)
+    found, expected = network.train().position_nats(tokens, lengths), network.eval().position_nats(tokens, lengths)
+    assert found.detach() == pytest.approx(expected.detach(), abs=1e-5)
+
+
 def test_dropout_is_of_training_alone(network):
     tokens, lengths = VOCAB.encode(SOME, context=1)
     assert torch.equal(network.nats(tokens, lengths), network.nats(tokens, lengths))
