@@ -55,7 +55,7 @@ PARTS = 20  # that the weights of a mixture are multiples of 1 / PARTS
 MIXTURES: dict[str, tuple[str, ...]] = {
     name: (name,) for name in RUNGS if name.startswith("ours-") or name.endswith("-230k")
 }
-MIXTURES["ours-gated + gru-230k"] = ("ours-gated", "gru-230k")
+MIXTURES["ours-gated + lstm-230k"] = ("ours-gated", "lstm-230k")
 # What others say of this list, on splits of their own.
 PUBLISHED = [
     {
