@@ -197,8 +197,8 @@ NETWORKS: dict[str, Spec] = {
         "transformer", {"layers": 2, "heads": 4, "width": 64, "feedforward": 148}, Recipe(lr=2e-2, dropout=0.05)
     ),
     "rnn-230k": Spec("RNN", {"width": 452, "n_embd": 24, "layers": 1}, Recipe(lr=3e-3)),
-    "gru-230k": Spec("GRU", {"width": 260, "n_embd": 24, "layers": 1}, Recipe()),
-    "lstm-230k": Spec("LSTM", {"width": 224, "n_embd": 24, "layers": 1}, Recipe()),
+    "gru-230k": Spec("GRU", {"width": 260, "n_embd": 24, "layers": 1}, Recipe(lr=5e-3, dropout=0.1, eval_every=250)),
+    "lstm-230k": Spec("LSTM", {"width": 224, "n_embd": 24, "layers": 1}, Recipe(lr=1e-2, dropout=0.1, eval_every=250)),
     "transformer-230k": Spec(
         "transformer", {"layers": 2, "heads": 4, "width": 96, "feedforward": 380}, Recipe(dropout=0.05)
     ),
