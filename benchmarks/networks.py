@@ -186,7 +186,9 @@ class Spec(NamedTuple):
 # width 80 1.994, three of width 48 1.967. Feed-forward width 128: lr 5e-3 1.994; without dropout lr 2.5e-3 2.026, 5e-3
 # 1.998, 1e-2 1.990.
 NETWORKS: dict[str, Spec] = {
-    "rnn-76k": Spec("RNN", {"width": 250, "n_embd": 24, "layers": 1}, Recipe(lr=3e-3)),
+    "rnn-76k": Spec(
+        "RNN", {"width": 250, "n_embd": 24, "layers": 1}, Recipe(steps=3000, lr=6e-3, dropout=0.05, eval_every=250)
+    ),
     "gru-76k": Spec(
         "GRU", {"width": 142, "n_embd": 24, "layers": 1}, Recipe(steps=6000, lr=2e-2, dropout=0.1, eval_every=250)
     ),
@@ -196,11 +198,15 @@ NETWORKS: dict[str, Spec] = {
     "transformer-76k": Spec(
         "transformer", {"layers": 2, "heads": 4, "width": 64, "feedforward": 148}, Recipe(lr=2e-2, dropout=0.05)
     ),
-    "rnn-230k": Spec("RNN", {"width": 452, "n_embd": 24, "layers": 1}, Recipe(lr=3e-3)),
+    "rnn-230k": Spec(
+        "RNN", {"width": 452, "n_embd": 24, "layers": 1}, Recipe(steps=3000, lr=3e-3, dropout=0.1, eval_every=250)
+    ),
     "gru-230k": Spec("GRU", {"width": 260, "n_embd": 24, "layers": 1}, Recipe(lr=5e-3, dropout=0.1, eval_every=250)),
     "lstm-230k": Spec("LSTM", {"width": 224, "n_embd": 24, "layers": 1}, Recipe(lr=1e-2, dropout=0.1, eval_every=250)),
     "transformer-230k": Spec(
-        "transformer", {"layers": 2, "heads": 4, "width": 96, "feedforward": 380}, Recipe(dropout=0.05)
+        "transformer",
+        {"layers": 2, "heads": 4, "width": 96, "feedforward": 380},
+        Recipe(steps=3000, lr=2e-2, dropout=0.1, eval_every=250),
     ),
 }
 
