@@ -181,10 +181,10 @@ class Spec(NamedTuple):
 
 
 # About as many parameters as the presets "fast" and "gated" have, for 27 tokens and names of up to 15 characters.
-# docs/settings.md has the recipes that were tried. Before, thirteen of "transformer-76k" were. Validation loss after 1,500
-# steps: lr 2e-2, dropout 0.05 1.969; lr 1e-2 or 3e-2 1.977; no dropout 1.975, 0.1 1.987; weight decay 0.2 1.975; warmup
-# 0.1 1.970; one layer of width 80 1.994, three of width 48 1.967. Feed-forward width 128: lr 5e-3 1.994; without dropout
-# lr 2.5e-3 2.026, 5e-3 1.998, 1e-2 1.990.
+# docs/settings.md has the recipes that were tried. Thirteen of "transformer-76k" were before. Validation loss after
+# 1,500 steps: lr 2e-2, dropout 0.05 1.969; lr 1e-2 or 3e-2 1.977; no dropout 1.975, 0.1 1.987; weight decay 0.2 1.975;
+# warmup 0.1 1.970; one layer of width 80 1.994, three of width 48 1.967. Feed-forward width 128: lr 5e-3 1.994; without
+# dropout lr 2.5e-3 2.026, 5e-3 1.998, 1e-2 1.990.
 NETWORKS: dict[str, Spec] = {
     "rnn-76k": Spec(
         "RNN", {"width": 250, "n_embd": 24, "layers": 1}, Recipe(steps=3000, lr=6e-3, dropout=0.05, eval_every=250)
