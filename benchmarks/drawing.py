@@ -42,7 +42,7 @@ def draw_names(step: Step, vocab: Vocabulary, count: int, generator: torch.Gener
 
 
 def window_step(model: Callable[[Tensor], Tensor], context: int) -> Step:
-    """The step of a model that reads windows `(batch, context)`: all of the window anew for each character."""
+    """The step of a model that reads windows `(batch, context)`: the whole window again for each character."""
 
     def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
         (window,) = state or (tokens.new_zeros(len(tokens), context),)

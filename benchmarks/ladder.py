@@ -170,7 +170,7 @@ def kept(first: Results, args: argparse.Namespace) -> tuple[dict[str, Row], dict
     differing = [f"{key} {there.get(key)} (this run: {here.get(key)})" for key in here if there.get(key) != here[key]]
     differing += [f"another recipe of {name}" for name in before if before[name] != recipe_of(name, args.seed)]
     if differing:
-        fix = "run it as it was, or leave --resume out to begin anew"
+        fix = "run it as it was, or leave --resume out to start again"
         raise UsageError(f"--resume: {file} is of a run with {', '.join(differing)}; {fix}")
     return rows, mixtures
 
