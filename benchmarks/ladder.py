@@ -15,7 +15,8 @@ the lecture's rungs is further than 0.015 nats from its published validation los
   many names in a call. Python draws from n-grams, and keeps what it has computed for a context; `sample` draws from
   ours, and makes its tables in every call.
 
-`--resume` continues a run from its JSON file. The published run takes hours on one core.
+`--resume` continues a run from its JSON file. The published run takes two hours on one core. It was made in parts, with
+other work on the other core, so its seconds and speeds are rough; score and choosing compare speeds.
 """
 
 from __future__ import annotations
