@@ -158,7 +158,7 @@ def test_default_checkpoint_is_trained_and_draws_no_random_numbers():
         log_probs = checkpoint.model(tokens).log_softmax(-1)
     assert -log_probs[:2, :4].gather(2, tokens[:2, 8:12, None]).mean() < 2.5  # guessing costs 3.30 nats
     assert len(checkpoint.quantiles) == 1001
-    assert {"list_sha256", "train_loss", "validation_loss", "test_loss"} <= checkpoint.notes.keys()
+    assert {"names_sha256", "train_loss", "validation_loss", "test_loss"} <= checkpoint.notes.keys()
 
 
 def test_truncated_file_and_flipped_bit_of_the_header_are_rejected(path):
