@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from wavenet_conv import Vocabulary
+from wavenet_conv import Scorer, Vocabulary
 from wavenet_conv.page import page_html
 
 pytestmark = pytest.mark.browser
