@@ -19,7 +19,11 @@ table says.
 The losses are of whole lists in evaluation mode, with the weights of the lowest validation loss. The seconds are of the
 steps and of preparing the lists; the ways take turns on the clock, and evaluations are off it.
 
-The published run reads the lecture's list and takes ten minutes on two cores.
+The medians of the four ways differ by less than the seeds do: exact statistics do not train a better network.
+They are what makes it the tree's training, step by step, at a third of the time, since only with them may a node that
+many windows share be computed once.
+
+The published run reads the lecture's list and takes six minutes on two cores.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ counting n-grams.
 - One step: with more names per step, more windows share their nodes, and sharing is worth more.
 - Until the loss is reached: both the faster step and another recipe (AdamW, one-cycle, larger batches, n-grams as
   teachers) count.
-- Why the convolutional pass (slid) gains little or nothing at 1,024 names: a batch is padded to its longest name, so
-  half of its outputs are behind the end of a name, and it does a third more multiply-adds than the tree on all windows.
-  Its other large operators, the weighted sums of batch norm and their gradients, read the padding too.
+- Why the convolutional pass (slid) gains little at 1,024 names: a batch is padded to its longest name, so half of its
+  outputs are behind the end of a name, and it does a third more multiply-adds than the tree on all windows. Its
+  convolutions take as long as the tree's matrix products. Its weighted sums in batch norm read the padding too, and
+  take as long as the tree's variances.
 - Where a step's time goes: PyTorch's profiler, after all else has been timed; an operator's time without that of the
   operators that it calls.
 

@@ -34,3 +34,18 @@ def test_it_is_near_the_cpus_in_float64(cuda, small, vocab, names, options, dtyp
     assert abs(second.validate() - double.validate()) < tolerance
     for name, tensor in double.model.state_dict().items():
         assert (second.model.state_dict()[name].cpu() - tensor).abs().max() < tolerance, name
+
+
+def test_teachers_expect_what_they_do_on_the_cpu(cuda, small, vocab, names):
+    """Networks and n-grams, on the list and on the names that they draw."""
+    recipe, corpora = Recipe(steps=2, batch_size=64, distill_weight=0.5, ngram_share=0.3, drawn=2), []
+    for device in ("cpu", cuda):
+        model, *teachers = (small(seed, torch.float64).to(device) for seed in (0, 1, 2))
+        trainer = Trainer(model, vocab, names[:50], names[50:60], recipe, [teacher.eval() for teacher in teachers])
+        while not trainer.finished:
+            trainer.advance()
+        corpora.append((trainer.corpus, torch.stack(trainer.losses)))
+    (expected, losses), (found, losses_there) = corpora
+    assert found.next_tokens.tolist() == expected.next_tokens.tolist()
+    assert (found.soft_targets.cpu() - expected.soft_targets).abs().max() < 1e-12
+    assert (losses_there.cpu() - losses).abs().max() < 1e-10

@@ -23,6 +23,7 @@ DESCRIPTION = """\
 Trains a new model with a learning rate that grows from 0.001 to 1, one step at each rate, as the lecture does, and
 prints the mean loss of every twentieth of the steps. The suggestion is the rate of the row with the lowest loss; for
 the one-cycle schedule it is the peak (`wavenet-conv train --lr`). It is normal that the loss explodes at high rates.
+Of a preset's teachers only n-grams teach here, so the losses are not those of the training.
 """
 
 FIXED = {"schedule": "constant", "ema_decay": 0.0, "drawn": 0}  # no networks teach here
