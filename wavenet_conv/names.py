@@ -62,15 +62,15 @@ def lecture_names() -> Path | None:
 
 
 def download_lecture_names(url: str = LECTURE_URL) -> Path:
-    """Downloads the lecture's list to the user's cache folder, unless it is there and whole; returns its path.
+    """Downloads the lecture's list to the user's cache folder, unless `lecture_names` finds it; returns its path.
 
     Raises `DownloadError` if the transfer fails or returns other data; a previous file in the cache then stays.
     """
-    import torch.hub  # takes seconds, so that reading a list does not wait for it
-
-    path = _cached()
+    path = lecture_names() or _cached()
     if _is_lecture_list(path):
         return path
+    import torch.hub  # takes seconds, so that reading a list does not wait for it
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # torch downloads beside the target, compares the hash, and only then renames.

@@ -66,6 +66,7 @@ def test_whole_list_is_kept_and_verified_every_time(tmp_path, empty_cache, monke
         source.write_bytes(data)
         monkeypatch.setenv("WAVENET_CONV_LECTURE_NAMES", str(source))
         assert lecture_names() == found
+        assert download_lecture_names("file:///none") == (found or path)
 
 
 @pytest.mark.parametrize("data", [LIST[:7], None], ids=["broken", "missing"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import hypothesis.strategies as st
 import pytest
@@ -11,8 +11,8 @@ from helpers import ALPHABET
 from hypothesis import given
 
 from reference.ngram import END, KneserNey
-from wavenet_conv import Vocabulary, WaveNetConvError, sample
-from wavenet_conv.recipe import PRESETS, Recipe
+from wavenet_conv import Vocabulary, WaveNetConvError, load_checkpoint, sample
+from wavenet_conv.recipe import PRESETS, Recipe, teachers_of
 from wavenet_conv.training import Corpus, Trainer, fit, predictions
 from wavenet_conv.training.ngrams import NGrams, cross_fitted, discounts_of, predicted
 from wavenet_conv.training.teaching import Teaching
@@ -180,3 +180,10 @@ def test_errors_name_the_fix(small, teachers, names, vocab):
             Recipe(ngram_share=value)
     with pytest.raises(WaveNetConvError, match="drawn is -1; it must be at least 0"):
         Recipe(drawn=-1)
+
+
+def test_the_notes_of_the_default_model_are_its_presets():
+    """Otherwise the command in CONTRIBUTING.md would make another."""
+    (_, recipe), notes = PRESETS["wide"], load_checkpoint("default").notes
+    assert notes["preset"] == "wide" and asdict(recipe).items() <= notes.items()
+    assert notes["teachers"] == [f"{name}, seed {own.seed}" for name, _, own in teachers_of("wide", recipe.seed)]
