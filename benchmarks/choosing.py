@@ -5,7 +5,9 @@ Equality comes first: scores that differ from those of a slow definition end the
 Every method takes strings and returns log-likelihoods, and all take turns on the clock. The seconds to make a method
 stand in the row with the threads that made it.
 
-The published run reads the lecture's list, uses the extra `bench`, and takes a few minutes on two cores.
+The row of `ours-gated` is from the ladder's run.
+
+The published run reads the lecture's list, uses the extra `bench`, and takes six minutes on two cores.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 
 from benchmarks import harness, networks, output, rivals
 from benchmarks.counting import outputs
-from benchmarks.harness import Benchmark, Results, Session, Sized, call_rows, rows_at_best
+from benchmarks.harness import Benchmark, Results, Session, Sized, call_rows, rows_at_best, spread
 from benchmarks.rivals import Names, Rival, make_rivals
 from benchmarks.tables import Row, Table
 from wavenet_conv import WaveNetConfig
@@ -132,10 +134,11 @@ def loss_of(scores: Any, names: Names) -> float:
 
 
 def ladder_rows() -> list[Row]:
-    """The loss of the preset "gated", which takes long to train, from the committed run of the ladder."""
+    """The preset "gated", which takes long to train, from the committed run of the ladder, on one thread."""
     rungs = output.published(output.RESULTS / "ladder-cpu.json")["rungs"]
-    keys = ("parameters", "context", "validation_loss")
-    return [{"method": row["rung"]} | {key: row[key] for key in keys} for row in rungs if row["rung"] == "ours-gated"]
+    (rung,) = (row for row in rungs if row["rung"] == "ours-gated")
+    keys = ("parameters", "context", "validation_loss", "seconds", *spread("positions_per_second", [0.0]))
+    return [{"method": rung["rung"], "threads": 1} | {key: rung[key] for key in keys}]
 
 
 def tables(results: Results) -> Iterator[Table]:

@@ -29,6 +29,7 @@ from wavenet_conv.names import read_names
 # Seconds before each method's turn on the CPU: OpenMP's threads spin for some milliseconds after their work, and would
 # take a processor from the next method.
 SETTLE = 0.01
+OWN_LIST = str(Path(__file__).parent.parent / "names.txt")
 
 Call = Callable[[], Any]
 Results = dict[str, Any]
@@ -49,7 +50,7 @@ class Benchmark:
     tables: Callable[[Results], Iterable[Table]]
     add_options: Callable[[argparse.ArgumentParser], Any] = lambda parser: None
     devices: Sequence[str] = ("auto", "cuda", "cpu")
-    default_names: Callable[[], str] = lambda: str(Path(__file__).parent.parent / "names.txt")
+    default_names: Callable[[], str] | None = None  # the lecture's list; None: this project's
 
 
 @dataclass
@@ -76,14 +77,14 @@ class Session:
 
 def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     """Runs a benchmark; returns 0, 1 where results differ or a run fails, 2 for wrong usage, 130 after Ctrl-C."""
-    args = parse(benchmark, arguments)
+    args, file = parse(benchmark, arguments), None
     try:
         if args.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--device cuda: this PyTorch sees no CUDA device; run it with --device cpu")
         device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
         first = facts(device)
         file = None if args.json is None else output.target(args.json, first["device"])
-        args.names = args.names or benchmark.default_names()
+        args.names = args.names or (benchmark.default_names() if benchmark.default_names else OWN_LIST)
         names = read_names(args.names)
         session = Session(args, device, names, Vocabulary.from_names(names), Progress(console=Console(stderr=True)))
         with session.progress, exact_float32(), torch.no_grad():
@@ -96,6 +97,8 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks.{benchmark.name}: {error}", file=sys.stderr)
         return 2 if isinstance(error, (UsageError, NamesError, OSError)) else 1
     except KeyboardInterrupt:
+        fix = "; add --resume to go on" if file and "resume" in args else ""
+        print(f"benchmarks.{benchmark.name}: interrupted{fix}", file=sys.stderr)
         return 130
     return 0 if equal or results.get("caveat") else 1
 
@@ -119,10 +122,11 @@ def growing(benchmark: Benchmark, session: Session, first: Results) -> Iterator[
 
 def parse(benchmark: Benchmark, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options; argparse exits with code 2 for what it cannot read."""
-    question = benchmark.question.splitlines()[0]
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{benchmark.name}", description=question)
+    prog, question = f"python -m benchmarks.{benchmark.name}", benchmark.question.splitlines()[0]
+    parser = argparse.ArgumentParser(prog=prog, description=question)
     parser.add_argument("--device", choices=benchmark.devices, default=benchmark.devices[0])
-    parser.add_argument("--names", metavar="FILE", help="the list of names, one per line")
+    default = "the lecture's list, if it is here" if benchmark.default_names else "this project's names.txt"
+    parser.add_argument("--names", metavar="FILE", help=f"the list of names, one per line ({default})")
     parser.add_argument("--seed", type=positive, default=42, help="of all random numbers (42)")
     parser.add_argument("--json", metavar="FILE", help="write the results as JSON too, into a file that ends in .json")
     parser.add_argument("--full", action="store_true", help="the run of the published tables: all names, more repeats")
@@ -279,11 +283,10 @@ def count_launches(call: Call, device: torch.device) -> int | None:
     on_cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda) as profiler:
         call()
-        if on_cuda:
-            torch.cuda.synchronize()
+        now(device)  # when all is done
     events = profiler.events()
     if on_cuda:
-        kernels = [event.name for event in events if event.device_type == DeviceType.CUDA]
+        kernels = (event.name for event in events if event.device_type == DeviceType.CUDA)
         return sum(not name.startswith(("Memcpy", "Memset")) for name in kernels) or None
     return sum(event.cpu_parent is None and event.name.startswith("aten::") for event in events) or None
 

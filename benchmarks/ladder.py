@@ -254,7 +254,6 @@ def tables(results: Results) -> Iterator[Table]:
         "validation=validation_loss .3f; test=test_loss .3f; published validation=published_validation_loss .3f; "
         "difference=difference +.3f",
         rungs,
-        results["caveat"] or "",
     )
     yield Table(
         "Seconds until a rung can score, and its speed, on one thread",

@@ -208,7 +208,7 @@ NETWORKS: dict[str, Spec] = {
     "transformer-230k": Spec(
         "transformer",
         {"layers": 2, "heads": 4, "width": 96, "feedforward": 380},
-        Recipe(steps=3000, lr=2e-2, dropout=0.1, eval_every=250),
+        Recipe(steps=6000, lr=1e-2, dropout=0.1, eval_every=250),
     ),
 }
 

@@ -31,7 +31,8 @@ except ImportError:
     kenlm = None
 
 ORDER = 6  # of 2 to 8, that with the lowest validation loss
-NETWORKS = {"LSTM": "lstm-76k", "transformer": "transformer-76k"}  # each about as large as the lecture's network
+# About as large as the lecture's network, or as the preset "gated".
+NETWORKS = {"LSTM": "lstm-76k", "large LSTM": "lstm-230k", "transformer": "transformer-76k"}
 BATCHES = (256, 1024, 64)  # names per batch of these
 NGRAMS = f"Kneser-Ney {ORDER}, {'Python' if kenlm is None else 'KenLM'}"
 

@@ -86,10 +86,11 @@ def words(values: Row) -> str:
 
 
 def summary(results: Row) -> list[str]:
-    """The machine, what was run, and whether all results are equal: one sentence each."""
+    """The machine, what was run, and whether all results are equal or why that cannot be said: one sentence each."""
     lines = [f"{results['device']}, PyTorch {results['torch']}, {results['dtype']}."]
     lines += [f"{name.capitalize()}: {words(results[name])}." for name in ("model", "names") if name in results]
-    return [*lines, f"{'Equal' if results['equality']['equal'] else 'NOT EQUAL'}: {words(results['equality'])}."]
+    verdict = f"{'Equal' if results['equality']['equal'] else 'NOT EQUAL'}: {words(results['equality'])}."
+    return [*lines, results.get("caveat") or verdict]
 
 
 def print_page(results: Row, tables: Iterable[Table]) -> None:

@@ -5,6 +5,7 @@ A page marks such a part by `<!-- generated: NAME -->` and `<!-- end -->`, each 
 - `headline`: the README's table;
 - `modules`: the first line of every file of Python;
 - `commands`: the options of all commands;
+- `presets`: the recipe of each preset;
 - `benchmarks`: all results, with how to read them;
 - the name of a file of results, such as `slide-cpu.json`: its tables;
 - the full name of a function: its source.
@@ -17,6 +18,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from importlib import import_module
 from inspect import cleandoc, getsource
 from pathlib import Path
@@ -29,6 +31,7 @@ from benchmarks.tables import summary, value_at
 from wavenet_conv.cli import new_parser
 from wavenet_conv.errors import UsageError
 from wavenet_conv.files import write_whole
+from wavenet_conv.recipe import PRESETS, Recipe
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -50,6 +53,17 @@ def modules() -> Iterator[str]:
             first = (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]
             rows += [f"| `{path.relative_to(ROOT).as_posix()}` | {escaped(first)} |"]
     yield "\n".join(rows)
+
+
+def presets() -> Iterator[str]:
+    """The fields of `Recipe` in which presets differ, a column per preset."""
+    recipes = {name: asdict(recipe) for name, (_, recipe) in PRESETS.items()}
+    rows = [["setting", *(f"`{name}`" for name in recipes)], ["---", *["--:"] * len(recipes)]]
+    for field in asdict(Recipe()):
+        values = [recipe[field] for recipe in recipes.values()]
+        if len({*values}) > 1:
+            rows.append([f"`{field}`", *(f"{value:,}" for value in values)])
+    yield "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def commands() -> Iterator[str]:
@@ -201,7 +215,8 @@ def source(name: str) -> Iterator[str]:
 
 def part(name: str) -> Iterator[str]:
     """What stands in the part of this name."""
-    listed = {"headline": headline, "modules": modules, "commands": commands, "benchmarks": benchmarks}
+    listed = {"headline": headline, "modules": modules, "presets": presets, "commands": commands}
+    listed |= {"benchmarks": benchmarks}
     if name in listed:
         return listed[name]()
     return tables(RESULTS / name) if name.endswith(".json") else source(name)

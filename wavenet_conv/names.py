@@ -64,11 +64,14 @@ def lecture_names() -> Path | None:
 def download_lecture_names(url: str = LECTURE_URL) -> Path:
     """Downloads the lecture's list to the user's cache folder, unless `lecture_names` finds it; returns its path.
 
-    Raises `DownloadError` if the transfer fails or returns other data; a previous file in the cache then stays.
+    Raises `DownloadError` if `$WAVENET_CONV_LECTURE_NAMES` names another file, and if the transfer fails or returns
+    other data; a previous file in the cache then stays.
     """
-    path = lecture_names() or _cached()
-    if _is_lecture_list(path):
+    if (path := lecture_names()) is not None:
         return path
+    if given := os.environ.get("WAVENET_CONV_LECTURE_NAMES"):
+        raise DownloadError(f"WAVENET_CONV_LECTURE_NAMES={given}: is not the lecture's list; correct or unset it")
+    path = _cached()
     import torch.hub  # takes seconds, so that reading a list does not wait for it
 
     try:

@@ -49,6 +49,13 @@ def test_the_exit_code_says_how_a_run_ended(results, code, capsys):
     printed = capsys.readouterr()
     assert "|" not in printed.out and ("NOT EQUAL" in printed.out) == isinstance(results, dict)
     assert ("benchmarks.fake: it broke\n" in printed.err) == isinstance(results, WaveNetConvError)
+    assert ("benchmarks.fake: interrupted\n" in printed.err) == isinstance(results, KeyboardInterrupt)
+
+
+def test_a_caveat_stands_in_place_of_a_verdict(capsys):
+    assert harness.main(fake(RESULTS | {"equality": {"equal": False}, "caveat": "A short run."}), []) == 0
+    printed = capsys.readouterr().out
+    assert "\nA short run.\n" in printed and "qual" not in printed.lower() and "| loop   | 2.0 |" in printed
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def without_times(rows):
     return [{key: value for key, value in row.items() if not timed.search(key)} for row in rows]
 
 
-def test_an_interrupted_run_is_resumed(results, small, tmp_path, monkeypatch):
+def test_an_interrupted_run_is_resumed(results, small, tmp_path, monkeypatch, capsys):
     path, made = tmp_path / "out.json", []
 
     def until(name):
@@ -197,6 +197,7 @@ def test_an_interrupted_run_is_resumed(results, small, tmp_path, monkeypatch):
         monkeypatch.setattr(ladder, "make", until(name))
         before = json.loads(path.read_text())["rungs"] if path.exists() else []
         assert ladder.main(arguments) == code
+        assert ("interrupted; add --resume to go on" in capsys.readouterr().err) == (code == 130)
         found = json.loads(path.read_text())
         assert found["rungs"][: len(before)] == before and found["finished"] == (code == 0)
     assert made == MADE  # each once

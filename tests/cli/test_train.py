@@ -151,6 +151,25 @@ def test_the_networks_and_n_grams_that_teach(train, tmp_path, listed, out):
         assert code == 0 and json.loads(text)["steps_taken"] == steps
 
 
+def test_a_share_of_teachers_without_teachers(train, out):
+    code, _, err = train(*SMALL, "--preset", "plain", "--distill-weight", "0.5")
+    assert code == 2 and not out.exists()
+    assert "--distill-weight 0.5: nothing teaches here; give --teacher, or --ngram-share above 0" in err
+    code, _, err = train(*SMALL, "--ngram-share", "0.5", "--distill-weight", "0")
+    assert code == 2 and "--ngram-share 0.5: with --distill-weight 0 nothing teaches; drop one" in err
+    assert train(*SMALL, "--preset", "plain", "--distill-weight", "0")[0] == 0
+
+
+def test_fewer_steps_are_suggested_where_the_best_is_early(train):
+    short = [*SMALL[:4], "--batch-size", "320", "--eval-every", "20"]
+    code, text, err = train(*short, "--steps", "400", "--ngram-share", "0", "--json")
+    best = json.loads(text)["best_step"]
+    assert code == 0 and 0 < best <= 200
+    assert f"lowest at step {best} of 400; fewer steps (--steps {best}, or fewer --epochs) may give a lower one" in err
+    for others in (SMALL, [*short, "--steps", "4000", "--ngram-share", "0", "--patience", "3"]):
+        assert "fewer steps" not in train(*others, "--overwrite")[2]
+
+
 def test_without_networks_no_names_are_drawn(train, out):
     code, _, err = train(*SMALL, "--drawn", "1")
     assert code == 2 and "--drawn 1: networks draw names, and none teaches here; give --teacher too" in err

@@ -66,7 +66,10 @@ def test_whole_list_is_kept_and_verified_every_time(tmp_path, empty_cache, monke
         source.write_bytes(data)
         monkeypatch.setenv("WAVENET_CONV_LECTURE_NAMES", str(source))
         assert lecture_names() == found
-        assert download_lecture_names("file:///none") == (found or path)
+        if found:
+            assert download_lecture_names("file:///none") == found
+    with pytest.raises(DownloadError, match="WAVENET_CONV_LECTURE_NAMES=.*source: is not the lecture's list"):
+        download_lecture_names(source.as_uri())
 
 
 @pytest.mark.parametrize("data", [LIST[:7], None], ids=["broken", "missing"])

@@ -120,6 +120,9 @@ def test_orders_above_the_longest_name_change_nothing():
 def test_errors_name_what_is_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
         KneserNey(*arguments)
+    for token in ("e", "ab", ""):
+        with pytest.raises(ValueError, match=f"token '{token}' is neither '.' nor one of 'ab'"):
+            KneserNey(["ab"], "ab", 3).prob(".", token)
     with pytest.raises(ValueError, match="name 'axe': character 'e' is not in 'ab'"):
         KneserNey(["a"], "ab").log_prob("axe")
 

@@ -136,10 +136,13 @@ def test_what_the_readme_says_is_in_the_runs():
     assert f"the same network trained by this library, has {losses[2]}." in readme
     loss = {row["rung"]: f"{row['validation_loss']:.3f}" for row in ladder["rungs"]}
     assert (
-        f"an LSTM of `torch.nn` with as many parameters has {loss['lstm-76k']}, after a minute of training." in readme
+        f"an LSTM of `torch.nn` with as many parameters has {loss['lstm-76k']}, after a minute of training; "
+        f"one three times as large has {loss['lstm-230k']}." in readme
     )
     assert 30 < {row["rung"]: row["seconds"] for row in ladder["rungs"]}["lstm-76k"] < 90
-    assert f"`fast` ({loss['ours-fast']}), `wide` (the default model) and `gated` ({loss['ours-gated']})" in readme
+    assert (
+        f"`fast` ({loss['ours-fast']}), `wide` (the default model) and `gated` ({loss['ours-gated']}), which" in readme
+    )
     assert loss["ours-wide"] == losses[2]
     us = {row["method"]: row["us"] for row in slide["one_name"]}
     assert f"For one name the lecture's loop takes {us['loop'] / us['slid']:.0f} times as long" in readme

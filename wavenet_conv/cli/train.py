@@ -151,6 +151,11 @@ def _configured(
     """The shape, the recipe with `epochs` in place of steps, and the preset's teachers where no others are `given`."""
     config, recipe = configured(preset, len(names.vocab), settings)
     presets = teachers_of(preset, recipe.seed) if recipe.distill_weight and not given else []
+    if settings["distill_weight"] and not (given or presets or recipe.ngram_share):
+        fix = "nothing teaches here; give --teacher, or --ngram-share above 0"
+        raise UsageError(f"--distill-weight {recipe.distill_weight:g}: {fix}")
+    if settings["ngram_share"] and not recipe.distill_weight:
+        raise UsageError(f"--ngram-share {recipe.ngram_share:g}: with --distill-weight 0 nothing teaches; drop one")
     if recipe.drawn and not (given or presets):
         if settings["drawn"]:
             raise UsageError(f"--drawn {recipe.drawn}: networks draw names, and none teaches here; give --teacher too")
@@ -204,6 +209,10 @@ def _write(run: Run, trainer: Trainer, results: dict[str, Any], *, test: bool, p
     run.save(results)
     losses = {name: f"{value:.4f}" for name, value in results.items() if "loss" in name}
     text = ", ".join(f"{name} {value}" for name, value in (results | losses).items())
+    best, steps = trainer.best_step, run.recipe.steps
+    if trainer.step == steps and 0 < best <= steps / 2 and run.recipe.schedule == "onecycle":
+        fix = f"fewer steps (--steps {best}, or fewer --epochs) may give a lower one"
+        run.setup.say(f"the validation loss was lowest at step {best:,} of {steps:,}; {fix}")
     print(json.dumps(results) if as_json else text)
     if plot:
         embedding = model.embedding.weight if model.config.n_embd == 2 else None
