@@ -54,16 +54,12 @@ class KneserNey:
         del self.probs[""]
 
     def prob(self, context: str, token: str) -> float:
-        """The probability of `token`, a character or `.`, after `context`, which begins with `.` at a name's start.
-
-        Raises `ValueError` if the model does not know the token.
-        """
+        """The probability of `token` after `context` (a name begins with `.`); `ValueError` if the token is unknown."""
         if len(token) != 1 or token not in self.probs:
             raise ValueError(f"token {token!r} is neither {END!r} nor one of {self.characters!r}")
         context, scale = context[max(0, len(context) - self.order + 1) :], 1.0
         while context + token not in self.probs:
-            scale *= self.backoffs.get(context, 1.0)
-            context = context[1:]
+            scale, context = scale * self.backoffs.get(context, 1.0), context[1:]
         return scale * self.probs[context + token]
 
     def log_probs(self, name: str) -> list[float]:
