@@ -19,8 +19,8 @@ table says.
 The losses are of whole lists in evaluation mode, with the weights of the lowest validation loss. The seconds are of the
 steps and of preparing the lists; the ways take turns on the clock, and evaluations are off it.
 
-Exact statistics do not train a better network: the median losses of the four ways are within 0.005 nats, as far apart
-as seeds of one way are. What they give is equality: with them, training on shared nodes is the tree's training, up to
+Exact statistics do not train a better network: the median losses of the four ways are within 0.005 nats, and seeds of
+one way differ as much. What they give is equality: with them, training on shared nodes is the tree's training, up to
 rounding, in a third of the time of `multiplicities`.
 
 The published run reads the lecture's list and takes six minutes on two cores.

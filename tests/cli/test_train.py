@@ -156,7 +156,7 @@ def test_a_share_of_teachers_without_teachers(train, out):
     assert code == 2 and not out.exists()
     assert "--distill-weight 0.5: nothing teaches here; give --teacher, or --ngram-share above 0" in err
     code, _, err = train(*SMALL, "--ngram-share", "0.5", "--distill-weight", "0")
-    assert code == 2 and "--ngram-share 0.5: with --distill-weight 0 nothing teaches; drop one" in err
+    assert code == 2 and "--ngram-share 0.5: with --distill-weight 0 nothing teaches; leave one out" in err
     assert train(*SMALL, "--preset", "plain", "--distill-weight", "0")[0] == 0
 
 

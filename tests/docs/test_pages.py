@@ -148,6 +148,25 @@ def test_what_the_readme_says_is_in_the_runs():
     assert f"For one name the lecture's loop takes {us['loop'] / us['slid']:.0f} times as long" in readme
 
 
+def test_what_the_benchmarks_say_of_training_is_in_their_runs():
+    ways = {row["way"]: row for row in results_of("exactness")["ways"]}
+    for part in ("train_loss", "validation_loss", "test_loss"):
+        medians = [row[part] for row in ways.values()]
+        seeds = max(row[f"highest_{part}"] - row[f"lowest_{part}"] for row in ways.values())
+        assert max(medians) - min(medians) < min(0.005, 1.2 * seeds)
+    assert ways["multiplicities"]["seconds"] / ways["shared"]["seconds"] == pytest.approx(3, abs=0.3)
+    windows, slid = (
+        row for row in results_of("train")["throughput"] if row["names"] == 1024 and row["method"] != "shared"
+    )
+    assert 1 < slid["times_windows"] < 1.2 and slid["multiply_adds"] / windows["multiply_adds"] == pytest.approx(
+        4 / 3, abs=0.1
+    )
+    ms = {row["operator"]: row for row in results_of("train")["operators"]["rows"]}
+    convolutions = ms["aten::convolution_backward"]["slid"]["ms"] + ms["aten::mkldnn_convolution"]["slid"]["ms"]
+    assert convolutions == pytest.approx(ms["aten::mm"]["windows"]["ms"], rel=0.2)
+    assert ms["aten::sum"]["slid"]["ms"] == pytest.approx(ms["aten::var"]["windows"]["ms"], rel=0.2)
+
+
 def test_what_the_pages_say_of_lists_of_any_size_is_in_the_run():
     readme, choosing = ((ROOT / name).read_text() for name in ("README.md", "docs/choosing.md"))
     rows = {row.pop("names"): {name: cell["us"] for name, cell in row.items()} for row in results_of("score")["sizes"]}

@@ -155,7 +155,9 @@ def _configured(
         fix = "nothing teaches here; give --teacher, or --ngram-share above 0"
         raise UsageError(f"--distill-weight {recipe.distill_weight:g}: {fix}")
     if settings["ngram_share"] and not recipe.distill_weight:
-        raise UsageError(f"--ngram-share {recipe.ngram_share:g}: with --distill-weight 0 nothing teaches; drop one")
+        raise UsageError(
+            f"--ngram-share {recipe.ngram_share:g}: with --distill-weight 0 nothing teaches; leave one out"
+        )
     if recipe.drawn and not (given or presets):
         if settings["drawn"]:
             raise UsageError(f"--drawn {recipe.drawn}: networks draw names, and none teaches here; give --teacher too")
